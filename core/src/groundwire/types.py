@@ -1,0 +1,184 @@
+"""The records that plugins and core exchange. Plain frozen dataclasses: nothing here does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+Severity: TypeAlias = Literal["info", "warn", "fail"]
+Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
+Scalar: TypeAlias = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a batch holds, by role.
+
+    Attributes:
+        inputs: What the model's ``forward`` takes; any shape, rows first.
+        targets: Labels of the rows, or None.
+        groups: Sensitive attribute of each row (tensor, array or list), or None.
+        source: Which data source each row came from, or None.
+        time: When each row was observed (Unix seconds or a step number), or None.
+        ids: An identifier of each row that the batch carries itself, or None.
+
+    Example:
+        >>> import torch
+        >>> Fields(torch.zeros(2, 3), targets=torch.tensor([0, 1])).targets
+        tensor([0, 1])
+    """
+
+    inputs: Any
+    targets: Any = None
+    groups: Any = None
+    source: Any = None
+    time: Any = None
+    ids: Any = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing a plugin found out, kept in ``findings.json`` and shown in the report.
+
+    Attributes:
+        plugin: Name of the plugin that found it.
+        code: Short stable identifier, for example ``"sparsity"``; unique per plugin, stage and epoch.
+        severity: ``"info"``, ``"warn"`` or ``"fail"``.
+        value: Number, string, bool, None, or a list or dict of these. Numbers also go to the Trainer's loggers.
+        message: One sentence for a reader who does not know the plugin.
+        stage: ``"train"``, ``"validate"``, ``"test"``, ``"predict"`` or None.
+        epoch: Epoch number, counted from 0, or None.
+
+    Raises:
+        ValueError: ``severity`` is none of the three.
+
+    Example:
+        >>> Finding("cram", "replays", "info", 120, "120 compressed passes were made.").code
+        'replays'
+    """
+
+    plugin: str
+    code: str
+    severity: Severity
+    value: Any
+    message: str
+    stage: str | None = None
+    epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.severity not in ("info", "warn", "fail"):
+            raise ValueError(f"severity must be 'info', 'warn' or 'fail', got {self.severity!r}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A reason why a run must not start, returned by ``gw_check``.
+
+    Attributes:
+        plugin: Name of the plugin that objects.
+        message: What is wrong, where, and what was found.
+        hint: What to change.
+
+    Example:
+        >>> Problem("cram", "rho is -1", "choose rho >= 0").hint
+        'choose rho >= 0'
+    """
+
+    plugin: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another version of the model, such as a pruned one.
+
+    Attributes:
+        name: How reports call it, for example ``"cram: 90 % sparse"``.
+        apply: Returns a context manager that edits the tensors of ``module.named_parameters()`` in place and undoes
+            it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized layer: it is recomputed from
+            the originals and the edit is lost without a message.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> Variant("unchanged", nullcontext).name
+        'unchanged'
+    """
+
+    name: str
+    apply: Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report section: a caption, column titles, and rows of plain values.
+
+    Example:
+        >>> Table("Accuracy", ("model", "accuracy"), [("dense", 0.99)]).rows[0]
+        ('dense', 0.99)
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Scalar]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A plugin's part of the report page.
+
+    Attributes:
+        title: Heading.
+        text: Plain text; blank lines separate paragraphs. It is escaped, never taken as HTML.
+        tables: :class:`Table` records.
+        figures: matplotlib figures, or callables that return one (called only when the page is drawn).
+
+    Example:
+        >>> Section("Compression", "Nothing was pruned.").title
+        'Compression'
+    """
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    figures: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The layer that produces the model's scores: its name in ``named_modules()`` and the layer itself."""
+
+    name: str
+    module: Any
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One recorded batch of an accumulation window.
+
+    Attributes:
+        batch: A shallow copy of the batch's containers; the tensors are the user's own.
+        batch_idx: Its index in the epoch.
+    """
+
+    batch: Any
+    batch_idx: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :meth:`RunContext.evaluate` measured.
+
+    Attributes:
+        variant: Name of the variant, None for the model itself.
+        metrics: Mean over the pass of everything the evaluation step logged, by name.
+        batches: Number of batches seen by this rank.
+    """
+
+    variant: str | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    batches: int = 0
