@@ -1,0 +1,211 @@
+"""Everything that groundwire uses of Lightning without Lightning documenting it, and nothing else.
+
+Each function names what it touches and why there is no documented way. ``core/tests/test_lightning_contract.py``
+checks each one, so that a Lightning release that moves something fails there first, with a name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+
+#: Attributes that Lightning and torch keep on every module; all others are the user's own.
+MODULE_NAMES = frozenset(vars(nn.Module()))
+LIGHTNING_MODULE_NAMES = frozenset(vars(LightningModule())) | {"log", "log_dict"}
+
+
+def collect_rng_states() -> dict[str, Any]:
+    """Global random states of torch, CUDA, NumPy and Python.
+
+    ``_collect_rng_states``: the public ``isolate_rng`` does not restore after an exception.
+    """
+    states: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    return states
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Inverse of :func:`collect_rng_states`."""
+    _set_rng_states(dict(states))
+
+
+def step_arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """Arguments of the user's ``training_step``: ``batch_idx`` is optional and may have any name.
+
+    ``fit_loop.epoch_loop._build_kwargs``: only the loop knows the rule.
+    """
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, batch_idx).values())
+
+
+def evaluation_arguments(trainer: Any, loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
+    """Arguments of the user's ``validation_step`` or ``test_step``.
+
+    ``_EvaluationLoop._build_kwargs`` and ``_build_step_args_from_hook_kwargs``: the same optional arguments again.
+    """
+    several = loop._is_sequential and loop.num_dataloaders > 1
+    kwargs = loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
+    name = "test_step" if trainer.testing else "validation_step"
+    return tuple(loop._build_step_args_from_hook_kwargs(kwargs, name))
+
+
+def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
+    """Do to a loader's batch what the loops do before a step.
+
+    ``LightningModule._on_before_batch_transfer``: the transfer hooks have no public entry point.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def evaluation_loop(trainer: Any) -> Any:
+    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation inside ``fit`` has a loop of its own."""
+    if trainer.testing:
+        return trainer.test_loop
+    fitting = trainer.state.fn == "fit"
+    return trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+
+
+def set_training_stage(trainer: Any, stage: str) -> None:
+    """Enter a stage without running its loop. ``trainer.validating``/``training`` setters pick what ``log`` goes to."""
+    setattr(trainer, stage, True)
+
+
+def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
+    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is an attribute without docs."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def gradients_are_views(trainer: Any) -> bool:
+    """Whether DDP keeps gradients as views of its buckets, so that a later backward overwrites them.
+
+    ``strategy.model`` is the wrapped module.
+    """
+    return bool(getattr(trainer.strategy.model, "gradient_as_bucket_view", False))
+
+
+def without_sync(trainer: Any, block: bool) -> AbstractContextManager[Any]:
+    """Postpone gradient reduction. ``block_backward_sync`` exists on parallel strategies only."""
+    if block and hasattr(trainer.strategy, "block_backward_sync"):
+        sync: AbstractContextManager[Any] = trainer.strategy.block_backward_sync()
+        return sync
+    return nullcontext()
+
+
+@contextmanager
+def instance_attribute(obj: Any, name: str, value: Any) -> Iterator[None]:
+    """Shadow ``obj.name`` by an instance attribute, whatever class it is of; the previous state comes back on exit.
+
+    Lightning looks hooks up with ``getattr``, so an instance attribute is seen; ``nn.Module.__setattr__`` is bypassed.
+    """
+    store, missing = vars(obj), object()
+    before = store.get(name, missing)
+    store[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            store.pop(name, None)
+        else:
+            store[name] = before
+
+
+@contextmanager
+def silent_loggers(trainer: Any) -> Iterator[None]:
+    """Replace the Trainer's loggers by dummies. ``DummyLogger`` is what ``fast_dev_run`` uses."""
+    loggers = list(trainer.loggers)
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
+def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
+    """Send ``self.log`` and ``self.log_dict`` of every LightningModule in ``module`` to ``sink(name, value, **kwargs)``.
+
+    A call in a place that Lightning did not prepare overwrites or duplicates the user's metrics without a message.
+    """
+
+    def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in values.items():
+            sink(name, value, *args, **kwargs)
+
+    loggers = [m for m in module.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "training_step")]
+    before = [{k: vars(m).get(k) for k in ("log", "log_dict")} for m in loggers]
+    for m in loggers:
+        vars(m).update(log=sink, log_dict=log_dict)
+    try:
+        yield
+    finally:
+        for m, old in zip(loggers, before, strict=True):
+            for key, value in old.items():
+                vars(m).pop(key, None)
+                if value is not None:
+                    vars(m)[key] = value
+
+
+def takes_dataloader_iter(module: Any) -> bool:
+    """Whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
+def spawns_processes(trainer: Any) -> bool:
+    """Whether training runs in child processes of this one (fork, spawn, notebook).
+
+    ``_MultiProcessingLauncher``: no public question answers this.
+    """
+    launcher = trainer.strategy.launcher
+    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
+
+
+def is_averaging(callback: Any) -> bool:
+    """Whether a callback of either Lightning package keeps an averaged copy of the model."""
+    names = {cls.__name__ for cls in type(callback).__mro__}
+    return bool(names & {"WeightAveraging", "StochasticWeightAveraging"})
+
+
+def train_source(trainer: Any) -> Any:
+    """Where the fit loop asks for its loader. ``fit_loop._data_source``: loader, DataModule and module in one place."""
+    return trainer.fit_loop._data_source
+
+
+def request_reload(trainer: Any) -> None:
+    """Make the fit loop ask for its loader again at the next epoch. ``fit_loop._combined_loader`` is its cache."""
+    trainer.fit_loop._combined_loader = None
+
+
+@contextmanager
+def before_restoring(cls: type[Any], action: Callable[[Any], None]) -> Iterator[None]:
+    """Run ``action(module)`` while ``cls.load_from_checkpoint`` works, after building and before loading weights.
+
+    ``on_load_checkpoint`` is the last thing that Lightning calls before ``load_state_dict``.
+    """
+    original = cls.on_load_checkpoint
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        action(self)
+        original(self, checkpoint)
+
+    own = "on_load_checkpoint" in vars(cls)
+    cls.on_load_checkpoint = on_load_checkpoint
+    try:
+        yield
+    finally:
+        if own:
+            cls.on_load_checkpoint = original
+        else:
+            del cls.on_load_checkpoint
+
+
+def closure_loss(output: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned, by the rule of ``ClosureResult.from_training_step_output``."""
+    return output.get("loss") if isinstance(output, Mapping) else output

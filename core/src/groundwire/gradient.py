@@ -1,0 +1,167 @@
+"""When Lightning is about to step, let the run's plugins change the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from groundwire._lightning import gradient_scaler, takes_dataloader_iter
+from groundwire.errors import PluginError
+from groundwire.replay import MANUAL, GradientStep, all_finite
+from groundwire.types import Finding, Problem
+from groundwire.window import Window
+
+if TYPE_CHECKING:
+    from groundwire.host import Host
+
+
+class GradientService:
+    """Calls ``gw_backward_done``, ``gw_gradient`` and ``gw_gradient_edit`` once a step."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._window = Window()
+        self._owners: list[str] = []
+        self._editors: list[str] = []
+        self._done = False
+        self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
+        self.nonfinite = {"gradients": 0, "replays": 0}
+
+    def refresh(self) -> list[Problem]:
+        """Look again who takes part (optimizers join late); problems of two owners and of what cannot be replayed."""
+        hooks = self._host.hooks
+        self._owners, self._editors = hooks.owners("gw_gradient"), hooks.owners("gw_gradient_edit")
+        self._done = bool(hooks.owners("gw_backward_done"))
+        if len(self._owners) > 1:
+            names = " and ".join(repr(name) for name in sorted(self._owners))
+            return [Problem("groundwire", f"{names} both own the gradient (gw_gradient)", "keep one of them")]
+        return self._unreplayable() if self._owners and self._host.ready else []
+
+    def _unreplayable(self) -> list[Problem]:
+        owner, module = self._owners[0], self._host.module
+        problems = []
+        if takes_dataloader_iter(module):
+            problems.append(Problem(owner, "training_step takes dataloader_iter, which cannot be read twice", "take batch"))
+        if not module.automatic_optimization and getattr(self._host.by_name[owner], "loss_fn", None) is None:
+            problems.append(Problem(owner, *MANUAL.split(" -> ")))
+        return problems
+
+    def attach(self) -> None:
+        """Record batches from now on, if somebody may replay them."""
+        if self._owners:
+            self._host.stack.enter_context(self._window.recording(self._host.trainer))
+            self._host.stack.callback(self._window.close)
+
+    def before_zero_grad(self) -> None:
+        """A new window begins."""
+        self._window.clear()
+
+    def before_backward(self) -> None:
+        """The pending batch is part of the window."""
+        if self._owners:
+            self._window.commit(once=not self._host.module.automatic_optimization)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The gradient is complete: let plugins finish, replace and edit it."""
+        if self._done:
+            self._host.hooks.call("gw_backward_done", phase="window")
+        if not (self._editors or len(self._window)):
+            return
+        try:
+            with _unscaled(self._host.trainer, optimizer):
+                self._change(optimizer)
+        finally:
+            self._window.clear()
+
+    def _change(self, optimizer: Optimizer) -> None:
+        step = GradientStep(
+            self._host.trainer,
+            self._host.module,
+            optimizer,
+            self._parameters(optimizer),
+            self._window,
+            self._host.seed,
+            self._replay_done,
+        )
+        if not step.grads:
+            return
+        if self._owners and len(self._window):
+            step.grads.update(self._owned(step))
+        if self._editors:
+            self._host.hooks.call("gw_gradient_edit", step=step)
+        _write(step)
+
+    def _owned(self, step: GradientStep) -> Mapping[str, Tensor]:
+        """The owner's gradient; nothing where the first pass or its own was not finite."""
+        if not all_finite(step.grads.values()):
+            self.nonfinite["gradients"] += 1
+            return {}
+        found = self._host.hooks.call("gw_gradient", step=step)
+        if found is None:
+            return {}
+        if not step.finite:
+            self.nonfinite["replays"] += 1
+            return {}
+        unknown = sorted(set(found) - set(step.parameters))
+        if unknown:
+            raise PluginError(f"{self._owners[0]} returned gradients of unknown parameters: {unknown}")
+        return dict(found)
+
+    def _replay_done(self) -> None:
+        if self._done:
+            self._host.hooks.call("gw_backward_done", phase="replay")
+
+    def _parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The optimizer's parameters by name; looked up again when its groups grow."""
+        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._names.get(id(optimizer))
+        if known is None or known[0] != sizes:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            named = {name: p for name, p in self._host.module.named_parameters() if id(p) in ids}
+            known = self._names[id(optimizer)] = (sizes, named)
+        return known[1]
+
+    def findings(self) -> list[Finding]:
+        """Steps in which a non-finite gradient kept the owner from acting."""
+        where = {"gradients": "the gradient was not finite, so it was left as it is", "replays": "the replay's gradient was not finite, so the first one was used"}
+        return [
+            Finding("groundwire", f"nonfinite_{kind}", "warn", count, f"In {count} steps {where[kind]}.", "train")
+            for kind, count in self.nonfinite.items()
+            if count
+        ]
+
+
+@contextmanager
+def _unscaled(trainer: Any, optimizer: Optimizer) -> Iterator[None]:
+    """Fused optimizers unscale inside ``step``, so Lightning leaves their gradients scaled: unscale and scale again."""
+    scaler = gradient_scaler(trainer)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        yield
+        return
+    scale = scaler.get_scale()
+    _multiply(optimizer, 1.0 / scale)
+    try:
+        yield
+    finally:
+        _multiply(optimizer, scale)
+
+
+def _multiply(optimizer: Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def _write(step: GradientStep) -> None:
+    """Hand the final gradient to the optimizer. Views of DDP's buckets are written into, never replaced."""
+    for name, grad in step.grads.items():
+        parameter = step.parameters[name]
+        if parameter.grad is None or not step.views:
+            parameter.grad = grad.detach()
+        elif parameter.grad is not grad:
+            parameter.grad.copy_(grad)

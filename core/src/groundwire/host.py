@@ -1,0 +1,297 @@
+"""The callback that carries a run: first in the Trainer's list while the run is open, gone afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from groundwire import checkpoint, transform
+from groundwire._lightning import is_averaging
+from groundwire.errors import PluginError, problems_error
+from groundwire.evaluation import evaluate
+from groundwire.fields import DefaultFields, GivenFields, unknown_batch
+from groundwire.gradient import GradientService
+from groundwire.hooks import Hooks, implementations, mistakes
+from groundwire.ids import IdsService
+from groundwire.keeping import FindingsService
+from groundwire.order import name_of
+from groundwire.run import RunContext
+from groundwire.scores import ScoreService
+from groundwire.seating import Seating
+from groundwire.train_data import TrainDataService
+from groundwire.types import Evaluation, Fields, Problem, Variant
+
+
+def host_of(trainer: Any) -> Host | None:
+    """The open run's host in ``trainer``, or None."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Host)), None)
+
+
+def open_run(trainer: Any, module: Any, stage: str) -> Host:
+    """The run of ``trainer``, opened if it is not open yet.
+
+    Raises:
+        PluginError: With all problems of all plugins; everything is as before then.
+    """
+    host = host_of(trainer)
+    if host is None:
+        host = Host(trainer, module, stage)
+        try:
+            host.open()
+        except BaseException:
+            host.close()
+            raise
+    return host
+
+
+class Host(Callback):
+    """One run. Services do the work; this class says when."""
+
+    def __init__(self, trainer: Any, module: Any, stage: str) -> None:
+        self.trainer, self.module, self.fn = trainer, module, str(stage)
+        self.stack = ExitStack()
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.ready = False
+        self.seating = Seating(trainer)
+        self.settings = self.seating.settings
+        self.plugins: list[Any] = []
+        self.by_name: dict[str, Any] = {}
+        self.hooks = Hooks(lambda name: RunContext(self, name))
+        self.gradient = GradientService(self)
+        self.scores = ScoreService(self)
+        self.findings = FindingsService(self)
+        self.ids = IdsService(self)
+        self.train_data = TrainDataService(self)
+        self._late_build = ExitStack()
+
+    # Opening and closing
+
+    def open(self) -> None:
+        """Take the seats, check, and transform the model."""
+        self.plugins, problems = self.seating.resolve()
+        members = [self.module, *([self.trainer.datamodule] if self.trainer.datamodule is not None else [])]
+        for plugin in self.plugins:
+            problems += mistakes(plugin, is_plugin=True)
+        for member in members:
+            problems += mistakes(member, is_plugin=False)
+        if problems:
+            raise problems_error(problems)
+        self.stack.enter_context(self.seating.taken(self))
+        self._register(members)
+        self._check(self.gradient.refresh() + self._averaging_problems())
+        checkpoint.wrap_io(self)
+        self.stack.enter_context(self._late_build)
+        transform.apply(self, self._late_build)
+        self.scores.open()
+        self.ids.open()
+        if self.fn == "fit":
+            self.train_data.open()
+
+    def close(self) -> None:
+        """Take everything away that belongs to the run."""
+        if self.plugins:
+            checkpoint.freeze_provenance(self)
+        self.stack.close()
+
+    def inserted_by(self, bundle: Any) -> Sequence[Any]:
+        """The items of ``bundle`` that take part in the run, in resolved order."""
+        return self.seating.inserted_by(bundle)
+
+    def _register(self, members: Sequence[Any]) -> None:
+        """Last registered is called first: core's default fields last of all, the user's own answers first."""
+        self.hooks.register(DefaultFields())
+        for plugin in reversed(self.plugins):
+            self._add(plugin, name_of(plugin))
+        for member, name in zip(members, ("lightning_module", "datamodule"), strict=False):
+            self._add(member, name)
+        if self.settings.fields is not None:
+            self.hooks.register(GivenFields(self.settings.fields))
+
+    def _add(self, obj: Any, name: str) -> None:
+        self.hooks.register(obj, name)
+        self.by_name[name] = obj
+
+    def _check(self, problems: list[Problem]) -> None:
+        problems = problems + self.hooks.collect("gw_check")
+        if problems:
+            raise problems_error(problems)
+
+    def _get_ready(self) -> None:
+        """Model and optimizers exist now, whichever stage comes first."""
+        if self.ready:
+            return
+        self._late_build.close()
+        self.ready = True
+        for optimizer in self.trainer.optimizers:
+            wrong = mistakes(optimizer, is_plugin=False)
+            if wrong:
+                raise problems_error(wrong)
+            if implementations(optimizer):
+                self._add(optimizer, name_of(optimizer))
+        problems = self.gradient.refresh()
+        self.scores.ready()
+        self._check(problems)
+        self.gradient.attach()
+        self.findings.ready()
+
+    def _averaging_problems(self) -> list[Problem]:
+        if not self.hooks.owners("gw_transform_model"):
+            return []
+        return [
+            Problem(
+                "groundwire",
+                f"{type(callback).__qualname__} is listed before the plugins, so it copied the model before "
+                f"{', '.join(self.hooks.owners('gw_transform_model'))} changed it",
+                "list it after them",
+            )
+            for callback in self.seating.before_plugins()
+            if is_averaging(callback)
+        ]
+
+    def refuse_early_averaging(self, owner: str) -> None:
+        """Raise if an averaging callback copied the model before ``owner`` adds a buffer to it."""
+        early = [type(c).__qualname__ for c in self.seating.before_plugins() if is_averaging(c)]
+        if early and self.fn == "fit":
+            raise PluginError(f"{early[0]} copied the model before {owner!r} corrects its head -> list it after {owner!r}")
+
+    # What plugins ask for
+
+    @property
+    def stage(self) -> str:
+        """See :attr:`RunContext.stage`."""
+        stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.fn
+        return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
+
+    def fields(self, batch: Any) -> Fields:
+        """See :meth:`RunContext.fields`."""
+        found = self.hooks.call("gw_fields", batch=batch)
+        if found is None:
+            raise unknown_batch(batch)
+        if not isinstance(found, Fields):
+            raise PluginError(f"gw_fields must return Fields or None, got {type(found).__name__}")
+        return found
+
+    def variants(self) -> list[Variant]:
+        """See :meth:`RunContext.variants`."""
+        return list(self.hooks.collect("gw_variants", module=self.module))
+
+    def evaluate(self, variant: Variant | None, stage: str) -> Evaluation:
+        """See :meth:`RunContext.evaluate`."""
+        return evaluate(self, variant, stage)
+
+    def log(self, key: str, value: Any, **kwargs: Any) -> None:
+        """See :meth:`RunContext.log`. The class's own ``log``: an instance may be muted at the moment."""
+        try:
+            type(self.module).log(self.module, key, value, **{"batch_size": 1, **kwargs})
+        except MisconfigurationException:
+            self.findings.send({key: float(value)})
+
+    # Lightning's hooks
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Second check, and the services that need optimizers."""
+        self._get_ready()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """As ``on_fit_start``, for a run that starts here."""
+        self._get_ready()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """As ``on_fit_start``, for a run that starts here."""
+        self._get_ready()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """As ``on_fit_start``, for a run that starts here."""
+        self._get_ready()
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """A new accumulation window."""
+        self.gradient.before_zero_grad()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """One more micro-batch of the window."""
+        self.gradient.before_backward()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """The gradient is complete and unclipped."""
+        self.gradient.before_optimizer_step(optimizer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Ids, and capturing where a plugin wants training scores."""
+        self.before_batch(batch, "train", 0)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Training scores."""
+        self.scores.after_batch(batch, "train")
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Ids and capturing."""
+        self.before_batch(batch, "validate", dataloader_idx)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores, except in the sanity check."""
+        if not trainer.sanity_checking:
+            self.scores.after_batch(batch, "validate")
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Ids and capturing."""
+        self.before_batch(batch, "test", dataloader_idx)
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores."""
+        self.scores.after_batch(batch, "test")
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Ids and capturing."""
+        self.before_batch(batch, "predict", dataloader_idx)
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores."""
+        self.scores.after_batch(batch, "predict")
+
+    def before_batch(self, batch: Any, stage: str, dataloader_idx: int) -> None:
+        """What every stage does before a batch."""
+        self.ids.before_batch(stage, dataloader_idx)
+        self.scores.before_batch(batch, stage)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Findings of the validation; variants are evaluated here."""
+        if not trainer.sanity_checking:
+            self.findings.collect()
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Findings of the test."""
+        self.findings.collect()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The report of ``trainer.validate``."""
+        if self.fn == "validate":
+            self.findings.write()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """The report of ``trainer.test``."""
+        self.findings.write()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Findings and report of ``fit``. Later hooks come after the strategy was torn down."""
+        self.findings.collect()
+        self.findings.write()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The run is over."""
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lightning does not call ``teardown`` when a step raises."""
+        self.close()

@@ -1,0 +1,94 @@
+"""Collecting findings on all ranks, and writing them down on the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from groundwire.types import Finding
+
+if TYPE_CHECKING:
+    from groundwire.host import Host
+
+#: One folder for all runs of a Trainer that has no log folder of its own.
+_folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+
+
+class FindingsService:
+    """The findings of one run."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._by_key: dict[tuple[Any, ...], Finding] = {}
+        self.directory: Path | None = None
+
+    @property
+    def all(self) -> list[Finding]:
+        """Findings so far; a later one replaces an earlier one of the same plugin, code, stage and epoch."""
+        return list(self._by_key.values())
+
+    def ready(self) -> None:
+        """Decide where to write. ``trainer.log_dir`` is a collective operation, so every rank asks."""
+        trainer, settings = self._host.trainer, self._host.settings
+        log_dir = trainer.log_dir
+        if trainer.fast_dev_run or not settings.report:
+            return
+        if settings.report_dir is not None:
+            self.directory = Path(settings.report_dir)
+        elif log_dir is not None and trainer.loggers:
+            self.directory = Path(log_dir) / "groundwire"
+        else:
+            now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            self.directory = _folders.setdefault(trainer, Path(trainer.default_root_dir) / "groundwire" / now)
+
+    def collect(self) -> None:
+        """Ask every plugin, on every rank; numbers also go to the loggers."""
+        stage = self._host.stage
+        epoch = self._host.trainer.current_epoch if self._host.fn == "fit" else None
+        found: list[Finding] = self._host.hooks.collect("gw_findings")
+        if stage == "train":
+            found += self._host.gradient.findings()
+        found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
+        self._by_key |= {(f.plugin, f.code, f.stage, f.epoch): f for f in found}
+        numbers = {f"{f.plugin}/{f.code}": float(f.value) for f in found if _is_number(f.value)}
+        if numbers:
+            self.send(numbers)
+
+    def send(self, metrics: Mapping[str, float]) -> None:
+        """Give ``metrics`` to the Trainer's loggers, which write on rank 0 only."""
+        for logger in self._host.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self._host.trainer.global_step)
+
+    def write(self) -> None:
+        """Write ``findings.json`` and ``report.html``, if there is something to tell."""
+        host = self._host
+        if self.directory is None or not host.trainer.is_global_zero:
+            return
+        sections = list(host.hooks.by_owner("gw_section", findings=self.all).items())
+        if not (sections or self._by_key):
+            return
+        # Only here: the page's libraries would slow every import down.
+        from groundwire.report import Report
+
+        report = Report.read(self.directory) if (self.directory / "findings.json").exists() else Report()
+        report.meta.update(_meta(host))
+        report.add(self.all)
+        report.write(self.directory, sections)
+        host.hooks.call("gw_report", report=report)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _meta(host: Host) -> dict[str, Any]:
+    return {
+        "module": type(host.module).__qualname__,
+        "plugins": [getattr(p, "name", type(p).__name__) for p in host.plugins],
+        "max_epochs": host.trainer.max_epochs,
+        "global_step": host.trainer.global_step,
+    }

@@ -1,0 +1,125 @@
+"""What a plugin holds of the run that it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from groundwire.seeds import derive_seed
+from groundwire.types import Evaluation, Fields, Finding, Head, Variant
+
+if TYPE_CHECKING:
+    from groundwire.host import Host
+
+
+class RunContext:
+    """The run, as one plugin sees it. It is valid while the run is open.
+
+    Attributes:
+        owner: Name of the plugin that holds this view.
+    """
+
+    __slots__ = ("_host", "owner")
+
+    def __init__(self, host: Host, owner: str) -> None:
+        self._host = host
+        self.owner = owner
+
+    @property
+    def trainer(self) -> Any:
+        """The user's Trainer."""
+        return self._host.trainer
+
+    @property
+    def module(self) -> Any:
+        """The user's LightningModule, never a wrapper of it."""
+        return self._host.module
+
+    @property
+    def stage(self) -> str:
+        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
+        return self._host.stage
+
+    @property
+    def ready(self) -> bool:
+        """Whether model and optimizers exist."""
+        return self._host.ready
+
+    @property
+    def plugins(self) -> Sequence[Any]:
+        """The run's plugins in resolved order."""
+        return tuple(self._host.plugins)
+
+    @property
+    def step_seed(self) -> int:
+        """A seed that is a function of the global seed and the global step: equal on all ranks and after a resume."""
+        return derive_seed(self._host.seed, self._host.trainer.global_step)
+
+    @property
+    def head(self) -> Head | None:
+        """The layer that produces the scores, once it is known: named in ``Plugins(head=...)`` or found by itself."""
+        return self._host.scores.head
+
+    @property
+    def ids(self) -> list[int] | None:
+        """Dataset indices of the current batch (needs ``needs_ids = True``); None where the loader has none."""
+        return self._host.ids.current
+
+    @property
+    def features(self) -> Tensor | None:
+        """Input of the head for the current batch, detached; needs ``needs_features = True``."""
+        return self._host.scores.features
+
+    @property
+    def raw_scores(self) -> Tensor | None:
+        """Scores of the current batch before the offset, float32, detached."""
+        return self._host.scores.raw
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings of the run so far, of this rank."""
+        return list(self._host.findings.all)
+
+    def fields(self, batch: Any) -> Fields:
+        """What ``batch`` holds.
+
+        Raises:
+            PluginError: Nobody can read the batch.
+        """
+        return self._host.fields(batch)
+
+    def variants(self) -> list[Variant]:
+        """Other versions of the model that the run's plugins offer."""
+        return self._host.variants()
+
+    def evaluate(self, variant: Variant | None = None, stage: str = "validate") -> Evaluation:
+        """Evaluate ``variant`` (the model itself when None) on the loaders of ``stage``, with the Trainer's limits.
+
+        Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
+        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes.
+
+        Raises:
+            PluginError: No evaluation is going on, or a loader can be read only once.
+        """
+        return self._host.evaluate(variant, stage)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """Log ``value`` as ``"<plugin>/<name>"``; ``kwargs`` as for ``LightningModule.log``.
+
+        Where Lightning does not allow ``self.log``, the value goes straight to the Trainer's loggers.
+        """
+        self._host.log(f"{self.owner}/{name}", value, **kwargs)
+
+    def offset(self, owner: str, vector: Tensor) -> None:
+        """Add ``vector`` to the head's scores from now on, until the run ends. Calling again writes the new values.
+
+        Args:
+            owner: Name of the plugin that corrects this head. A head takes one correction.
+            vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv).
+
+        Raises:
+            PluginError: The head is unknown, ``vector`` does not fit it, or another plugin corrects it already.
+        """
+        self._host.scores.set_offset(owner, vector)

@@ -1,0 +1,139 @@
+"""Choosing the training rows before Lightning builds its loader from the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+
+from groundwire._lightning import instance_attribute, request_reload, train_source
+from groundwire.errors import PluginError
+
+if TYPE_CHECKING:
+    from groundwire.host import Host
+
+
+class TrainData:
+    """The training data of a run, as ``gw_train_data`` sees it.
+
+    Attributes:
+        loader: The user's loader.
+        dataset: Its data set.
+    """
+
+    def __init__(self, loader: Any, trainer: Any = None) -> None:
+        self.loader = loader
+        self.dataset = getattr(loader, "dataset", None)
+        self._trainer = trainer
+        self._kept: list[int] | None = None
+        self._weights: torch.Tensor | None = None
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Train on the rows ``indices`` of :attr:`dataset` only; several calls keep what all of them keep.
+
+        Raises:
+            PluginError: An index is out of range, nothing would remain, or the rows cannot be chosen.
+        """
+        size = self._size()
+        wanted = [int(i) for i in indices]
+        wrong = next((i for i in wanted if not 0 <= i < size), None)
+        if wrong is not None:
+            raise PluginError(f"keep: index {wrong} is outside the data set of {size} rows")
+        allowed = None if self._kept is None else set(self._kept)
+        self._kept = [i for i in wanted if allowed is None or i in allowed]
+        if not self._kept:
+            raise PluginError("keep: no training row would remain")
+
+    def weights(self, values: Sequence[float]) -> None:
+        """Draw row i with probability proportional to ``values[i]``, with replacement, as many rows as there are.
+
+        Raises:
+            PluginError: Wrong length, a negative or non-finite weight, or all zero.
+        """
+        weights = torch.as_tensor(values, dtype=torch.float64)
+        if weights.shape != (self._size(),):
+            raise PluginError(f"weights: {tuple(weights.shape)} given for a data set of {self._size()} rows")
+        if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool(weights.sum() > 0):
+            raise PluginError("weights must be finite, not negative, and not all zero")
+        self._weights = weights if self._weights is None else self._weights * weights
+
+    def reload(self) -> None:
+        """Ask for the training data again at the next epoch."""
+        if self._trainer is not None:
+            request_reload(self._trainer)
+
+    def result(self) -> Any:
+        """The user's loader, or one like it with the chosen rows."""
+        if self._kept is None and self._weights is None:
+            return self.loader
+        kept = list(range(self._size())) if self._kept is None else self._kept
+        dataset = self.dataset if self._kept is None else Subset(self.dataset, kept)
+        weights = None if self._weights is None else self._weights[kept]
+        return _like(self.loader, dataset, weights)
+
+    def _size(self) -> int:
+        loader = self.loader
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            raise PluginError(
+                f"the training rows of a {type(loader).__name__} cannot be chosen -> use one DataLoader with a map-style "
+                "data set"
+            )
+        return len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -> DataLoader[Any]:
+    """A loader that differs from ``loader`` in its rows only.
+
+    Raises:
+        PluginError: ``loader`` has a sampler of its own, whose indices mean rows of the old data set.
+    """
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    plain = type(loader.batch_sampler) is torch.utils.data.BatchSampler
+    if not (plain and (shuffled or isinstance(loader.sampler, SequentialSampler)) and type(loader) is DataLoader):
+        raise PluginError(
+            f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be chosen: its "
+            "indices mean rows of the whole data set -> use shuffle=True, or select the rows before making the loader"
+        )
+    sampler: Sampler[int] | None = None
+    if weights is not None:
+        sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=loader.generator)
+    names = ("batch_size", "drop_last", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
+    names += ("generator", "prefetch_factor", "persistent_workers", "multiprocessing_context", "pin_memory_device", "in_order")
+    options = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
+    return DataLoader(dataset, shuffle=shuffled if sampler is None else None, sampler=sampler, **options)
+
+
+class TrainDataService:
+    """Calls ``gw_train_data`` whenever the fit loop asks for the loader.
+
+    That is after callback state was restored, so a plugin that decided before a resume knows its decision, and still
+    before anything that counts batches.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def open(self) -> None:
+        """Step between the fit loop and where it gets its loader."""
+        host = self._host
+        if not host.hooks.owners("gw_train_data"):
+            return
+        source = train_source(host.trainer)
+        original = source.dataloader
+
+        def dataloader() -> Any:
+            data = TrainData(original(), host.trainer)
+            host.hooks.call("gw_train_data", data=data)
+            return data.result()
+
+        host.stack.enter_context(instance_attribute(source, "dataloader", dataloader))

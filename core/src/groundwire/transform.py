@@ -1,0 +1,70 @@
+"""Letting plugins change the model's structure at the only right moment.
+
+The model may exist before the run, be built in ``LightningModule.setup``, or in ``configure_model``; weights are
+restored and optimizers made right after. So the hook runs once at opening and once more behind ``configure_model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from groundwire._lightning import instance_attribute, spawns_processes
+from groundwire.errors import problems_error
+from groundwire.types import Problem
+
+if TYPE_CHECKING:
+    from groundwire.host import Host
+
+#: Which plugins changed a model, for ``export``. The model itself carries no trace of it.
+_plugins_of: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def apply(host: Host, stack: ExitStack) -> None:
+    """Transform now, and again after ``configure_model`` as long as ``stack`` is open."""
+    remember(host.module, host.plugins)
+    if not host.hooks.owners("gw_transform_model"):
+        return
+    _transform(host)
+    original = host.module.configure_model
+
+    def configure_model() -> None:
+        original()
+        _transform(host)
+
+    # Lightning takes an instance attribute for an override and calls it. It would not survive pickle, so it is
+    # gone before training starts.
+    stack.enter_context(instance_attribute(host.module, "configure_model", configure_model))
+
+
+def _transform(host: Host) -> None:
+    before = set(host.module.state_dict()) if spawns_processes(host.trainer) else None
+    host.hooks.call("gw_transform_model", module=host.module)
+    if before is not None and set(host.module.state_dict()) != before:
+        raise problems_error([_only_in_children(host)])
+
+
+def _only_in_children(host: Host) -> Problem:
+    owners = ", ".join(host.hooks.owners("gw_transform_model"))
+    strategy = type(host.trainer.strategy).__name__
+    return Problem(
+        owners,
+        f"the model would change in the child processes of {strategy} only, and this process would silently keep "
+        "initial weights",
+        "transform the model before fit, or use strategy='ddp'",
+    )
+
+
+def remember(module: nn.Module, plugins: Sequence[Any]) -> None:
+    """Note that ``plugins`` were at work on ``module``."""
+    known = _plugins_of.get(module, ())
+    _plugins_of[module] = known + tuple(p for p in plugins if p not in known)
+
+
+def plugins_of(module: nn.Module) -> tuple[Any, ...]:
+    """The plugins that were at work on ``module`` in this process."""
+    return _plugins_of.get(module, ())

@@ -1,0 +1,134 @@
+"""Recording the batches of one accumulation window, so that they can be run again.
+
+Recorded in the strategy's ``on_train_batch_start``, the last thing before the step: a callback would see the batch
+before the module and later callbacks edit it. Committed when the backward starts, forgotten when gradients are
+zeroed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from groundwire._lightning import collect_rng_states, instance_attribute
+from groundwire.errors import PluginError
+from groundwire.types import MicroBatch
+
+
+def copy_containers(value: Any) -> Any:
+    """A copy of nested lists, tuples, dicts and dataclasses that shares every leaf.
+
+    Example:
+        >>> batch = {"x": [1, 2]}
+        >>> twin = copy_containers(batch)
+        >>> batch.pop("x"), twin
+        ([1, 2], {'x': [1, 2]})
+    """
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = copy_containers(item)
+        return twin
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copy_containers, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(copy_containers, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _copy_dataclass(value)
+    return value
+
+
+def _copy_dataclass(value: Any) -> Any:
+    twin = copy.copy(value)
+    for item in dataclasses.fields(value):
+        if hasattr(value, item.name):
+            object.__setattr__(twin, item.name, copy_containers(getattr(value, item.name)))
+    return twin
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers.
+
+    Example:
+        >>> import torch
+        >>> len(list(tensors_in([torch.zeros(1), {"y": torch.zeros(2)}])))
+        2
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, f.name, None) for f in dataclasses.fields(value)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A micro-batch with what tells whether, and how, it can be replayed."""
+
+    micro_batch: MicroBatch
+    rng_states: dict[str, Any]
+    versions: tuple[tuple[Tensor, int], ...]
+
+    def refuse_if_edited(self) -> None:
+        """Raise if ``training_step`` changed a tensor of the batch in place: the replay would see other data."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise PluginError(
+                    f"training_step changed a tensor of batch {self.micro_batch.batch_idx} in place (shape "
+                    f"{tuple(tensor.shape)}), so a replay would see other data -> write `x = x.add(...)` or clone it"
+                )
+
+
+def record(batch: Any, batch_idx: int) -> Recorded:
+    """Remember ``batch`` as it is now, with the random states of now."""
+    twin = copy_containers(batch)
+    versions = tuple((t, t._version) for t in tensors_in(twin) if not t.is_inference())
+    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions)
+
+
+class Window:
+    """The micro-batches since gradients were last zeroed."""
+
+    def __init__(self) -> None:
+        self._pending: Recorded | None = None
+        self._committed: list[Recorded] = []
+
+    def __len__(self) -> int:
+        return len(self._committed)
+
+    def __iter__(self) -> Iterator[Recorded]:
+        return iter(self._committed)
+
+    def recording(self, trainer: Any) -> AbstractContextManager[None]:
+        """While open, each training batch of ``trainer`` becomes the pending one."""
+        original = trainer.strategy.on_train_batch_start
+
+        def on_train_batch_start(batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self._pending = record(batch, batch_idx)
+            return original(batch, batch_idx, *args, **kwargs)
+
+        return instance_attribute(trainer.strategy, "on_train_batch_start", on_train_batch_start)
+
+    def commit(self, once: bool) -> None:
+        """A backward of the pending batch starts; ``once`` counts several backwards of one batch as one."""
+        if self._pending is not None and not (once and any(r is self._pending for r in self._committed)):
+            self._committed.append(self._pending)
+
+    def clear(self) -> None:
+        """Gradients were zeroed, or the step is done."""
+        self._committed.clear()
+
+    def close(self) -> None:
+        """Let go of all batches."""
+        self.clear()
+        self._pending = None
