@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
-
 Severity: TypeAlias = Literal["info", "warn", "fail"]
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 Scalar: TypeAlias = bool | int | float | str | None
