@@ -1,0 +1,9 @@
+"""The errors that groundwire raises on purpose."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+class PluginError(MisconfigurationException):
+    """A plugin cannot be found, imported or made; the text says which one, why, and what to do."""
