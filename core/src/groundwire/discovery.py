@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
 GROUP = "groundwire"
+UNKNOWN = "unknown"
 #: Names of plugins, separated by commas, that must be treated as if they were not installed.
 DISABLE = "GROUNDWIRE_DISABLE"
 
@@ -97,7 +98,7 @@ def load_plugin(name: str, **init: Any) -> Callback:
     if row is None:
         _refuse(_unknown(name, [row.name for row in rows]))
     if row.status != "found":
-        _refuse(f"Plugin {name!r} is {row.status}: {row.reason}.")
+        _refuse(f"Plugin {name!r} cannot be loaded ({row.status}): {row.reason}.")
     try:
         cls = _import(row)
     except (Exception, SystemExit) as error:
@@ -113,7 +114,7 @@ def _distributions() -> Iterator[Distribution]:
     seen = set()
     for dist in distributions():
         name = _label(dist)[0].lower().replace("_", "-").replace(".", "-")
-        if name not in seen:
+        if name == UNKNOWN or name not in seen:
             seen.add(name)
             yield dist
 
@@ -132,9 +133,11 @@ def _rows(dist: Distribution) -> Iterator[Installed]:
 
 def _label(dist: Distribution) -> tuple[str, str]:
     try:
-        return str(dist.metadata["Name"] or "unknown"), str(dist.version or "unknown")
-    except Exception:  # a folder without METADATA
-        return "unknown", "unknown"
+        metadata = dist.metadata
+        name, version = (str(metadata[key]) if key in metadata else UNKNOWN for key in ("Name", "Version"))
+    except Exception:  # half removed or damaged: it must not hide the others
+        return UNKNOWN, UNKNOWN
+    return name, version
 
 
 def _judge(rows: list[Installed]) -> list[Installed]:
@@ -147,7 +150,7 @@ def _judge(rows: list[Installed]) -> list[Installed]:
         if row.name in off:
             return replace(row, status="disabled", reason=f"named in the environment variable {DISABLE}")
         if len(owners[row.name]) > 1:
-            reason = f"{' and '.join(owners[row.name])} both give this name; uninstall one"
+            reason = f"{' and '.join(sorted(owners[row.name]))} give the same name; uninstall one"
             return replace(row, status="duplicate", reason=reason)
         return row
 
