@@ -131,7 +131,7 @@ def test_a_disabled_plugin_is_neither_imported_nor_loaded(site, monkeypatch):
     monkeypatch.setenv("GROUNDWIRE_DISABLE", "other, good,broken")
     assert [row.status for row in installed(check=True)] == ["disabled", "disabled"]
     assert "gw_good" not in sys.modules
-    with pytest.raises(PluginError, match="disabled.*GROUNDWIRE_DISABLE"):
+    with pytest.raises(PluginError, match=r"disabled.*GROUNDWIRE_DISABLE"):
         load_plugin("good")
 
 
