@@ -1,0 +1,73 @@
+# Every target makes .venv by itself. It is installed into again only when a pyproject.toml, the pins or the list of
+# development tools changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
+.PHONY: help demo test lint docs bench wheels clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo     see one callback at work on real data; ARGS="--seeds 5", ARGS="--help"'
+	@echo 'make test     run the tests; ARGS="tests/test_idx.py -v"'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make docs     build the documentation into site/'
+	@echo 'make bench    measure what core costs; ARGS="--quick"'
+	@echo 'make wheels   build the wheels of core and of each plugin into dist/'
+	@echo 'make clean    remove everything that make made'
+	@echo 'PYTHON=...    the Python (>= 3.11) that .venv is made with'
+
+demo: $(VENV)/.demo
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+docs: $(VENV)/.dev
+	@$(RUN) -m mkdocs build --strict
+
+bench: $(VENV)/.demo
+	@$(RUN) benchmarks/core.py $(ARGS)
+
+# Without build isolation: the pinned setuptools is used. A build folder of an earlier time would end up in the wheel.
+wheels: $(VENV)/.dev
+	@rm -rf dist core/build plugins/*/build
+	@for package in core $(PLUGINS); do \
+	    $(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist ./$$package || exit 1; \
+	done; ls dist
+
+clean:
+	@rm -rf $(VENV) dist site build groundwire-demo core/build plugins/*/build */src/*.egg-info plugins/*/src/*.egg-info
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+
+$(VENV)/.made:
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'groundwire needs Python >= 3.11, and "$(PYTHON)" is not: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo 'Making $(VENV)'
+	@'$(PYTHON)' -m venv --clear $(VENV)
+	@touch $@
+
+# Torch is the largest download by far, so it gets a line of its own. setuptools builds the editable packages.
+$(VENV)/.torch: constraints.txt | $(VENV)/.made
+	@echo 'Installing torch (the longest step; only once)'
+	@$(INSTALL) setuptools torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch core/pyproject.toml plugins/cram/pyproject.toml
+	@echo 'Installing groundwire, CrAM and scikit-learn'
+	@$(INSTALL) scikit-learn -e ./core -e ./plugins/cram
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo requirements-dev.txt $(addsuffix /pyproject.toml,$(PLUGINS))
+	@echo 'Installing all plugins and what the tests need'
+	@$(INSTALL) -r requirements-dev.txt $(addprefix -e ./,$(PLUGINS))
+	@touch $@
