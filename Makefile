@@ -5,7 +5,7 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt
+INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 .PHONY: help demo test lint docs bench wheels clean
@@ -42,7 +42,7 @@ bench: $(VENV)/.demo
 wheels: $(VENV)/.dev
 	@rm -rf dist core/build plugins/*/build
 	@for package in core $(PLUGINS); do \
-	    $(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist ./$$package || exit 1; \
+	    $(RUN) -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps -w dist ./$$package || exit 1; \
 	done; ls dist
 
 clean:

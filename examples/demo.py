@@ -17,6 +17,7 @@ from idx import IDXError
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,7 +63,7 @@ def train(data: Data, epochs: int, seed: int, folder: Path, callbacks: Sequence[
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
-        default_root_dir=folder,
+        logger=CSVLogger(folder, name=None),
         accelerator="cpu",
         log_every_n_steps=10,
         enable_progress_bar=False,
@@ -81,7 +82,7 @@ Results = dict[str, list[list[float]]]
 
 def ways(epochs: int) -> dict[str, tuple[int, list[pl.Callback]]]:
     cram = CrAM(sparsities=(0.5, 0.7, 0.8, 0.9, 0.95), rho=0.05, evaluate_every=max(1, epochs // 3))
-    return {"SGD": (epochs, []), "SGD with twice the epochs": (2 * epochs, []), "SGD with CrAM": (epochs, [cram])}
+    return {"SGD": (epochs, []), "SGD twice as long": (2 * epochs, []), "SGD with CrAM": (epochs, [cram])}
 
 
 def accuracies(model: Net, data: Data) -> list[float]:
@@ -117,7 +118,7 @@ def compare(load: Callable[[int], Data], seeds: int, epochs: int, output: Path) 
 
 @contextmanager
 def progress(epochs: int) -> Iterator[Callable[..., None]]:
-    text, left = TextColumn("{task.description:<33}"), TextColumn("epochs, time left")
+    text, left = TextColumn("{task.description:<25}"), TextColumn("epochs, time left")
     with Progress(text, BarColumn(), MofNCompleteColumn(), left, TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=epochs)
         yield lambda what, *_: bar.update(task, description=what, advance=1)

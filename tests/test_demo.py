@@ -29,7 +29,7 @@ def demo(monkeypatch):
 
 def check(results, output, seeds):
     """Three ways of training, dense and three levels each."""
-    assert list(results) == ["SGD", "SGD with twice the epochs", "SGD with CrAM"]
+    assert list(results) == ["SGD", "SGD twice as long", "SGD with CrAM"]
     accuracies = np.array([results[name] for name in results])
     assert accuracies.shape == (3, seeds, 4)
     assert ((accuracies >= 0) & (accuracies <= 100)).all()
