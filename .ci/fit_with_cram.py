@@ -2,13 +2,14 @@
 
 import sys
 
-import groundwire
-import groundwire_cram
 import lightning.pytorch as pl
 import torch
-from groundwire_cram import CrAM, prune
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import groundwire
+import groundwire_cram
+from groundwire_cram import CrAM, prune
 
 
 class Net(pl.LightningModule):

@@ -176,7 +176,7 @@ def main(
     load = partial(digits, limit=limit) if data is None else partial(files, data, limit=limit)
     results, page = compare(load, seeds, epochs, output)
     console = Console()
-    console.print(table(results, f"Test accuracy (%), {epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"))
+    console.print(table(results, f"Test accuracy (%); epochs: {epochs}, seeds: {seeds}"))
     console.print(summary(results), soft_wrap=True, highlight=False)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     return results
