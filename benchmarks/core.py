@@ -1,0 +1,194 @@
+"""What core costs: an idle plugin, a replayed step, the import, and what it adds to a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from measure import Row, interleaved, show, write
+from torch import nn
+from torch.nn import functional as F
+
+from groundwire import GradientStep, Plugin, hookimpl
+
+TINY = (8, 4, 2)
+#: 2.4 million parameters.
+SMALL = (784, 1024, 1024, 512, 10)
+
+
+class Idle(Plugin):
+    """A plugin that does nothing."""
+
+
+class Replayer(Plugin):
+    """The gradient of a second pass in place of the first, and nothing else."""
+
+    @hookimpl
+    def gw_gradient(self, step: GradientStep) -> dict[str, torch.Tensor]:
+        with step.perturbed(()):
+            return step.replay()
+
+
+class Classifier(pl.LightningModule):
+    """A perceptron that takes the time of its training epoch."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.layers(x), y)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+    def on_train_epoch_start(self):
+        self.begin = time.perf_counter()
+
+    def on_train_epoch_end(self):
+        self.seconds = time.perf_counter() - self.begin
+
+
+class TwoPasses(Classifier):
+    """Two forward and two backward passes a step, without any plugin: the first gradient is dropped by zero_grad."""
+
+    def training_step(self, batch, batch_idx):
+        self.loss(batch).backward()
+        return self.loss(batch)
+
+
+class Batches:
+    """The same batch again and again, so that loading takes no time."""
+
+    def __init__(self, sizes: tuple[int, ...], rows: int, steps: int) -> None:
+        self.batch, self.steps = (torch.randn(rows, sizes[0]), torch.randint(sizes[-1], (rows,))), steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch] * self.steps)
+
+
+def fit(
+    module: type[Classifier], sizes: tuple[int, ...], rows: int, steps: int, *callbacks: type[pl.Callback]
+) -> pl.Trainer:
+    pl.seed_everything(0)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+        callbacks=[callback() for callback in callbacks],
+        **options,
+    )
+    trainer.fit(module(sizes), Batches(sizes, rows, steps))
+    return trainer
+
+
+def seconds_per_step(*arguments: Any) -> float:
+    trainer = fit(*arguments)
+    return trainer.lightning_module.seconds / trainer.global_step
+
+
+def idle(repeats: int, steps: int) -> list[Row]:
+    ways = {"none": (), "callback": (pl.Callback,), "plugin": (Idle,)}
+    timed = {name: partial(seconds_per_step, Classifier, TINY, 4, steps, *classes) for name, classes in ways.items()}
+    found = interleaved("an idle plugin", repeats, timed)
+
+    def beyond_none(name: str) -> list[float]:
+        return [1e6 * (one - none) for one, none in zip(found[name], found["none"], strict=True)]
+
+    return [
+        Row("idle plugin per step", "us", beyond_none("plugin"), target=25),
+        Row("empty Lightning callback per step", "us", beyond_none("callback")),
+        Row("step without either", "us", [1e6 * value for value in found["none"]]),
+    ]
+
+
+def replay(repeats: int, steps: int) -> list[Row]:
+    ways = {"two passes": (TwoPasses, SMALL, 64, steps), "replay": (Classifier, SMALL, 64, steps, Replayer)}
+    found = interleaved(
+        "a replayed step", repeats, {name: partial(seconds_per_step, *way) for name, way in ways.items()}
+    )
+    ratios = [one / two for one, two in zip(found["replay"], found["two passes"], strict=True)]
+    return [
+        Row("replayed step vs two plain passes, batch 64", "ratio", ratios, target=1.03),
+        Row("step of two plain passes", "ms", [1e3 * value for value in found["two passes"]]),
+    ]
+
+
+def imports(repeats: int) -> list[Row]:
+    """In fresh processes, after lightning was imported there."""
+    asked = {"import groundwire": "groundwire", "and use groundwire.Plugin": "groundwire.plugin"}
+    asked["and all that a run loads"] = "groundwire.host"
+    ways = {what: partial(import_seconds, module) for what, module in asked.items()}
+    found = interleaved("imports", repeats, ways)
+    return [Row(f"{what}, beyond lightning", "s", values, target=0.1) for what, values in found.items()]
+
+
+def import_seconds(module: str) -> float:
+    code = f"import time, lightning; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True).stdout)
+
+
+def checkpoints() -> list[Row]:
+    """Exact numbers, so one repeat: a model of 2.4 million parameters with its momentum."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {}
+        for name, callbacks in {"without": (), "with": (Idle, Replayer)}.items():
+            file = Path(folder, name)
+            fit(Classifier, SMALL, 64, 1, *callbacks).save_checkpoint(file)
+            sizes[name] = file.stat().st_size
+    return [
+        Row("checkpoint with two plugins vs without", "ratio", [sizes["with"] / sizes["without"]]),
+        Row("checkpoint: added by two plugins", "bytes", [sizes["with"] - sizes["without"]]),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(
+        description="Measure what groundwire's core costs, each way in turn with the others."
+    )
+    parser.add_argument("--quick", action="store_true", help="7 repeats instead of 21")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values of all repeats")
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|GPU available).*")
+    repeats = 7 if options.quick else 21
+    rows = measure(repeats, options.steps)
+    show(rows)
+    if options.json is not None:
+        write(options.json, rows, repeats=repeats)
+    return rows
+
+
+def measure(repeats: int, steps: int | None) -> list[Row]:
+    """Few repeats of the imports: each is a process."""
+    if steps is not None:
+        repeats = 1
+    return [*idle(repeats, steps or 1000), *replay(repeats, steps or 30), *imports(min(repeats, 9)), *checkpoints()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Measuring several ways in turn, and showing what came out next to its target."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result: its values, one per repeat, and what the median should be at most."""
+
+    what: str
+    unit: str
+    values: Sequence[float]
+    target: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.target is None else self.median <= self.target
+
+
+def interleaved(what: str, repeats: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each way returned, repeat by repeat; every other repeat goes backwards, so that a drift hits all alike."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()  # The first time is slower for reasons of its own: caches, allocators, lazy imports.
+    for repeat in track(range(repeats), what, transient=True):
+        for name in list(ways)[:: -1 if repeat % 2 else 1]:
+            found[name].append(ways[name]())
+    return found
+
+
+def show(rows: Iterable[Row]) -> None:
+    table = Table("measured", "median", "min", "max", "unit", "target", "met")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for row in rows:
+        numbers = (f"{value:.4g}" for value in (row.median, min(row.values), max(row.values)))
+        target = "" if row.target is None else f"<= {row.target:g}"
+        table.add_row(row.what, *numbers, row.unit, target, {None: "", True: "yes", False: "NO"}[row.met])
+    Console().print(table)
+
+
+def write(path: Path, rows: Iterable[Row], **settings: Any) -> None:
+    """All values of all repeats, and what they were measured with."""
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    results = [asdict(row) | {"median": row.median, "met": row.met} for row in rows]
+    path.write_text(json.dumps({"settings": settings, "machine": machine, "results": results}, indent=2) + "\n")
