@@ -148,7 +148,7 @@ def kit(tmp_path):
 
     def fit(module, *callbacks, loader=None, val=None, package=pl, ckpt_path=None, **options):
         made = trainer(*callbacks, package=package, **options)
-        made.fit(module, loader or DataLoader(data(), 8), val, ckpt_path=ckpt_path)
+        made.fit(module, DataLoader(data(), 8) if loader is None else loader, val, ckpt_path=ckpt_path)
         return made
 
     return SimpleNamespace(

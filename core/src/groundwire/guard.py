@@ -89,7 +89,7 @@ class Snapshot:
             self._save_container(owner, value)
         elif isinstance(value, nn.Module):
             for name, child in value.named_modules():
-                self._save_module(f"{owner}.{name}", child)
+                self._save_module(f"{owner}.{name}" if name else owner, child)
 
     def _save_tensor(self, owner: str, value: Tensor, store: dict[str, Any] | None, key: str) -> None:
         if store is not None:
