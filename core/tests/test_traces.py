@@ -237,7 +237,7 @@ def test_unseen_works_without_a_trainer():
 
 
 def test_core_imports_no_plugin():
-    code = "import groundwire, sys; [getattr(groundwire, n) for n in groundwire.__all__]; print(*sys.modules)"
+    code = "import groundwire.host, sys; [getattr(groundwire, n) for n in groundwire.__all__]; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "groundwire.host" in modules
     assert not [name for name in modules if name.startswith("groundwire_")]
