@@ -53,7 +53,7 @@ class Host(Callback):
     """One run. Services do the work; this class says when."""
 
     def __init__(self, trainer: Any, module: Any, stage: str) -> None:
-        self.trainer, self.module, self.fn = trainer, module, str(stage)
+        self.trainer, self.module, self.fn = trainer, module, str(getattr(stage, "value", stage))
         self.stack = ExitStack()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.ready = False

@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from groundwire._lightning import instance_attribute, request_reload, train_source
+from groundwire._lightning import choosing_train_loader, request_reload
 from groundwire.errors import PluginError
 
 if TYPE_CHECKING:
@@ -128,12 +128,10 @@ class TrainDataService:
         host = self._host
         if not host.hooks.owners("gw_train_data"):
             return
-        source = train_source(host.trainer)
-        original = source.dataloader
 
-        def dataloader() -> Any:
-            data = TrainData(original(), host.trainer)
+        def choose(loader: Any) -> Any:
+            data = TrainData(loader, host.trainer)
             host.hooks.call("gw_train_data", data=data)
             return data.result()
 
-        host.stack.enter_context(instance_attribute(source, "dataloader", dataloader))
+        host.stack.enter_context(choosing_train_loader(host.trainer, choose))
