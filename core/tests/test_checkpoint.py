@@ -5,12 +5,13 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Plugin, PluginError, export, hookimpl, load
-from groundwire.checkpoint import KEY, ProvenanceIO, init_arguments, is_plain, to_plain
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+
+from groundwire import Plugin, PluginError, export, hookimpl, load
+from groundwire.checkpoint import KEY, ProvenanceIO, init_arguments, is_plain, to_plain
 
 
 class Scale(nn.Module):
@@ -54,7 +55,9 @@ def saved(kit, trainer, **options):
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_every_save_carries_provenance_also_after_fit_and_by_model_checkpoint(kit, weights_only):
-    keep = pl.callbacks.ModelCheckpoint(kit.path / "kept", every_n_train_steps=2, save_top_k=-1, save_weights_only=weights_only)
+    keep = pl.callbacks.ModelCheckpoint(
+        kit.path / "kept", every_n_train_steps=2, save_top_k=-1, save_weights_only=weights_only
+    )
     trainer = kit.fit(kit.Net(), Scaling(), keep, enable_checkpointing=True)
     during = [torch.load(p, weights_only=True) for p in (kit.path / "kept").iterdir()]
     _, after = saved(kit, trainer, weights_only=weights_only)
@@ -113,7 +116,9 @@ def test_load_makes_plugins_again_by_name_and_names_one_that_is_not_installed(ki
     with pytest.raises(PluginError, match="scaling"):
         load(kit.Net, path)
     made = []
-    monkeypatch.setattr("groundwire.discovery.load_plugin", lambda name, **init: made.append((name, init)) or Scaling(**init))
+    monkeypatch.setattr(
+        "groundwire.discovery.load_plugin", lambda name, **init: made.append((name, init)) or Scaling(**init)
+    )
     load(kit.Net, path)
     assert made == [("scaling", {"factor": 0.25})]
 

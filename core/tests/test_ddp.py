@@ -5,9 +5,10 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Finding, Plugin, hookimpl
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
+
+from groundwire import Finding, Plugin, hookimpl
 
 
 def interleaved(kit):
@@ -38,7 +39,12 @@ def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
     callbacks = [Watch()]
     trainer = kit.trainer(
-        *callbacks, strategy=strategy, devices=2, accumulate_grad_batches=2, gradient_clip_val=0.3, use_distributed_sampler=False
+        *callbacks,
+        strategy=strategy,
+        devices=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.3,
+        use_distributed_sampler=False,
     )
     trainer.fit(Module())
     first, second = (torch.load(kit.path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 import torchmetrics
-from groundwire import Plugin, PluginError, TrainData, Variant, hookimpl
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from groundwire import Plugin, PluginError, TrainData, Variant, hookimpl
 
 
 class Scaled(Plugin):

@@ -4,6 +4,7 @@ import json
 
 import lightning.pytorch as pl
 import pytest
+
 from groundwire import Finding, Plugin, Plugins, Report, Section, Table, hookimpl
 
 
@@ -16,7 +17,10 @@ class Finds(Plugin):
     @hookimpl
     def gw_findings(self, run):
         number = len(run.findings)
-        return [Finding("finds", "count", "info", number, f"{number} so far."), Finding("finds", "word", "warn", "x", "A word.")]
+        return [
+            Finding("finds", "count", "info", number, f"{number} so far."),
+            Finding("finds", "word", "warn", "x", "A word."),
+        ]
 
     @hookimpl
     def gw_section(self, findings):

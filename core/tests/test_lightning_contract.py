@@ -5,10 +5,11 @@ import inspect
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import _lightning
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+
+from groundwire import _lightning
 
 
 @pytest.fixture

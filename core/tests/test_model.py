@@ -6,12 +6,13 @@ import pickle
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Plugin, PluginError, Plugins, hookimpl
-from groundwire.head import find_head
-from groundwire.scores import combine
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
+
+from groundwire import Plugin, PluginError, Plugins, hookimpl
+from groundwire.head import find_head
+from groundwire.scores import combine
 
 
 class Half(nn.Module):
@@ -186,7 +187,8 @@ def test_the_head_is_found(case, inference):
 
 
 @pytest.mark.parametrize(
-    ("net", "text"), [(Functional(), "body and from a parameter of no layer"), (TwoHeads(), "h1, h2"), (nn.ReLU(), "no Linear")]
+    ("net", "text"),
+    [(Functional(), "body and from a parameter of no layer"), (TwoHeads(), "h1, h2"), (nn.ReLU(), "no Linear")],
 )
 def test_an_ambiguous_head_is_refused_with_the_candidates(net, text):
     with pytest.raises(PluginError, match=rf"{text}.*Plugins\(head="):
@@ -250,7 +252,9 @@ def test_a_module_without_forward_needs_a_name_and_says_so(kit):
     kit.trainer(Plugins([Observer()], head="net.3")).validate(Module(), kit.loader(), verbose=False)
 
 
-@pytest.mark.parametrize(("counts", "rows", "expected"), [([4], 4, 4), ([4, 4], 4, 4), ([4, 4], 8, 8), ([2, 2], None, 2)])
+@pytest.mark.parametrize(
+    ("counts", "rows", "expected"), [([4], 4, 4), ([4, 4], 4, 4), ([4, 4], 8, 8), ([2, 2], None, 2)]
+)
 def test_several_forward_passes_a_step(counts, rows, expected):
     assert len(combine([torch.zeros(n, 3) for n in counts], rows)) == expected
 
@@ -323,3 +327,24 @@ def test_an_offset_of_the_wrong_shape_or_without_a_head_is_refused(kit):
         kit.trainer(Plugins([Wrong()], head="net.3")).validate(kit.Net(), kit.loader(), verbose=False)
     with pytest.raises(PluginError, match=r"needs the head"):
         kit.trainer(Offset()).validate(kit.Net(), kit.loader(), verbose=False)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_an_offset_that_a_compiled_model_would_bypass_is_refused(kit, called_before):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    module = Module().eval()
+    torch.compiler.reset()
+    if called_before:
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                module(torch.zeros(8, 8))
+    trainer = kit.trainer(Plugins([Offset()], head="net._orig_mod.3"))
+    if called_before:
+        with pytest.raises(PluginError, match=r"'offset' cannot correct the scores.*compiled"):
+            trainer.validate(module, kit.loader(), verbose=False)
+    else:
+        trainer.validate(module, kit.loader(), verbose=False)

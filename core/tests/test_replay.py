@@ -1,12 +1,11 @@
 """The replayed step equals an independent loop, whatever the Trainer is asked to do."""
 
-import types
-
 import pytest
 import torch
-from groundwire import Plugin, PluginError, hookimpl
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from groundwire import Plugin, PluginError, hookimpl
 
 
 def test_plain_step_equals_the_reference(kit):
@@ -433,4 +432,42 @@ def test_micro_batches_of_namedtuples_and_dataclasses_are_copied_shallowly():
     batch["record"].values["a"].append(9)
     assert twin == {"pair": Pair([1], 2), "record": Record({"a": [1]})}
     assert isinstance(twin["pair"], Pair)
-    assert types.SimpleNamespace  # leaves of other types are shared
+
+
+def test_a_momentum_teacher_that_the_step_updates_is_updated_once(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.teacher = kit.network().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                for t, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    t.lerp_(p, 0.1)
+            return super().training_step(batch, batch_idx)
+
+    class Twice(Plugin):
+        @hookimpl
+        def gw_gradient(self, step):
+            step.replay()
+
+    plain, ours = Module(), Module()
+    kit.fit(plain)
+    kit.fit(ours, Twice())
+    assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
+
+
+def test_a_parameter_first_edited_after_the_first_replay_is_refused(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.teacher.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(PluginError, match=r"changed the parameter 'teacher' in place"):
+        kit.fit(Module(), kit.SAM())

@@ -3,12 +3,13 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Fields, Finding, Plugin, PluginError, Plugins, Problem, hookimpl
-from groundwire.host import Host, host_of
-from groundwire.order import name_of, resolve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+
+from groundwire import Fields, Finding, Plugin, PluginError, Plugins, Problem, hookimpl
+from groundwire.host import Host, host_of
+from groundwire.order import name_of, resolve
 
 
 class Recorder(Plugin):
@@ -141,7 +142,11 @@ def test_alone_and_in_a_bundle_are_the_same(kit):
 
     first, path, _ = run(alone)
     second, other, _ = run(bundled)
-    assert first["callbacks"] == second["callbacks"] == {"test_alone_and_in_a_bundle_are_the_same.<locals>.Counter": {"steps": 5}}
+    assert (
+        first["callbacks"]
+        == second["callbacks"]
+        == {"test_alone_and_in_a_bundle_are_the_same.<locals>.Counter": {"steps": 5}}
+    )
     assert kit.difference(first["state_dict"], second["state_dict"]) == 0.0
     assert run(bundled, path, 2)[2].steps == run(alone, other, 2)[2].steps == 10
 
@@ -267,7 +272,19 @@ def test_problems_of_the_second_check_come_before_the_first_batch(kit):
     assert not any(isinstance(c, Host) for c in trainer.callbacks)
 
 
-@pytest.mark.parametrize("place", ["setup", "on_fit_start", "on_train_start", "on_train_batch_end", "on_validation_epoch_end", "on_train_end", "on_fit_end", "teardown"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "setup",
+        "on_fit_start",
+        "on_train_start",
+        "on_train_batch_end",
+        "on_validation_epoch_end",
+        "on_train_end",
+        "on_fit_end",
+        "teardown",
+    ],
+)
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_an_exception_anywhere_closes_the_run_and_the_next_fit_works(kit, place, error):
     class Breaks(pl.Callback):

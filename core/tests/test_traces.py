@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from groundwire import Plugin, PluginError, hookimpl
-from groundwire.guard import Snapshot, unseen
 from torch import nn
 from torch.utils.data import DataLoader
+
+from groundwire import Plugin, PluginError, hookimpl
+from groundwire.guard import Snapshot, unseen
 
 
 class Twice(Plugin):
@@ -22,7 +23,7 @@ class Twice(Plugin):
     @hookimpl
     def gw_gradient(self, step):
         step.replay()
-        return None
+        return
 
 
 def both(kit, make, **options):
@@ -98,7 +99,10 @@ class Stateful:
                 self.metric = torchmetrics.MeanMetric()
                 self.hidden = [torchmetrics.MeanMetric()]
                 self.several = torchmetrics.MetricCollection(
-                    [torchmetrics.Accuracy("multiclass", num_classes=3), torchmetrics.F1Score("multiclass", num_classes=3)]
+                    [
+                        torchmetrics.Accuracy("multiclass", num_classes=3),
+                        torchmetrics.F1Score("multiclass", num_classes=3),
+                    ]
                 )
                 self.cat = torchmetrics.CatMetric()
 
@@ -175,7 +179,7 @@ def test_an_exception_inside_the_replay_restores_everything(kit, error):
         @hookimpl
         def gw_gradient(self, step, run):
             if run.trainer.global_step < 2:
-                return None
+                return
             state.update({k: v.clone() for k, v in run.module.state_dict().items()})
             with step.perturbed() as weights:
                 for weight in weights.values():

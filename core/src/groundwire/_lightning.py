@@ -28,7 +28,7 @@ def collect_rng_states() -> dict[str, Any]:
 
     ``_collect_rng_states``: the public ``isolate_rng`` does not restore after an exception.
     """
-    states: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    states: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     return states
 
 
@@ -67,20 +67,15 @@ def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
 
 
 def evaluation_loop(trainer: Any) -> Any:
-    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation inside ``fit`` has a loop of its own."""
+    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation in ``fit`` has a loop of its own."""
     if trainer.testing:
         return trainer.test_loop
     fitting = trainer.state.fn == "fit"
     return trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
 
 
-def set_training_stage(trainer: Any, stage: str) -> None:
-    """Enter a stage without running its loop. ``trainer.validating``/``training`` setters pick what ``log`` goes to."""
-    setattr(trainer, stage, True)
-
-
 def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
-    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is an attribute without docs."""
+    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is not documented."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -131,7 +126,7 @@ def silent_loggers(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
-    """Send ``self.log`` and ``self.log_dict`` of every LightningModule in ``module`` to ``sink(name, value, **kwargs)``.
+    """Send ``self.log`` and ``self.log_dict`` of every LightningModule in ``module`` to ``sink(name, value, ...)``.
 
     A call in a place that Lightning did not prepare overwrites or duplicates the user's metrics without a message.
     """

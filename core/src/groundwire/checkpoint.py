@@ -115,7 +115,9 @@ def provenance(host: Host) -> dict[str, Any]:
 
 def _identity(plugin: Any, host: Host) -> dict[str, Any]:
     cls = type(plugin)
-    entry = next((e for e in entry_points(group=specs.PROJECT) if e.value == f"{cls.__module__}:{cls.__qualname__}"), None)
+    entry = next(
+        (e for e in entry_points(group=specs.PROJECT) if e.value == f"{cls.__module__}:{cls.__qualname__}"), None
+    )
     if entry is None:
         entry = next((e for e in entry_points(group=specs.PROJECT) if e.name == name_of(plugin)), None)
     changes = "structure" if "gw_transform_model" in implementations(plugin) else None
@@ -215,8 +217,8 @@ def read(path: Any, map_location: Any = None) -> dict[str, Any]:
         if "weights_only" not in str(error):
             raise
         raise PluginError(
-            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> save plain "
-            f"hyperparameters, or allow their types with torch.serialization.add_safe_globals. {_first_line(error)}"
+            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> save "
+            f"plain hyperparameters, or allow their types with torch.serialization.add_safe_globals. {_first_line(error)}"
         ) from error
     return checkpoint
 

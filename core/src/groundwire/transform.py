@@ -26,7 +26,7 @@ _plugins_of: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def apply(host: Host, stack: ExitStack) -> None:
-    """Transform now, and again after ``setup`` and ``configure_model`` of the user's own as long as ``stack`` is open."""
+    """Transform now, and again after the user's own ``setup`` and ``configure_model`` while ``stack`` is open."""
     remember(host.module, host.plugins)
     if not host.hooks.owners("gw_transform_model"):
         return
