@@ -156,6 +156,6 @@ def kit(tmp_path):
 
     return SimpleNamespace(
         Net=Net, SAM=SAM, network=network, sgd=sgd, data=data, sam_step=sam_step, sam_loop=sam_loop,
-        total_norm=total_norm, difference=difference, trainer=trainer, fit=fit, path=tmp_path, loader=lambda **o: DataLoader(data(), 8, **o),
-        QUIET=QUIET,
+        total_norm=total_norm, difference=difference, trainer=trainer, fit=fit, path=tmp_path, QUIET=QUIET,
+        loader=lambda **o: DataLoader(data(), 8, **o),
     )  # fmt: skip

@@ -217,8 +217,9 @@ def read(path: Any, map_location: Any = None) -> dict[str, Any]:
         if "weights_only" not in str(error):
             raise
         raise PluginError(
-            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> save "
-            f"plain hyperparameters, or allow their types with torch.serialization.add_safe_globals. {_first_line(error)}"
+            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> "
+            "save plain hyperparameters, or allow their types with torch.serialization.add_safe_globals. "
+            f"{_first_line(error)}"
         ) from error
     return checkpoint
 

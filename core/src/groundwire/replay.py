@@ -166,6 +166,7 @@ class GradientStep:
 
     def _loss(self, micro_batch: MicroBatch, loss_fn: LossFn | None) -> Tensor | None:
         strategy = self._trainer.strategy
+        loss: Tensor | None
         arguments = step_arguments(self._trainer, micro_batch.batch, micro_batch.batch_idx)
         if loss_fn is None:
             loss = closure_loss(strategy.training_step(*arguments))
@@ -176,7 +177,6 @@ class GradientStep:
 
             with instance_attribute(self._module, "training_step", step):
                 loss = strategy.training_step(*arguments)
-        assert loss is None or isinstance(loss, Tensor)
         if loss is None or not self._module.automatic_optimization:
             return loss
         return loss / self._trainer.accumulate_grad_batches

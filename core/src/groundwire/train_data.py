@@ -101,8 +101,9 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
     plain = type(loader.batch_sampler) is torch.utils.data.BatchSampler
     if not (plain and (shuffled or isinstance(loader.sampler, SequentialSampler)) and type(loader) is DataLoader):
         raise PluginError(
-            f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be chosen: "
-            "its indices mean rows of the whole data set -> use shuffle=True, or select the rows before making the loader"
+            f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be "
+            "chosen: its indices mean rows of the whole data set -> use shuffle=True, or select the rows before "
+            "making the loader"
         )
     sampler: Sampler[int] | None = None
     if weights is not None:
