@@ -179,7 +179,8 @@ class GradientStep:
                 loss = strategy.training_step(*arguments)
         if loss is None or not self._module.automatic_optimization:
             return loss
-        return loss / self._trainer.accumulate_grad_batches
+        divisor: int = self._trainer.accumulate_grad_batches
+        return loss / divisor
 
     def _collect(self) -> dict[str, Tensor]:
         scaler = gradient_scaler(self._trainer)
