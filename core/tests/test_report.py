@@ -343,6 +343,12 @@ def test_a_figure_has_a_name_follows_the_theme_and_keeps_text_on_images():
     assert "style" not in page.tags
 
 
+def test_letters_that_the_font_lacks_are_shown_without_a_warning():
+    figure = Figure()
+    figure.subplots().set_xlabel("\u6a21\u578b \U0001f600")
+    assert "\u6a21\u578b \U0001f600" in Elements(svg(figure, "f-", "name")).text
+
+
 def test_the_title_of_a_figure_is_its_name():
     figure = Figure()
     figure.suptitle("All")
