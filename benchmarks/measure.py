@@ -51,7 +51,10 @@ def show(rows: Iterable[Row]) -> None:
     for column in table.columns[1:4]:
         column.justify = "right"
     for row in rows:
-        numbers = (f"{value:.4g}" for value in (row.median, min(row.values), max(row.values)))
+        numbers = (
+            f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+            for value in (row.median, min(row.values), max(row.values))
+        )
         target = "" if row.target is None else f"<= {row.target:g}"
         table.add_row(row.what, *numbers, row.unit, target, {None: "", True: "yes", False: "NO"}[row.met])
     Console().print(table)
