@@ -51,13 +51,14 @@ def show(rows: Iterable[Row]) -> None:
     for column in table.columns[1:4]:
         column.justify = "right"
     for row in rows:
-        numbers = (
-            f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-            for value in (row.median, min(row.values), max(row.values))
-        )
+        numbers = map(short, (row.median, min(row.values), max(row.values)))
         target = "" if row.target is None else f"<= {row.target:g}"
         table.add_row(row.what, *numbers, row.unit, target, {None: "", True: "yes", False: "NO"}[row.met])
     Console().print(table)
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def write(path: Path, rows: Iterable[Row], **settings: Any) -> None:
