@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from groundwire.types import Finding
+from groundwire.version import __version__
 
 if TYPE_CHECKING:
     from groundwire.host import Host
@@ -91,4 +95,7 @@ def _meta(host: Host) -> dict[str, Any]:
         "plugins": [getattr(p, "name", type(p).__name__) for p in host.plugins],
         "max_epochs": host.trainer.max_epochs,
         "global_step": host.trainer.global_step,
+        "groundwire": __version__,
+        "torch": str(torch.__version__),
+        "lightning": version("lightning"),
     }

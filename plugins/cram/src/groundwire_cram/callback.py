@@ -13,7 +13,7 @@ from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Secti
 from groundwire.seeds import derive_seed
 from groundwire_cram.functional import check_sparsity, combine, compress, perturb, prunable, published_masks
 from groundwire_cram.report import section
-from groundwire_cram.variants import host_copy, variant
+from groundwire_cram.variants import described, host_copy, variant
 
 
 class CrAM(Plugin):
@@ -132,7 +132,8 @@ class CrAM(Plugin):
             evaluation = run.evaluate(version)
             label = "dense" if version is None else version.name
             for metric, value in evaluation.metrics.items():
-                found.append(Finding(self.name, f"{metric}@{label}", "info", value, f"{metric} of the {label} model."))
+                message = f"{metric} of the {described(label)}."
+                found.append(Finding(self.name, f"{metric}@{label}", "info", value, message))
         return found
 
     @hookimpl
