@@ -1,4 +1,4 @@
-"""What the tests of all packages share: small real modules, quiet Trainers, and loops without Lightning to compare with."""
+"""What the tests of all packages share: small real modules, quiet Trainers, and loops without Lightning."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Plugin, hookimpl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from groundwire import Plugin, hookimpl
 
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -132,7 +133,9 @@ def sam_loop(dataset, batch_size=8, accumulate=1, **options):
 
 def difference(a, b):
     assert list(a) == list(b)
-    return max((float((a[k].double() - b[k].double()).abs().max()) for k in a if a[k].numel()), default=0.0)
+    return max(
+        (float((a[k].detach().double() - b[k].detach().double()).abs().max()) for k in a if a[k].numel()), default=0.0
+    )
 
 
 QUIET = {
@@ -154,11 +157,11 @@ def kit(tmp_path):
 
     def fit(module, *callbacks, loader=None, val=None, package=pl, ckpt_path=None, **options):
         made = trainer(*callbacks, package=package, **options)
-        made.fit(module, loader or DataLoader(data(), 8), val, ckpt_path=ckpt_path)
+        made.fit(module, DataLoader(data(), 8) if loader is None else loader, val, ckpt_path=ckpt_path)
         return made
 
     return SimpleNamespace(
-        Net=Net, SAM=SAM, network=network, sgd=sgd, data=data, sam_step=sam_step, sam_loop=sam_loop, total_norm=total_norm,
-        difference=difference, trainer=trainer, fit=fit, path=tmp_path, loader=lambda **o: DataLoader(data(), 8, **o),
-        QUIET=QUIET,
+        Net=Net, SAM=SAM, network=network, sgd=sgd, data=data, sam_step=sam_step, sam_loop=sam_loop,
+        total_norm=total_norm, difference=difference, trainer=trainer, fit=fit, path=tmp_path, QUIET=QUIET,
+        loader=lambda **o: DataLoader(data(), 8, **o),
     )  # fmt: skip

@@ -1,12 +1,11 @@
 """The replayed step equals an independent loop, whatever the Trainer is asked to do."""
 
-import types
-
 import pytest
 import torch
-from groundwire import Plugin, PluginError, hookimpl
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from groundwire import Plugin, PluginError, hookimpl
 
 
 def test_plain_step_equals_the_reference(kit):
@@ -157,6 +156,7 @@ def test_batch_changed_in_on_train_batch_start_of_module_and_later_callback(kit)
     assert kit.difference(module.net.state_dict(), kit.sam_loop(changed)) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_steps_that_return_none_are_left_out(kit):
     class Module(kit.Net):
         def training_step(self, batch, batch_idx):
@@ -204,9 +204,20 @@ def test_lbfgs_calls_the_closure_many_times_and_stays_finite(kit):
 def test_swa_whose_last_epoch_has_no_gradient(kit):
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    module = kit.Net()
-    trainer = kit.fit(module, kit.SAM(), StochasticWeightAveraging(0.05, swa_epoch_start=1), max_epochs=3)
-    assert trainer.global_step == 15
+    calls = []
+
+    class Counting(kit.SAM):
+        @hookimpl
+        def gw_gradient(self, step, run):
+            calls.append(run.trainer.current_epoch)
+            return super().gw_gradient(step, run)
+
+    def steps(*plugins):
+        averaging = StochasticWeightAveraging(0.05, swa_epoch_start=1)
+        return kit.fit(kit.Net(), *plugins, averaging, max_epochs=3).global_step
+
+    assert steps(Counting()) == steps()
+    assert calls == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def test_parameters_without_gradient_and_frozen_ones_stay(kit):
@@ -280,10 +291,7 @@ def test_nonfinite_gradients_skip_the_replay_and_are_reported(kit):
     class Module(kit.Net):
         def training_step(self, batch, batch_idx):
             value = super().training_step(batch, batch_idx)
-            return value * float("nan") if batch_idx == 1 else value
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.0)
+            return value * float("nan") if batch_idx == 4 else value
 
     found = []
 
@@ -424,4 +432,42 @@ def test_micro_batches_of_namedtuples_and_dataclasses_are_copied_shallowly():
     batch["record"].values["a"].append(9)
     assert twin == {"pair": Pair([1], 2), "record": Record({"a": [1]})}
     assert isinstance(twin["pair"], Pair)
-    assert types.SimpleNamespace  # leaves of other types are shared
+
+
+def test_a_momentum_teacher_that_the_step_updates_is_updated_once(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.teacher = kit.network().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                for t, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    t.lerp_(p, 0.1)
+            return super().training_step(batch, batch_idx)
+
+    class Twice(Plugin):
+        @hookimpl
+        def gw_gradient(self, step):
+            step.replay()
+
+    plain, ours = Module(), Module()
+    kit.fit(plain)
+    kit.fit(ours, Twice())
+    assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
+
+
+def test_a_parameter_first_edited_after_the_first_replay_is_refused(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.teacher.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(PluginError, match=r"changed the parameter 'teacher' in place"):
+        kit.fit(Module(), kit.SAM())

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from torch import Tensor, nn
 
 #: Attributes that Lightning and torch keep on every module; all others are the user's own.
@@ -27,7 +28,7 @@ def collect_rng_states() -> dict[str, Any]:
 
     ``_collect_rng_states``: the public ``isolate_rng`` does not restore after an exception.
     """
-    states: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    states: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     return states
 
 
@@ -66,20 +67,15 @@ def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
 
 
 def evaluation_loop(trainer: Any) -> Any:
-    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation inside ``fit`` has a loop of its own."""
+    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation in ``fit`` has a loop of its own."""
     if trainer.testing:
         return trainer.test_loop
     fitting = trainer.state.fn == "fit"
     return trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
 
 
-def set_training_stage(trainer: Any, stage: str) -> None:
-    """Enter a stage without running its loop. ``trainer.validating``/``training`` setters pick what ``log`` goes to."""
-    setattr(trainer, stage, True)
-
-
 def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
-    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is an attribute without docs."""
+    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is not documented."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -130,7 +126,7 @@ def silent_loggers(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
-    """Send ``self.log`` and ``self.log_dict`` of every LightningModule in ``module`` to ``sink(name, value, **kwargs)``.
+    """Send ``self.log`` and ``self.log_dict`` of every LightningModule in ``module`` to ``sink(name, value, ...)``.
 
     A call in a place that Lightning did not prepare overwrites or duplicates the user's metrics without a message.
     """
@@ -153,6 +149,15 @@ def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
                     vars(m)[key] = value
 
 
+def overrides(module: Any, name: str) -> bool:
+    """Whether a LightningModule of either package has a method ``name`` of the user's own.
+
+    ``is_overridden`` raises for modules of the other package.
+    """
+    home = getattr(type(module), name).__module__ or ""
+    return home.split(".")[0] not in ("lightning", "pytorch_lightning", "torch")
+
+
 def takes_dataloader_iter(module: Any) -> bool:
     """Whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
@@ -173,9 +178,26 @@ def is_averaging(callback: Any) -> bool:
     return bool(names & {"WeightAveraging", "StochasticWeightAveraging"})
 
 
-def train_source(trainer: Any) -> Any:
-    """Where the fit loop asks for its loader. ``fit_loop._data_source``: loader, DataModule and module in one place."""
-    return trainer.fit_loop._data_source
+@contextmanager
+def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any]) -> Iterator[None]:
+    """Let ``choose(loader)`` replace the training loader whenever the fit loop is about to ask for one.
+
+    ``fit_loop.setup_data`` with ``_combined_loader``, ``_should_reload_train_dl`` and ``_data_source``: the loader may
+    be an argument or a method of module or DataModule. ``choose`` runs outside ``_request_dataloader``, which patches
+    the DataLoader class and would leave it patched if ``choose`` raised.
+    """
+    loop = trainer.fit_loop
+    original = loop.setup_data
+
+    def setup_data() -> None:
+        if loop._combined_loader is not None and not loop._should_reload_train_dl:
+            return
+        loader = choose(_request_dataloader(loop._data_source))
+        with instance_attribute(loop._data_source, "dataloader", lambda: loader):
+            original()
+
+    with instance_attribute(loop, "setup_data", setup_data):
+        yield
 
 
 def request_reload(trainer: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import nn
+from torch.nn.utils import parametrize
 
 from groundwire import specs
 from groundwire._lightning import before_restoring
@@ -115,7 +116,9 @@ def provenance(host: Host) -> dict[str, Any]:
 
 def _identity(plugin: Any, host: Host) -> dict[str, Any]:
     cls = type(plugin)
-    entry = next((e for e in entry_points(group=specs.PROJECT) if e.value == f"{cls.__module__}:{cls.__qualname__}"), None)
+    entry = next(
+        (e for e in entry_points(group=specs.PROJECT) if e.value == f"{cls.__module__}:{cls.__qualname__}"), None
+    )
     if entry is None:
         entry = next((e for e in entry_points(group=specs.PROJECT) if e.name == name_of(plugin)), None)
     changes = "structure" if "gw_transform_model" in implementations(plugin) else None
@@ -215,8 +218,9 @@ def read(path: Any, map_location: Any = None) -> dict[str, Any]:
         if "weights_only" not in str(error):
             raise
         raise PluginError(
-            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> save plain "
-            f"hyperparameters, or allow their types with torch.serialization.add_safe_globals. {_first_line(error)}"
+            f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> "
+            "save plain hyperparameters, or allow their types with torch.serialization.add_safe_globals. "
+            f"{_first_line(error)}"
         ) from error
     return checkpoint
 
@@ -254,9 +258,23 @@ def export(module: _Module, plugins: Sequence[Any] | None = None) -> _Module:
         Linear(in_features=2, out_features=1, bias=True)
     """
     plain = copy.deepcopy(module)
+    _separate_classes(plain)
     _hooks_of(plugins_of(module) if plugins is None else plugins).call("gw_export", module=plain)
     left = {part for key in plain.state_dict() for part in key.split(".") if part.startswith(BUFFER_PREFIX)}
     if left:
         names = ", ".join(sorted(part.removeprefix(BUFFER_PREFIX) for part in left))
         raise PluginError(f"the model still carries parts of the plugin {names} -> export(module, plugins=[...])")
     return plain
+
+
+def _separate_classes(module: nn.Module) -> None:
+    """Give each parametrized layer of a copy a class of its own.
+
+    torch copies such a layer with its generated class, and ``remove_parametrizations`` deletes the weight's property
+    from that class: without this, baking the copy would break the original.
+    """
+    for child in module.modules():
+        if parametrize.is_parametrized(child):
+            cls = type(child)
+            names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+            child.__class__ = type(cls.__name__, cls.__bases__, names)

@@ -60,7 +60,7 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
         )
     log, batches = LogMeans(), 0
     name = None if variant is None else variant.name
-    with unseen(module, trainer, log), (nullcontext() if variant is None else variant.apply()), torch.no_grad():
+    with unseen(module, trainer, log), nullcontext() if variant is None else variant.apply(), torch.no_grad():
         _reset_metrics(module)
         module.eval()
         for batch, batch_idx, dataloader_idx in _batches(host, stage):
@@ -86,7 +86,9 @@ def _batches(host: Host, stage: str) -> Iterator[Any]:
     loaders = host.ids.loaders(stage)
     for loader in loaders:
         if hasattr(loader, "__next__"):
-            raise PluginError(f"a {type(loader).__name__} can be read only once -> give a loader that can be iterated again")
+            raise PluginError(
+                f"a {type(loader).__name__} can be read only once -> give a loader that can be iterated again"
+            )
     combined = CombinedLoader(loaders, "sequential")
     combined.limits = list(trainer.num_test_batches if stage == "test" else trainer.num_val_batches)
     iter(combined)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from groundwire._lightning import gradient_scaler, takes_dataloader_iter
 from groundwire.errors import PluginError
+from groundwire.guard import Bystanders
 from groundwire.replay import MANUAL, GradientStep, all_finite
 from groundwire.types import Finding, Problem
 from groundwire.window import Window
@@ -29,6 +30,7 @@ class GradientService:
         self._editors: list[str] = []
         self._done = False
         self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
+        self._bystanders = Bystanders()
         self.nonfinite = {"gradients": 0, "replays": 0}
 
     def refresh(self) -> list[Problem]:
@@ -44,8 +46,15 @@ class GradientService:
     def _unreplayable(self) -> list[Problem]:
         owner, module = self._owners[0], self._host.module
         problems = []
+        strategy = type(self._host.trainer.strategy).__name__
+        if any(word in strategy for word in ("DeepSpeed", "FSDP", "ModelParallel")):
+            problems.append(
+                Problem(owner, f"{strategy} shards gradients, which cannot be replayed", "use strategy='ddp'")
+            )
         if takes_dataloader_iter(module):
-            problems.append(Problem(owner, "training_step takes dataloader_iter, which cannot be read twice", "take batch"))
+            problems.append(
+                Problem(owner, "training_step takes dataloader_iter, which cannot be read twice", "take batch")
+            )
         if not module.automatic_optimization and getattr(self._host.by_name[owner], "loss_fn", None) is None:
             problems.append(Problem(owner, *MANUAL.split(" -> ")))
         return problems
@@ -86,6 +95,7 @@ class GradientService:
             self._window,
             self._host.seed,
             self._replay_done,
+            self._bystanders,
         )
         if not step.grads:
             return
@@ -127,7 +137,10 @@ class GradientService:
 
     def findings(self) -> list[Finding]:
         """Steps in which a non-finite gradient kept the owner from acting."""
-        where = {"gradients": "the gradient was not finite, so it was left as it is", "replays": "the replay's gradient was not finite, so the first one was used"}
+        where = {
+            "gradients": "the gradient was not finite, so it was left as it is",
+            "replays": "the replay's gradient was not finite, so the first one was used",
+        }
         return [
             Finding("groundwire", f"nonfinite_{kind}", "warn", count, f"In {count} steps {where[kind]}.", "train")
             for kind, count in self.nonfinite.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,8 +31,8 @@ _PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch
 class Snapshot:
     """The state of a module outside its parameters; :meth:`restore` puts it back in place, aliases included.
 
-    Saved: every buffer, every attribute that is not torch's or Lightning's own on any submodule (also metrics and other modules in
-    plain lists and dicts), and the contents of those lists and dicts.
+    Saved: every buffer, every attribute that is not torch's or Lightning's own on any submodule (also on metrics and
+    other modules in plain lists and dicts), and the contents of those lists and dicts.
 
     Raises:
         PluginError: On restore, if a tensor inside a list or dict of the module was edited in place: it was not
@@ -89,7 +89,7 @@ class Snapshot:
             self._save_container(owner, value)
         elif isinstance(value, nn.Module):
             for name, child in value.named_modules():
-                self._save_module(f"{owner}.{name}", child)
+                self._save_module(f"{owner}.{name}" if name else owner, child)
 
     def _save_tensor(self, owner: str, value: Tensor, store: dict[str, Any] | None, key: str) -> None:
         if store is not None:
@@ -129,6 +129,42 @@ def _refill(container: Any, before: Any) -> None:
 
 def _same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+class Bystanders:
+    """Parameters that the training step itself edits, such as a momentum teacher's.
+
+    Saving every parameter for every replay would be slow, so the first replay saves all and learns which ones change;
+    later ones save those.
+    """
+
+    def __init__(self) -> None:
+        self._edited: set[str] | None = None
+
+    @contextmanager
+    def kept(self, module: nn.Module, saved: Collection[nn.Parameter]) -> Iterator[None]:
+        """Put back what changes while open, except the parameters in ``saved``, which somebody else restores.
+
+        Raises:
+            PluginError: A parameter changed for the first time after the first replay.
+        """
+        others = set(map(id, saved))
+        watched = {name: p for name, p in module.named_parameters() if id(p) not in others}
+        copies = {n: p.detach().clone() for n, p in watched.items() if self._edited is None or n in self._edited}
+        versions = {name: p._version for name, p in watched.items()}
+        try:
+            yield
+        finally:
+            changed = {name for name, p in watched.items() if p._version != versions[name]}
+            with torch.no_grad():
+                for name in changed & copies.keys():
+                    watched[name].copy_(copies[name])
+        self._edited = changed if self._edited is None else self._edited
+        if changed - self._edited:
+            raise PluginError(
+                f"training_step changed the parameter {min(changed - self._edited)!r} in place, which it did not do in "
+                "the first replay and which cannot be undone -> change it in on_train_batch_end"
+            )
 
 
 @contextmanager

@@ -139,7 +139,6 @@ def _walk(output: Any, nodes: dict[Any, str]) -> tuple[set[str], bool]:
 
 
 def _outputs(output: Any) -> Iterator[Tensor]:
-    """Tensors in what ``forward`` returned; objects such as model outputs of other libraries are mappings or carry
-    their tensors in ``vars``."""
+    """Tensors in what ``forward`` returned; outputs of other libraries are mappings or carry tensors in ``vars``."""
     found = list(tensors_in(dict(output) if isinstance(output, Mapping) else output))
     yield from found or tensors_in(list(vars(output).values()) if hasattr(output, "__dict__") else [])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from groundwire import checkpoint, transform
 from groundwire._lightning import is_averaging
@@ -53,7 +53,7 @@ class Host(Callback):
     """One run. Services do the work; this class says when."""
 
     def __init__(self, trainer: Any, module: Any, stage: str) -> None:
-        self.trainer, self.module, self.fn = trainer, module, str(stage)
+        self.trainer, self.module, self.fn = trainer, module, str(getattr(stage, "value", stage))
         self.stack = ExitStack()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.ready = False
@@ -157,7 +157,9 @@ class Host(Callback):
         """Raise if an averaging callback copied the model before ``owner`` adds a buffer to it."""
         early = [type(c).__qualname__ for c in self.seating.before_plugins() if is_averaging(c)]
         if early and self.fn == "fit":
-            raise PluginError(f"{early[0]} copied the model before {owner!r} corrects its head -> list it after {owner!r}")
+            raise PluginError(
+                f"{early[0]} copied the model before {owner!r} corrects its head -> list it after {owner!r}"
+            )
 
     # What plugins ask for
 
@@ -229,7 +231,9 @@ class Host(Callback):
         """Training scores."""
         self.scores.after_batch(batch, "train")
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Ids and capturing."""
         self.before_batch(batch, "validate", dataloader_idx)
 
@@ -240,7 +244,9 @@ class Host(Callback):
         if not trainer.sanity_checking:
             self.scores.after_batch(batch, "validate")
 
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Ids and capturing."""
         self.before_batch(batch, "test", dataloader_idx)
 
@@ -250,7 +256,9 @@ class Host(Callback):
         """Scores."""
         self.scores.after_batch(batch, "test")
 
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Ids and capturing."""
         self.before_batch(batch, "predict", dataloader_idx)
 

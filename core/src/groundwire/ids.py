@@ -27,7 +27,8 @@ class RecordingSampler:
         self._given: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        self._given = given = deque()
+        given: deque[list[int]] = deque()
+        self._given = given
         for indices in self._sampler:
             given.append(list(indices) if isinstance(indices, list | tuple) else [indices])
             yield indices

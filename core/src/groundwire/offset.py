@@ -6,7 +6,7 @@ does not recompile. The hook is a module-level function: a bound method would ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,9 +48,32 @@ def offset_on(layer: nn.Module) -> Iterator[None]:
         delattr(layer, BUFFER)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` or a part of it runs through torch.compile, which may have been called before a hook came."""
+    return any(
+        type(m).__name__ == "OptimizedModule"
+        or getattr(m, "_compiled_call_impl", None) is not None
+        or getattr(m, "_compiler_ctx", None) is not None
+        for m in module.modules()
+    )
+
+
+def moves_scores(layer: nn.Module, forward: Callable[[], Tensor]) -> bool:
+    """Whether the offset of ``layer`` reaches what ``forward()`` returns. The offset is afterwards as before."""
+    vector = getattr(layer, BUFFER)
+    before = vector.clone()
+    with torch.no_grad():
+        plain = forward()
+        vector.add_(1 + plain.abs().max().to(vector.dtype))
+        moved = forward()
+        vector.copy_(before)
+    return not torch.equal(plain, moved)
+
+
 def outputs_of(layer: nn.Module) -> int:
     """Number of scores that ``layer`` gives."""
-    return int(getattr(layer, "out_features", None) or getattr(layer, "out_channels", 0))
+    name = "out_features" if hasattr(layer, "out_features") else "out_channels"
+    return int(getattr(layer, name))
 
 
 def write_offset(layer: nn.Module, vector: Tensor) -> None:

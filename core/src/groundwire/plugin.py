@@ -134,7 +134,7 @@ class Plugins(Callback):
         for item in host.inserted_by(self):
             item.setup(trainer, pl_module, stage)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the items' state also after the run, when they are no longer in the Trainer's list."""
         for item in self.items:
             state = item.state_dict()

@@ -24,7 +24,7 @@ from groundwire._lightning import (
     without_sync,
 )
 from groundwire.errors import PluginError
-from groundwire.guard import unseen
+from groundwire.guard import Bystanders, unseen
 from groundwire.seeds import derive_seed, seed_globals
 from groundwire.types import MicroBatch
 from groundwire.window import Recorded
@@ -47,14 +47,17 @@ class GradientStep:
     def __init__(
         self,
         trainer: Any,
-        module: nn.Module,
+        module: Any,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         window: Iterable[Recorded],
         seed: int,
         done: Callable[[], None],
+        bystanders: Bystanders,
     ) -> None:
         self._trainer, self._module, self._seed, self._done = trainer, module, seed, done
+        self._bystanders = bystanders
+        self._saved: list[nn.Parameter] = []
         self._window = tuple(window)
         self.views = gradients_are_views(trainer)
         self.optimizer = optimizer
@@ -82,10 +85,12 @@ class GradientStep:
         """
         weights = {name: self.parameters[name] for name in (self.grads if names is None else names)}
         saved = {name: weight.detach().clone() for name, weight in weights.items()}
+        outer, self._saved = self._saved, [*self._saved, *weights.values()]
         try:
             with torch.no_grad():
                 yield weights
         finally:
+            self._saved = outer
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.copy_(saved[name])
@@ -114,7 +119,8 @@ class GradientStep:
             raise PluginError("there is no recorded batch to replay -> only the owner of gw_gradient may replay")
         for recorded in self._window:
             recorded.refuse_if_edited()
-        with unseen(self._module, self._trainer), self._gradients_aside():
+        kept = self._bystanders.kept(self._module, self._saved)
+        with unseen(self._module, self._trainer), kept, self._gradients_aside():
             self._backward(loss_fn, same_rng)
             self._done()
             found = self._collect()
@@ -160,6 +166,7 @@ class GradientStep:
 
     def _loss(self, micro_batch: MicroBatch, loss_fn: LossFn | None) -> Tensor | None:
         strategy = self._trainer.strategy
+        loss: Tensor | None
         arguments = step_arguments(self._trainer, micro_batch.batch, micro_batch.batch_idx)
         if loss_fn is None:
             loss = closure_loss(strategy.training_step(*arguments))
@@ -172,7 +179,8 @@ class GradientStep:
                 loss = strategy.training_step(*arguments)
         if loss is None or not self._module.automatic_optimization:
             return loss
-        return loss / self._trainer.accumulate_grad_batches
+        divisor: int = self._trainer.accumulate_grad_batches
+        return loss / divisor
 
     def _collect(self) -> dict[str, Tensor]:
         scaler = gradient_scaler(self._trainer)

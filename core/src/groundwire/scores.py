@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import BUFFER, along_scores, offset_on, write_offset
+from groundwire.offset import BUFFER, along_scores, is_compiled, moves_scores, offset_on, write_offset
 from groundwire.types import Fields, Head
+from groundwire.window import tensors_in
 
 if TYPE_CHECKING:
     from groundwire.host import Host
@@ -80,6 +81,7 @@ class ScoreService:
         self._host = host
         self._capture: Capture | None = None
         self.offset_owner: str | None = None
+        self._probed = False
         self._receivers: dict[str, list[str]] = {}
         self.head: Head | None = None
         self.raw: Tensor | None = None
@@ -98,7 +100,9 @@ class ScoreService:
             self.head = named_head(self._host.module, self._host.settings.head)
 
     def before_batch(self, batch: Any, stage: str) -> None:
-        """Start capturing if somebody wants this stage's scores."""
+        """Start capturing if somebody wants this stage's scores; see that an offset is not bypassed."""
+        if self.offset_owner is not None and not self._probed:
+            self._probe(batch)
         if stage not in self._receivers:
             return
         if self._capture is None:
@@ -135,6 +139,23 @@ class ScoreService:
             )
         write_offset(self.head.module, vector)
 
+    def _probe(self, batch: Any) -> None:
+        """A module compiled and called before the run ignores new hooks, without a message."""
+        self._probed = True
+        module, head = self._host.module, self.head
+        if head is None or not is_compiled(module):
+            return
+
+        def forward() -> Tensor:
+            inputs = self._host.fields(batch).inputs
+            output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+            return next(tensors_in(list(output.values()) if isinstance(output, Mapping) else output))
+
+        with unseen(module, self._host.trainer), self._host.trainer.precision_plugin.forward_context():
+            module.eval()
+            if not moves_scores(head.module, forward):
+                raise PluginError(f"{self.offset_owner!r} cannot correct the scores: {self._bypassed()}")
+
     def _offset(self, raw: Tensor) -> Tensor:
         if self.offset_owner is None or self.head is None:
             return raw
@@ -145,11 +166,9 @@ class ScoreService:
             with unseen(self._host.module, self._host.trainer), self._host.trainer.precision_plugin.forward_context():
                 self.head = find_head(self._host.module, self._host.fields(batch).inputs)
         self._capture = Capture(any(getattr(p, "needs_features", False) for p in self._host.plugins))
-        with ExitStack() as stack:
-            # First of the layer's hooks, so that it sees the scores before an offset is added.
-            handle = self.head.module.register_forward_hook(self._capture, prepend=True)
-            stack.callback(handle.remove)
-            self._host.stack.push(stack.pop_all())
+        # First of the layer's hooks, so that it sees the scores before an offset is added.
+        handle = self.head.module.register_forward_hook(self._capture, prepend=True)
+        self._host.stack.callback(handle.remove)
 
     def _bypassed(self) -> str:
         name = self.head.name if self.head else "?"

@@ -77,14 +77,20 @@ class Seating:
     def _bundle_problems(self) -> list[Problem]:
         problems = []
         if len(self._bundles) > 1:
-            problems.append(Problem("Plugins", f"{len(self._bundles)} Plugins are in one Trainer", "put all items in one"))
+            problems.append(
+                Problem("Plugins", f"{len(self._bundles)} Plugins are in one Trainer", "put all items in one")
+            )
         for bundle in self._bundles:
             names = [name_of(item) for item in bundle.items]
             if any(isinstance(item, Plugins) for item in bundle.items):
-                problems.append(Problem("Plugins", f"a Plugins is inside another (items: {', '.join(names)})", "flatten it"))
+                problems.append(
+                    Problem("Plugins", f"a Plugins is inside another (items: {', '.join(names)})", "flatten it")
+                )
             for name in bundle.off:
                 if name not in names:
                     problems.append(
-                        Problem("Plugins", f"off={name!r} is none of its items ({', '.join(names)})", "correct the name")
+                        Problem(
+                            "Plugins", f"off={name!r} is none of its items ({', '.join(names)})", "correct the name"
+                        )
                     )
         return problems

@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from groundwire._lightning import instance_attribute, request_reload, train_source
+from groundwire._lightning import choosing_train_loader, request_reload
 from groundwire.errors import PluginError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TrainData:
 
     def __init__(self, loader: Any, trainer: Any = None) -> None:
         self.loader = loader
-        self.dataset = getattr(loader, "dataset", None)
+        self.dataset: Any = getattr(loader, "dataset", None)
         self._trainer = trainer
         self._kept: list[int] | None = None
         self._weights: torch.Tensor | None = None
@@ -85,8 +85,8 @@ class TrainData:
         loader = self.loader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise PluginError(
-                f"the training rows of a {type(loader).__name__} cannot be chosen -> use one DataLoader with a map-style "
-                "data set"
+                f"the training rows of a {type(loader).__name__} cannot be chosen -> use one DataLoader with a "
+                "map-style data set"
             )
         return len(loader.dataset)  # type: ignore[arg-type]
 
@@ -101,16 +101,33 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
     plain = type(loader.batch_sampler) is torch.utils.data.BatchSampler
     if not (plain and (shuffled or isinstance(loader.sampler, SequentialSampler)) and type(loader) is DataLoader):
         raise PluginError(
-            f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be chosen: its "
-            "indices mean rows of the whole data set -> use shuffle=True, or select the rows before making the loader"
+            f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be "
+            "chosen: its indices mean rows of the whole data set -> use shuffle=True, or select the rows before "
+            "making the loader"
         )
     sampler: Sampler[int] | None = None
     if weights is not None:
         sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=loader.generator)
-    names = ("batch_size", "drop_last", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
-    names += ("generator", "prefetch_factor", "persistent_workers", "multiprocessing_context", "pin_memory_device", "in_order")
-    options = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
+    options = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
     return DataLoader(dataset, shuffle=shuffled if sampler is None else None, sampler=sampler, **options)
+
+
+#: What a loader with other rows takes over.
+_KEPT = (
+    "batch_size",
+    "drop_last",
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "multiprocessing_context",
+    "pin_memory_device",
+    "in_order",
+)
 
 
 class TrainDataService:
@@ -128,12 +145,10 @@ class TrainDataService:
         host = self._host
         if not host.hooks.owners("gw_train_data"):
             return
-        source = train_source(host.trainer)
-        original = source.dataloader
 
-        def dataloader() -> Any:
-            data = TrainData(original(), host.trainer)
+        def choose(loader: Any) -> Any:
+            data = TrainData(loader, host.trainer)
             host.hooks.call("gw_train_data", data=data)
             return data.result()
 
-        host.stack.enter_context(instance_attribute(source, "dataloader", dataloader))
+        host.stack.enter_context(choosing_train_loader(host.trainer, choose))

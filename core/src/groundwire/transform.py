@@ -1,19 +1,20 @@
 """Letting plugins change the model's structure at the only right moment.
 
 The model may exist before the run, be built in ``LightningModule.setup``, or in ``configure_model``; weights are
-restored and optimizers made right after. So the hook runs once at opening and once more behind ``configure_model``.
+restored and optimizers made right after. So the hook runs once at opening and once more behind each of them. A
+wrapper does not survive pickle, so it is gone before training starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from groundwire._lightning import instance_attribute, spawns_processes
+from groundwire._lightning import instance_attribute, overrides, spawns_processes
 from groundwire.errors import problems_error
 from groundwire.types import Problem
 
@@ -25,20 +26,25 @@ _plugins_of: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def apply(host: Host, stack: ExitStack) -> None:
-    """Transform now, and again after ``configure_model`` as long as ``stack`` is open."""
+    """Transform now, and again after the user's own ``setup`` and ``configure_model`` while ``stack`` is open."""
     remember(host.module, host.plugins)
     if not host.hooks.owners("gw_transform_model"):
         return
     _transform(host)
-    original = host.module.configure_model
+    for name in ("setup", "configure_model"):
+        # A wrapper around Lightning's own empty method would look like an override and cause warnings.
+        if overrides(host.module, name):
+            stack.enter_context(instance_attribute(host.module, name, _then_transform(host, name)))
 
-    def configure_model() -> None:
-        original()
+
+def _then_transform(host: Host, name: str) -> Callable[..., None]:
+    original = getattr(host.module, name)
+
+    def build(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
         _transform(host)
 
-    # Lightning takes an instance attribute for an override and calls it. It would not survive pickle, so it is
-    # gone before training starts.
-    stack.enter_context(instance_attribute(host.module, "configure_model", configure_model))
+    return build
 
 
 def _transform(host: Host) -> None:

@@ -6,10 +6,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from groundwire.seeds import derive_seed
-from groundwire_cram import CrAM
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from groundwire.seeds import derive_seed
+from groundwire_cram import CrAM
 
 
 def network():

@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import groundwire
 import torch
-from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
-from groundwire.seeds import derive_seed
 from torch import Tensor, nn
 
+from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
+from groundwire.seeds import derive_seed
 from groundwire_cram.functional import check_sparsity, combine, compress, perturb, prunable, published_masks
 from groundwire_cram.report import section
 from groundwire_cram.variants import host_copy, variant
@@ -36,7 +35,8 @@ class CrAM(Plugin):
         loss_fn: ``loss_fn(module, batch) -> loss``, needed under manual optimization only.
 
     Raises:
-        ValueError: A sparsity is outside [0, 1), none is given, or ``rho`` is negative.
+        ValueError: A sparsity is outside [0, 1), none is given, ``rho`` is negative, or
+            ``calibration_batches`` is not positive.
 
     Example:
         >>> CrAM(sparsities=(0.5, 0.9), rho=0.05).sparsities
@@ -63,6 +63,8 @@ class CrAM(Plugin):
             raise ValueError("sparsities is empty -> give at least one fraction, such as 0.9")
         if not rho >= 0:
             raise ValueError(f"rho must be at least 0, got {rho!r}")
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
         self.rho = rho
         self.plus = plus
         self.sparse_grad = sparse_grad
@@ -80,12 +82,9 @@ class CrAM(Plugin):
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """Something must be prunable, and whole: a global threshold needs all weights in one place."""
+        """Something must be prunable."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
-        strategy = type(run.trainer.strategy).__name__
-        if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-            return [Problem(self.name, f"{strategy} shards the weights, a global threshold needs them whole", "use ddp")]
         if not prunable(dict(run.module.named_parameters())):
             return [Problem(self.name, f"{type(run.module).__name__} has no weight of more than one dimension")]
         return []

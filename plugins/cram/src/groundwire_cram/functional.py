@@ -98,7 +98,7 @@ def exact_masks(tensors: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
         ties = magnitudes == threshold
         below = magnitudes < threshold
         keep = ~(below | (ties & (ties.cumsum(0) <= zeros - below.sum())))
-    parts = keep.split(sizes)
+    parts = torch.split(keep, sizes)
     return {name: part.view_as(t) for part, (name, t) in zip(parts, tensors.items(), strict=True)}
 
 
@@ -128,8 +128,9 @@ def combine(
     first gradient. A weight that the second pass did not reach counts as having gradient zero there.
 
     Example:
-        >>> g1, g2, m = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([True, False])}
-        >>> combine(g1, g2, m, plus=True, sparse_grad=True)["w"]
+        >>> first, second = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, 2.0])}
+        >>> masks = {"w": torch.tensor([True, False])}
+        >>> combine(first, second, masks, plus=True, sparse_grad=True)["w"]
         tensor([3., 1.])
     """
     result = {}

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from groundwire.errors import PluginError
-from groundwire.fields import default_fields, unknown_batch
-from groundwire.guard import unseen
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from groundwire.errors import PluginError
+from groundwire.fields import default_fields, unknown_batch
+from groundwire.guard import unseen
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -86,7 +87,9 @@ def _collect(module: nn.Module, layers: list[_BatchNorm], loader: Iterable[Any],
             _forward(module, batch, used - 1)
         if not used:
             raise PluginError("the loader for BatchNorm recalibration is empty -> give one with training data")
-        return [{name: value.clone() for name, value in layer._buffers.items() if value is not None} for layer in layers]
+        return [
+            {name: value.clone() for name, value in layer._buffers.items() if value is not None} for layer in layers
+        ]
 
 
 def _forward(module: nn.Module, batch: Any, batch_idx: int) -> None:

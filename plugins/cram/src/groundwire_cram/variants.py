@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from groundwire import Variant
-from groundwire.window import copy_containers
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
+from groundwire import Variant
+from groundwire.window import copy_containers
 from groundwire_cram.pruning import pruned
 from groundwire_cram.recalibration import batchnorms, recalibrate_batchnorm
 

@@ -1,0 +1,271 @@
+"""Evaluating variants, dataset indices, and choosing training rows."""
+
+import contextlib
+
+import pytest
+import torch
+import torchmetrics
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from groundwire import Plugin, PluginError, TrainData, Variant, hookimpl
+
+
+class Scaled(Plugin):
+    """Offers the model with weights times two, asks for it, and remembers what it got."""
+
+    name = "scaled"
+
+    def __init__(self):
+        self.results, self.scores = [], []
+
+    @hookimpl
+    def gw_variants(self, module):
+        @contextlib.contextmanager
+        def doubled():
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(2)
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for p in module.parameters():
+                        p.div_(2)
+
+        return [Variant("doubled", doubled)]
+
+    @hookimpl
+    def gw_findings(self, run):
+        if run.stage in ("validate", "test"):
+            self.results += [run.evaluate(v, run.stage) for v in [None, *run.variants()]]
+
+    @hookimpl
+    def gw_scores(self, scores, variant):
+        self.scores.append((variant, scores))
+
+
+def metrics_module(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.acc = torchmetrics.Accuracy("multiclass", num_classes=3)
+            self.order, self.outs = [], []
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.order.append(batch[0].sum().item())
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.acc(self(batch[0]), batch[1])
+            self.outs.append(1)
+            self.log("acc", self.acc)
+
+    return Module
+
+
+def test_a_run_does_not_notice_that_variants_are_evaluated(kit):
+    results = []
+    for plugins in ([], [Scaled()]):
+        torch.manual_seed(0)
+        module = metrics_module(kit)()
+        loaders = DataLoader(kit.data(), 8, shuffle=True), DataLoader(kit.data(20), 8)
+        trainer = kit.fit(module, *plugins, loader=loaders[0], val=loaders[1], max_epochs=2, limit_val_batches=2)
+        results.append((module, trainer.callback_metrics))
+    (plain, logged), (ours, logged_too) = results
+    assert plain.order == ours.order
+    assert plain.outs == ours.outs
+    assert logged == logged_too
+    assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
+
+
+def test_evaluations_equal_a_validation_of_the_edited_model(kit):
+    plugin, module = Scaled(), metrics_module(kit)()
+    trainer = kit.trainer(plugin)
+    [own] = trainer.validate(module, kit.loader(), verbose=False)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(2)
+    [doubled] = kit.trainer().validate(module, kit.loader(), verbose=False)
+    for found, expected in zip(plugin.results, (own, doubled), strict=True):
+        assert found.batches == 5
+        assert dict(found.metrics) == pytest.approx(expected)
+    assert [name for name, _ in plugin.scores] == [None] * 10 + ["doubled"] * 5
+
+
+def test_several_loaders_dicts_and_limits(kit):
+    plugin = Scaled()
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    trainer = kit.trainer(plugin, limit_val_batches=2)
+    trainer.validate(Module(), [kit.loader(), kit.loader()], verbose=False)
+    assert [r.batches for r in plugin.results] == [4, 4]
+
+
+def test_a_one_shot_loader_is_refused(kit):
+    class Module(kit.Net):
+        def val_dataloader(self):
+            return iter(list(kit.loader()))
+
+    with pytest.raises(PluginError, match="can be read only once"):
+        kit.trainer(Scaled()).validate(Module(), verbose=False)
+
+
+def test_evaluate_outside_an_evaluation_is_refused(kit):
+    class Wrong(Plugin):
+        @hookimpl
+        def gw_gradient(self, step, run):
+            run.evaluate()
+
+    with pytest.raises(PluginError, match="while 'train' runs"):
+        kit.fit(kit.Net(), Wrong())
+
+
+class Ids(Plugin):
+    needs_ids = True
+    score_stages = ("train", "validate")
+
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def gw_scores(self, fields, stage, run):
+        self.seen.append((stage, run.ids, fields.inputs[:, 0].tolist()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ids_are_the_dataset_indices_of_the_batch(kit, workers):
+    x = torch.arange(20.0)[:, None].expand(-1, 8).contiguous()
+    dataset = TensorDataset(x, torch.zeros(20, dtype=torch.long))
+    plugin = Ids()
+    train = DataLoader(dataset, 4, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    sampler = train.batch_sampler
+    val = DataLoader(dataset, 3)
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    kit.fit(Module(), plugin, loader=train, val=[val, val], max_epochs=2, limit_val_batches=3)
+    assert len(plugin.seen) == 2 * (5 + 6)
+    assert all(ids == values for _, ids, values in plugin.seen)
+    assert train.batch_sampler is sampler
+
+
+def test_an_iterable_dataset_has_no_ids(kit):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(kit.data())
+
+    plugin = Ids()
+    kit.fit(kit.Net(), plugin, loader=DataLoader(Stream(), 8))
+    assert {ids for _, ids, _ in plugin.seen} == {None}
+
+
+class Keep(Plugin):
+    name = "keep"
+
+    def __init__(self, act):
+        self.act, self.rows, self.calls = act, [], 0
+
+    @hookimpl
+    def gw_train_data(self, data):
+        self.calls += 1
+        self.act(data)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows += batch[0][:, 0].tolist()
+
+
+def numbered(kit):
+    x = torch.arange(40.0)[:, None].expand(-1, 8).contiguous()
+    return TensorDataset(x, torch.zeros(40, dtype=torch.long))
+
+
+@pytest.mark.parametrize("place", ["argument", "module", "datamodule"])
+def test_kept_rows_are_the_only_ones_trained_on(kit, place):
+    import lightning.pytorch as pl
+
+    class Module(kit.Net):
+        def configure_optimizers(self):
+            self.steps = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    def train_dataloader(self):
+        return DataLoader(numbered(kit), 4, shuffle=True)
+
+    plugin, options = Keep(lambda data: data.keep(range(10, 22))), {}
+    module = (type("M", (Module,), {"train_dataloader": train_dataloader}) if place == "module" else Module)()
+    if place == "datamodule":
+        options["datamodule"] = type("D", (pl.LightningDataModule,), {"train_dataloader": train_dataloader})()
+    if place == "argument":
+        options["train_dataloaders"] = DataLoader(numbered(kit), 4, shuffle=True)
+    trainer = kit.trainer(plugin, max_epochs=2)
+    trainer.fit(module, **options)
+    assert sorted(plugin.rows) == sorted(list(range(10, 22)) * 2)
+    assert plugin.rows[:12] != sorted(plugin.rows[:12])
+    assert module.steps == 6
+    assert plugin.calls == 1
+
+
+def test_reload_asks_again_at_the_next_epoch(kit):
+    plugin = Keep(lambda data: (data.keep(range(plugin.calls * 4)), data.reload()))
+    kit.fit(kit.Net(), plugin, loader=DataLoader(numbered(kit), 4), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert plugin.rows == [*range(4), *range(8), *range(12)]
+
+
+def test_weights_choose_rows_in_proportion(kit):
+    plugin = Keep(lambda data: data.weights([0.0] * 30 + [1.0] * 10))
+    kit.fit(kit.Net(), plugin, loader=DataLoader(numbered(kit), 4, shuffle=True))
+    assert len(plugin.rows) == 40
+    assert min(plugin.rows) >= 30
+
+
+def test_keeping_and_weighting_compose():
+    data = TrainData(DataLoader(TensorDataset(torch.arange(10.0)), 2))
+    data.weights([1.0] * 5 + [0.0] * 5)
+    data.keep([4, 5, 6])
+    assert {float(v) for (batch,) in data.result() for v in batch} == {4.0}
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda d: d.keep([40]), "index 40 is outside the data set of 40 rows"),
+        (lambda d: d.keep([]), "no training row would remain"),
+        (lambda d: d.weights([1.0]), r"\(1,\) given for a data set of 40 rows"),
+        (lambda d: d.weights([-1.0] + [1.0] * 39), "not negative"),
+    ],
+)
+def test_impossible_choices_are_refused(kit, act, text):
+    with pytest.raises(PluginError, match=text):
+        kit.fit(kit.Net(), Keep(act), loader=DataLoader(numbered(kit), 4))
+
+
+def test_a_sampler_of_the_users_own_is_refused(kit):
+    loader = DataLoader(numbered(kit), 4, sampler=[3, 1, 2])
+    with pytest.raises(PluginError, match="cannot be chosen"):
+        kit.fit(kit.Net(), Keep(lambda d: d.keep([1])), loader=loader)
+
+
+def test_a_loader_nobody_changes_is_the_users_own(kit):
+    loader = DataLoader(numbered(kit), 4, sampler=[3, 1, 2])
+    plugin = Keep(lambda data: None)
+    trainer = kit.trainer(plugin)
+    trainer.fit(kit.Net(), loader)
+    assert plugin.rows == [3, 1, 2]
+
+
+def test_custom_datasets_are_kept_by_subset(kit):
+    class Rows(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return torch.full((8,), float(i)), 0
+
+    plugin = Keep(lambda data: data.keep([5, 0]))
+    kit.fit(kit.Net(), plugin, loader=DataLoader(Rows(), 2))
+    assert plugin.rows == [5, 0]

@@ -1,0 +1,83 @@
+"""What is written at the end, and where."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+
+from groundwire import Finding, Plugin, Plugins, Report, Section, Table, hookimpl
+
+
+class Finds(Plugin):
+    name = "finds"
+
+    def __init__(self):
+        self.reports = []
+
+    @hookimpl
+    def gw_findings(self, run):
+        number = len(run.findings)
+        return [
+            Finding("finds", "count", "info", number, f"{number} so far."),
+            Finding("finds", "word", "warn", "x", "A word."),
+        ]
+
+    @hookimpl
+    def gw_section(self, findings):
+        return Section("Finds", f"{len(findings)} findings.", [Table("All", ("code",), [(f.code,) for f in findings])])
+
+    @hookimpl
+    def gw_report(self, report, run):
+        assert run.stage in ("train", "test", "validate")
+        self.reports.append(len(report.findings))
+
+
+def test_findings_of_fit_and_test_meet_in_the_log_folder(kit):
+    logger = pl.loggers.CSVLogger(kit.path, name="", version="")
+    module, plugin = kit.Net(), Finds()
+    trainer = kit.fit(module, plugin, val=kit.loader(), logger=logger, max_epochs=2)
+    trainer.test(module, kit.loader(), verbose=False)
+    report = Report.read(kit.path)
+    assert report.path == kit.path / "groundwire" / "report.html"
+    found = {(f.code, f.stage, f.epoch) for f in report.findings}
+    assert found == {
+        (code, stage, epoch)
+        for code in ("count", "word")
+        for stage, epoch in (("validate", 0), ("validate", 1), ("train", 2), ("test", None))
+    }
+    assert plugin.reports == [6, 8]
+    assert "Finds" in report.path.read_text()
+    assert json.loads((kit.path / "groundwire" / "findings.json").read_text())
+    assert "finds/count" in (kit.path / "metrics.csv").read_text()
+    assert "finds/word" not in (kit.path / "metrics.csv").read_text()
+
+
+def test_without_a_log_folder_all_runs_of_a_trainer_share_one(kit):
+    module = kit.Net()
+    trainer = kit.fit(module, Finds())
+    trainer.test(module, kit.loader(), verbose=False)
+    [folder] = (kit.path / "groundwire").iterdir()
+    assert {f.stage for f in Report.read(folder).findings} == {"train", "test"}
+
+
+@pytest.mark.parametrize("case", ["fast_dev_run", "report_off", "nothing_found"])
+def test_nothing_is_written(kit, case):
+    plugin = Plugin() if case == "nothing_found" else Finds()
+    callback = Plugins([plugin], report=case != "report_off")
+    kit.fit(kit.Net(), callback, **({"fast_dev_run": True} if case == "fast_dev_run" else {}))
+    assert not (kit.path / "groundwire").exists()
+
+
+def test_the_folder_can_be_chosen(kit):
+    kit.fit(kit.Net(), Plugins([Finds()], report_dir=kit.path / "here"))
+    assert (kit.path / "here" / "report.html").exists()
+
+
+def test_a_crash_writes_no_report_but_loses_no_exception(kit):
+    class Breaks(Finds):
+        @hookimpl
+        def gw_section(self, findings):
+            raise RuntimeError("cannot draw")
+
+    with pytest.raises(RuntimeError, match="cannot draw"):
+        kit.fit(kit.Net(), Breaks())

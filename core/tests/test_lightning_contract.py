@@ -1,0 +1,171 @@
+"""What ``_lightning.py`` takes for granted about Lightning. A release that moves something fails here, by name."""
+
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from groundwire import _lightning
+
+
+@pytest.fixture
+def running(kit):
+    """A Trainer and a module in the middle of a fit."""
+    found = {}
+
+    class Look(pl.Callback):
+        def __init__(self, look):
+            self.look = look
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found["result"] = self.look(trainer, pl_module, batch, batch_idx)
+
+    def run(look, module=None, **options):
+        kit.fit(module or kit.Net(), Look(look), max_steps=1, **options)
+        return found["result"]
+
+    return run
+
+
+def test_names_on_modules():
+    assert {"_parameters", "_buffers", "_modules", "training"} <= _lightning.MODULE_NAMES
+    assert {"_trainer", "_current_fx_name", "_metric_attributes"} <= _lightning.LIGHTNING_MODULE_NAMES
+
+
+def test_rng_states_come_back():
+    states = _lightning.collect_rng_states()
+    first = torch.rand(1)
+    _lightning.set_rng_states(states)
+    assert torch.equal(first, torch.rand(1))
+
+
+def test_step_arguments_follow_the_users_signature(kit, running):
+    assert running(lambda t, m, b, i: len(_lightning.step_arguments(t, b, i))) == 2
+    one = type("One", (kit.Net,), {"training_step": lambda self, batch: kit.Net.training_step(self, batch, 0)})
+    assert running(lambda t, m, b, i: len(_lightning.step_arguments(t, b, i)), one()) == 1
+
+
+def test_closure_loss_is_lightnings_rule():
+    from lightning.pytorch.loops.optimization.automatic import ClosureResult
+
+    for output in (torch.tensor(3.0), {"loss": torch.tensor(3.0), "x": 1}):
+        theirs = ClosureResult.from_training_step_output(output, 4).closure_loss
+        assert torch.equal(theirs, _lightning.closure_loss(output) / 4)
+    assert _lightning.closure_loss(None) is None
+
+
+def test_the_strategy_hook_is_called_right_before_the_step(kit):
+    calls = []
+
+    class Module(kit.Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            calls.append("module")
+
+        def training_step(self, batch, batch_idx):
+            calls.append("step")
+            return super().training_step(batch, batch_idx)
+
+    trainer = kit.trainer(max_steps=1)
+    hook = lambda batch, batch_idx: calls.append("strategy")  # noqa: E731
+    with _lightning.instance_attribute(trainer.strategy, "on_train_batch_start", hook):
+        trainer.fit(Module(), kit.loader())
+    assert calls == ["module", "strategy", "step"]
+    assert "on_train_batch_start" not in vars(trainer.strategy)
+
+
+def test_loggers_can_be_replaced_and_come_back(kit):
+    logger = pl.loggers.CSVLogger(kit.path)
+    trainer = kit.trainer(logger=logger)
+    with _lightning.silent_loggers(trainer):
+        assert trainer.loggers[0].experiment.anything() is None
+        assert len(trainer.loggers) == 1
+    assert trainer.loggers == [logger]
+
+
+def test_log_of_nested_modules_is_redirected(kit):
+    class Outer(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.inner = kit.Net()
+
+    found, module = [], Outer()
+    with _lightning.logging_to(module, lambda name, value, **kw: found.append(name)):
+        module.log("a", 1)
+        module.inner.log_dict({"b": 1, "c": 2})
+    assert found == ["a", "b", "c"]
+    assert "log" not in vars(module)
+
+
+def test_the_evaluation_loop_in_use(kit):
+    found = {}
+
+    class Look(pl.Callback):
+        def on_validation_batch_start(self, trainer, *args):
+            found[trainer.state.fn.value] = _lightning.evaluation_loop(trainer)._data_fetcher is not None
+
+        on_test_batch_start = on_validation_batch_start
+
+    trainer = kit.fit(kit.Net(), Look(), val=kit.loader())
+    trainer.validate(kit.Net(), kit.loader(), verbose=False)
+    trainer.test(kit.Net(), kit.loader(), verbose=False)
+    assert found == {"fit": True, "validate": True, "test": True}
+
+
+def test_batches_are_moved_as_the_loops_do(kit, running):
+    class Module(kit.Net):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 1, batch[1]]
+
+    batch = next(iter(kit.loader()))
+    moved = running(lambda t, m, b, i: _lightning.move_batch(t, batch, 0), Module())
+    assert torch.equal(moved[0], batch[0] + 1)
+
+
+def test_launchers_and_averaging_callbacks_are_known_by_name(kit):
+    assert _lightning.spawns_processes(kit.trainer(strategy="ddp_fork", devices=1))
+    assert not _lightning.spawns_processes(kit.trainer())
+    assert _lightning.is_averaging(EMAWeightAveraging())
+    assert _lightning.is_averaging(StochasticWeightAveraging(0.1))
+    assert not _lightning.is_averaging(pl.Callback())
+
+
+def test_ddp_has_the_names_that_are_used():
+    assert "gradient_as_bucket_view" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    assert callable(DDPStrategy.block_backward_sync)
+    assert callable(DDPStrategy.pre_backward)
+
+
+def test_the_precision_plugin_has_a_scaler_in_fp16_only(kit):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    assert _lightning.gradient_scaler(kit.trainer()) is None
+    plugin = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
+    assert isinstance(plugin.scaler, torch.amp.GradScaler)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_overrides_are_told_from_both_packages_own_methods(package):
+    base = pytest.importorskip(package).LightningModule
+    own = type("Own", (base,), {"setup": lambda self, stage: None})()
+    assert _lightning.overrides(own, "setup")
+    assert not _lightning.overrides(own, "configure_model")
+
+
+def test_weights_are_loaded_after_on_load_checkpoint(kit):
+    order = []
+
+    class Module(kit.Net):
+        def load_state_dict(self, *args, **kwargs):
+            order.append("load_state_dict")
+            return super().load_state_dict(*args, **kwargs)
+
+    path = kit.path / "x.ckpt"
+    kit.fit(Module()).save_checkpoint(path)
+    with _lightning.before_restoring(Module, lambda module: order.append("before")):
+        Module.load_from_checkpoint(path)
+    assert order == ["before", "load_state_dict"]
+    assert "on_load_checkpoint" not in vars(Module)

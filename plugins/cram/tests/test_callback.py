@@ -1,0 +1,188 @@
+"""CrAM inside a Trainer."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from groundwire import Plugin, PluginError, Plugins, Report, hookimpl
+from groundwire_cram import CrAM, prune, recalibrate_batchnorm
+
+
+def neutral():
+    return CrAM(plus=False, rho=0, sparsities=(0,))
+
+
+def test_neutral_settings_train_bit_for_bit_as_without(kit):
+    plain, ours = kit.Net(), kit.Net()
+    kit.fit(plain)
+    kit.fit(ours, neutral())
+    assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train(kit, precision):
+    module = kit.Net()
+    with torch.random.fork_rng():
+        kit.fit(module, CrAM(), precision=precision)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_two_processes_agree_bit_for_bit(kit):
+    class Module(kit.Net):
+        def train_dataloader(self):
+            return DataLoader(kit.data(), 4, sampler=DistributedSampler(kit.data(), shuffle=True))
+
+        def on_train_end(self):
+            torch.save(dict(self.named_parameters()), kit.path / f"rank{self.global_rank}.pt")
+
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    kit.trainer(CrAM(sparsities=(0.3, 0.6, 0.9)), strategy=strategy, devices=2, max_epochs=3).fit(Module())
+    first, second = (torch.load(kit.path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert kit.difference(first, second) == 0.0
+
+
+def test_the_draws_are_those_of_seed_and_step_so_a_resume_continues_them(kit):
+    def draws(ckpt_path=None, max_epochs=2):
+        found = []
+
+        class Spy(CrAM):
+            def _draw(self, run):
+                found.append(super()._draw(run))
+                return found[-1]
+
+        trainer = kit.fit(kit.Net(), Spy(), max_epochs=max_epochs, ckpt_path=ckpt_path)
+        return found, trainer
+
+    whole, full = draws()
+    first, trainer = draws(max_epochs=1)
+    trainer.save_checkpoint(kit.path / "half.ckpt", weights_only=False)
+    second, resumed = draws(kit.path / "half.ckpt")
+    assert whole == first + second
+    assert len(set(whole)) > 1
+    assert kit.difference(full.lightning_module.state_dict(), resumed.lightning_module.state_dict()) == 0.0
+
+
+def test_checkpoints_have_no_tensor_more(kit):
+    trainer = kit.fit(kit.Net(), CrAM())
+    trainer.save_checkpoint(kit.path / "x.ckpt", weights_only=False)
+    checkpoint = torch.load(kit.path / "x.ckpt", weights_only=True)
+    assert checkpoint["callbacks"] == {}
+    [plugin] = checkpoint["groundwire"]["plugins"]
+    assert plugin["facts"] == {"sparsities": [0.5, 0.7, 0.9], "rho": 0.05, "plus": True}
+
+
+class Asks(Plugin):
+    """Evaluates every variant that somebody offers; knows nobody."""
+
+    after = ("cram",)
+
+    def __init__(self):
+        self.results, self.names = {}, []
+
+    @hookimpl
+    def gw_findings(self, run):
+        if run.stage == "validate":
+            for variant in run.variants():
+                self.results[variant.name] = run.evaluate(variant).metrics
+
+    @hookimpl
+    def gw_scores(self, variant):
+        self.names.append(variant)
+
+
+def test_offered_variants_are_pruned_and_recalibrated_and_leave_the_model_alone(kit):
+    asks, module, plain = Asks(), kit.Net(), kit.Net()
+    kit.fit(module, CrAM(), asks, val=kit.loader(), num_sanity_val_steps=0)
+    kit.fit(plain, CrAM(), val=kit.loader(), num_sanity_val_steps=0)
+    assert kit.difference(module.state_dict(), plain.state_dict()) == 0.0
+    assert list(asks.results) == ["0.5", "0.7", "0.9"]
+    twin = recalibrate_batchnorm(prune(module, 0.9), kit.loader())
+    [expected] = kit.trainer().validate(twin, kit.loader(), verbose=False)
+    assert dict(asks.results["0.9"]) == pytest.approx(expected)
+    assert set(asks.names) == {None, "0.5", "0.7", "0.9"}
+
+
+def test_variants_without_data_say_that_they_are_not_recalibrated(kit):
+    asks = Asks()
+    kit.trainer(CrAM(sparsities=(0.9,)), asks).validate(kit.Net(), kit.loader(), verbose=False)
+    assert list(asks.results) == ["0.9 (not recalibrated)"]
+    asks = Asks()
+    kit.trainer(CrAM(sparsities=(0.9,), calibration=kit.loader()), asks).validate(
+        kit.Net(), kit.loader(), verbose=False
+    )
+    assert list(asks.results) == ["0.9"]
+
+
+def test_evaluate_every_gives_a_curve_in_the_report_and_metrics_in_the_logs(kit):
+    logger = pl.loggers.CSVLogger(kit.path, name="", version="")
+    options = {"val": kit.loader(), "max_epochs": 2, "logger": logger}
+    trainer = kit.fit(kit.Net(), CrAM(sparsities=(0.5, 0.9), evaluate_every=2), **options)
+    report = Report.read(kit.path)
+    codes = {(f.code, f.epoch) for f in report.findings}
+    assert codes == {(f"{metric}@{s}", 1) for metric in ("val_acc", "val_loss") for s in ("dense", "0.5", "0.9")}
+    page = report.path.read_text()
+    assert "<svg" in page
+    assert "val_acc after one-shot pruning" in page
+    assert "cram/val_acc@0.9" in (kit.path / "metrics.csv").read_text()
+    dense = next(f.value for f in report.findings if f.code == "val_acc@dense")
+    assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sparsities": (90,)}, r"\[0, 1\), got 90; did you mean 0.9"),
+        ({"sparsities": ()}, "sparsities is empty"),
+        ({"rho": -1}, "rho must be at least 0, got -1"),
+        ({"rho": float("nan")}, "rho must be at least 0"),
+        ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        CrAM(**options)
+
+
+def test_a_model_with_nothing_to_prune_is_refused_before_training(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.BatchNorm1d(8)
+
+    with pytest.raises(PluginError, match=r"cram: Module has no weight of more than one dimension"):
+        kit.fit(Module(), CrAM())
+
+
+def test_bundled_with_other_plugins_it_trains_the_same(kit):
+    alone, bundled = kit.Net(), kit.Net()
+    kit.fit(alone, CrAM())
+    kit.fit(bundled, Plugins([Asks(), CrAM()]))
+    assert kit.difference(alone.state_dict(), bundled.state_dict()) == 0.0
+
+
+def test_plain_cram_gives_weights_unreached_by_the_replay_no_gradient(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Parameter(torch.ones(2))
+            self.passes = 0
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + self.extra.sum() if self.trainer.strategy.model is not None and not self.muted() else loss
+
+        def muted(self):
+            return "log" in vars(self)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    kit.fit(module, CrAM(plus=False), max_steps=1)
+    assert torch.equal(module.extra, torch.ones(2))
+    module = Module()
+    kit.fit(module, CrAM(plus=True), max_steps=1)
+    assert torch.equal(module.extra, torch.full((2,), 0.9))
