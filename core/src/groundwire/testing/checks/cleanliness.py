@@ -37,7 +37,7 @@ class PlannedError(RuntimeError):
 
 
 def clean_after_exception(subject: Subject) -> None:
-    """As after a fit, when ``training_step`` raises, also in a replay; the weights are those of before; a later fit works."""
+    """As after a fit, when ``training_step`` raises, also in a replay; the weights did not move; a later fit works."""
     for call in (2, 3):
         plugin, where = subject.factory(), f"after an exception in call {call} of training_step"
         plain = _failed(subject, [], transformed(subject.module(), subject.factory()), call)
