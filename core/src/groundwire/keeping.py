@@ -52,7 +52,8 @@ class FindingsService:
     def collect(self) -> None:
         """Ask every plugin, on every rank; numbers also go to the loggers."""
         stage = self._host.stage
-        epoch = self._host.trainer.current_epoch if self._host.fn == "fit" else None
+        # Findings at the end of training are about the whole of it.
+        epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
         found: list[Finding] = self._host.hooks.collect("gw_findings")
         if stage == "train":
             found += self._host.gradient.findings()

@@ -106,14 +106,22 @@ class CrAM(Plugin):
         return self.sparsities[derive_seed(self.seed, run.step_seed) % len(self.sparsities)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the latest batches for recalibration."""
-        if self.calibration is None and _has_batchnorm(pl_module):
+        """Keep an epoch's last batches for recalibration, and its first ones until then.
+
+        Only those, because a copy to the host waits for the device. They outlive the fit, for a test after it.
+        """
+        wanted = len(self._recent) < self.calibration_batches
+        wanted = wanted or batch_idx >= trainer.num_training_batches - self.calibration_batches
+        if self.calibration is None and wanted and _has_batchnorm(pl_module):
             self._recent.append(host_copy(batch))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the batches when the fit is over."""
-        if stage == "fit":
-            self._recent.clear()
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Other training, other batches."""
+        self._recent.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take no training data along."""
+        return {**vars(self), "_recent": deque(maxlen=self.calibration_batches)}
 
     @hookimpl
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
