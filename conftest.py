@@ -17,6 +17,12 @@ for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "ligh
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def pytest_configure(config):
+    """The fixtures of groundwire.testing, also where groundwire is on the path without being installed."""
+    if not config.pluginmanager.has_plugin("groundwire"):
+        config.pluginmanager.import_plugin("groundwire.testing.fixtures")
+
+
 class Net(pl.LightningModule):
     """A classifier with BatchNorm, as a user writes it."""
 

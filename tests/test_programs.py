@@ -9,10 +9,11 @@ import textwrap
 import lightning.pytorch as pl
 import pytest
 import torch
-from groundwire import Plugin, hookimpl
-from groundwire_cram import CrAM
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from groundwire import Plugin, hookimpl
+from groundwire_cram import CrAM
 
 
 class Dicts(Dataset):
@@ -94,7 +95,13 @@ def program(kit, name, *callbacks, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 4}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}, {"val_check_interval": 2}],
+    [
+        {},
+        {"accumulate_grad_batches": 4},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+        {"val_check_interval": 2},
+    ],
     ids=str,
 )
 def test_a_replay_alone_changes_nothing_a_user_can_see(kit, options):
@@ -113,8 +120,8 @@ def test_a_replay_alone_changes_nothing_a_user_can_see(kit, options):
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}, {"precision": "bf16-mixed"}], ids=str)
 def test_cram_changes_the_gradient_and_nothing_else(kit, options):
-    module, trainer, rows, kept = program(kit, "plain", **options)
-    ours, trainer_too, rows_too, kept_too = program(kit, "ours", CrAM(), **options)
+    module, trainer, rows, _kept = program(kit, "plain", **options)
+    ours, trainer_too, rows_too, _kept_too = program(kit, "ours", CrAM(), **options)
     assert module.order == ours.order
     assert module.steps == ours.steps
     assert [set(r) for r in rows] == [set(r) for r in rows_too]

@@ -43,7 +43,7 @@ def test_findings_of_fit_and_test_meet_in_the_log_folder(kit):
     assert found == {
         (code, stage, epoch)
         for code in ("count", "word")
-        for stage, epoch in (("validate", 0), ("validate", 1), ("train", 2), ("test", None))
+        for stage, epoch in (("validate", 0), ("validate", 1), ("train", None), ("test", None))
     }
     assert plugin.reports == [6, 8]
     assert "Finds" in report.path.read_text()

@@ -169,3 +169,10 @@ def test_weights_are_loaded_after_on_load_checkpoint(kit):
         Module.load_from_checkpoint(path)
     assert order == ["before", "load_state_dict"]
     assert "on_load_checkpoint" not in vars(Module)
+
+
+def test_users_reach_their_optimizers_through_lightnings_wrapper(kit, running):
+    pairs = running(lambda t, m, b, i: [(raw, face, m, m.optimizers()) for raw, face in _lightning.optimizer_faces(t)])
+    raw, _, module, wrapper = pairs[0]
+    assert [face for _, face, _, _ in pairs] == [raw, wrapper, module]
+    assert wrapper is not raw

@@ -471,3 +471,77 @@ def test_a_parameter_first_edited_after_the_first_replay_is_refused(kit):
 
     with pytest.raises(PluginError, match=r"changed the parameter 'teacher' in place"):
         kit.fit(Module(), kit.SAM())
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_manual_optimization_replays_what_made_the_gradient(kit, every):
+    """Batches whose gradient was thrown away are not in the window; accumulated ones are."""
+    differences = []
+
+    class Look(Plugin):
+        loss_fn = staticmethod(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+
+        @hookimpl
+        def gw_gradient(self, step):
+            found = step.replay()
+            differences.append(max(float((found[n] - g).abs().max()) for n, g in step.grads.items()))
+
+    class Discards(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            if batch_idx % every == every - 1:
+                optimizer.step()
+
+    class Accumulates(Discards):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            if batch_idx % every == every - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    for module in (Discards(), Accumulates()):
+        kit.fit(module, Look())
+        assert "zero_grad" not in {**vars(module), **vars(module.optimizers()), **vars(module.optimizers().optimizer)}
+    assert len(differences) == 2 * (5 // every)
+    assert max(differences) < 1e-6
+
+
+def test_optimizers_that_share_a_backward_both_get_their_window(kit):
+    names = []
+
+    class Spy(kit.SAM):
+        loss_fn = staticmethod(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+
+        def __init__(self):
+            self.rho = 0.05
+
+        @hookimpl
+        def gw_gradient(self, step):
+            names.append((len(step.parameters), len(step.micro_batches)))
+            return step.replay()
+
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            first.zero_grad()
+            second.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            first.step()
+            second.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), 0.1) for i in (0, 3)]
+
+    kit.fit(Module(), Spy())
+    assert names == [(2, 1), (2, 1)] * 5

@@ -385,11 +385,20 @@ def test_fields_come_from_the_user_then_the_module_then_core(kit):
         def gw_fields(self, batch):
             return Fields(batch[0], batch[1], source="module")
 
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return kit.loader()
+
+        @hookimpl
+        def gw_fields(self, batch):
+            return Fields(batch[0], source="datamodule")
+
     kit.fit(kit.Net(), Asks(), max_steps=1)
     kit.fit(Module(), Asks(), max_steps=1)
     kit.fit(Module(), Plugins([Asks()], fields=lambda b: Fields(b[0], source="given")), max_steps=1)
     kit.fit(Module(), Plugins([Asks()], fields=lambda b: None), max_steps=1)
-    assert found == [None, "module", "given", "module"]
+    kit.trainer(Asks(), max_steps=1).fit(kit.Net(), datamodule=Data())
+    assert found == [None, "module", "given", "module", "datamodule"]
 
 
 def test_a_batch_nobody_can_read_is_named(kit):

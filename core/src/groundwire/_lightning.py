@@ -79,6 +79,18 @@ def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def optimizer_faces(trainer: Any) -> list[tuple[Any, Any]]:
+    """Each optimizer with all objects that can zero its gradient: itself, Lightning's wrapper of it, the module.
+
+    ``strategy._lightning_optimizers``: the wrapper is of a class of its own and does not see the optimizer's
+    attributes.
+    """
+    pairs = zip(trainer.optimizers, trainer.strategy._lightning_optimizers, strict=True)
+    return [
+        (optimizer, face) for optimizer, wrapper in pairs for face in (optimizer, wrapper, trainer.lightning_module)
+    ]
+
+
 def gradients_are_views(trainer: Any) -> bool:
     """Whether DDP keeps gradients as views of its buckets, so that a later backward overwrites them.
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from groundwire._lightning import gradient_scaler, takes_dataloader_iter
+from groundwire._lightning import gradient_scaler, optimizer_faces, takes_dataloader_iter
 from groundwire.errors import PluginError
 from groundwire.guard import Bystanders
 from groundwire.replay import MANUAL, GradientStep, all_finite
 from groundwire.types import Finding, Problem
-from groundwire.window import Window
+from groundwire.window import Recorded, Window
 
 if TYPE_CHECKING:
     from groundwire.host import Host
@@ -64,42 +64,48 @@ class GradientService:
         if self._owners:
             self._host.stack.enter_context(self._window.recording(self._host.trainer))
             self._host.stack.callback(self._window.close)
+            if not self._host.module.automatic_optimization:
+                for optimizer, face in optimizer_faces(self._host.trainer):
+                    self._host.stack.enter_context(self._window.watching(optimizer, face))
 
-    def before_zero_grad(self) -> None:
+    def before_zero_grad(self, optimizer: Optimizer) -> None:
         """A new window begins."""
-        self._window.clear()
+        if self._owners:
+            self._window.clear(optimizer)
 
     def before_backward(self) -> None:
         """The pending batch is part of the window."""
         if self._owners:
-            self._window.commit(once=not self._host.module.automatic_optimization)
+            self._window.commit()
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The gradient is complete: let plugins finish, replace and edit it."""
         if self._done:
             self._host.hooks.call("gw_backward_done", phase="window")
-        if not (self._editors or len(self._window)):
+        if not (self._editors or self._owners):
             return
+        window = self._window.of(optimizer, once=not self._host.module.automatic_optimization)
         try:
             with _unscaled(self._host.trainer, optimizer):
-                self._change(optimizer)
+                self._change(optimizer, window)
         finally:
-            self._window.clear()
+            self._window.clear(optimizer)
 
-    def _change(self, optimizer: Optimizer) -> None:
+    def _change(self, optimizer: Optimizer, window: Sequence[Recorded]) -> None:
         step = GradientStep(
             self._host.trainer,
             self._host.module,
             optimizer,
             self._parameters(optimizer),
-            self._window,
+            window,
             self._host.seed,
             self._replay_done,
             self._bystanders,
+            getattr(self._host.by_name[self._owners[0]], "loss_fn", None) if self._owners else None,
         )
         if not step.grads:
             return
-        if self._owners and len(self._window):
+        if window:
             step.grads.update(self._owned(step))
         if self._editors:
             self._host.hooks.call("gw_gradient_edit", step=step)

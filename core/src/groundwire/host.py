@@ -213,7 +213,7 @@ class Host(Callback):
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A new accumulation window."""
-        self.gradient.before_zero_grad()
+        self.gradient.before_zero_grad(optimizer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """One more micro-batch of the window."""

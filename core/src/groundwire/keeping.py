@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from groundwire.types import Finding
+from groundwire.version import __version__
 
 if TYPE_CHECKING:
     from groundwire.host import Host
@@ -48,7 +52,8 @@ class FindingsService:
     def collect(self) -> None:
         """Ask every plugin, on every rank; numbers also go to the loggers."""
         stage = self._host.stage
-        epoch = self._host.trainer.current_epoch if self._host.fn == "fit" else None
+        # Findings at the end of training are about the whole of it.
+        epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
         found: list[Finding] = self._host.hooks.collect("gw_findings")
         if stage == "train":
             found += self._host.gradient.findings()
@@ -91,4 +96,7 @@ def _meta(host: Host) -> dict[str, Any]:
         "plugins": [getattr(p, "name", type(p).__name__) for p in host.plugins],
         "max_epochs": host.trainer.max_epochs,
         "global_step": host.trainer.global_step,
+        "groundwire": __version__,
+        "torch": str(torch.__version__),
+        "lightning": version("lightning"),
     }

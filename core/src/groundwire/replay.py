@@ -54,7 +54,9 @@ class GradientStep:
         seed: int,
         done: Callable[[], None],
         bystanders: Bystanders,
+        loss_fn: LossFn | None = None,
     ) -> None:
+        self._loss_fn = loss_fn
         self._trainer, self._module, self._seed, self._done = trainer, module, seed, done
         self._bystanders = bystanders
         self._saved: list[nn.Parameter] = []
@@ -99,9 +101,9 @@ class GradientStep:
         """Gradient of the window's loss at the current weights; :attr:`grads` and all other state stay as they are.
 
         Args:
-            loss_fn: ``loss_fn(module, batch) -> scalar`` used instead of ``training_step``; required under manual
-                optimization, where ``training_step`` would step again, and then taken as it is (not divided by the
-                number of accumulated batches).
+            loss_fn: ``loss_fn(module, batch) -> scalar`` used instead of ``training_step``; the plugin's own attribute
+                ``loss_fn`` when left out. Required under manual optimization, where ``training_step`` would step
+                again, and then taken as it is (not divided by the number of accumulated batches).
             same_rng: Use the first pass's dropout masks instead of fresh ones, which are seeded by
                 (seed, global_step, micro-batch).
 
@@ -113,6 +115,7 @@ class GradientStep:
             PluginError: Manual optimization without ``loss_fn``, a batch that was edited in place, or a caller other
                 than the owner of ``gw_gradient`` in a run without one.
         """
+        loss_fn = loss_fn or self._loss_fn
         if loss_fn is None and not self._module.automatic_optimization:
             raise PluginError(MANUAL)
         if not self._window:

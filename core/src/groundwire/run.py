@@ -94,16 +94,16 @@ class RunContext:
         """Other versions of the model that the run's plugins offer."""
         return self._host.variants()
 
-    def evaluate(self, variant: Variant | None = None, stage: str = "validate") -> Evaluation:
-        """Evaluate ``variant`` (the model itself when None) on the loaders of ``stage``, with the Trainer's limits.
+    def evaluate(self, variant: Variant | None = None, stage: str | None = None) -> Evaluation:
+        """Evaluate ``variant`` (the model itself when None) on the running stage's loaders, with the Trainer's limits.
 
         Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
         data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes.
 
         Raises:
-            PluginError: No evaluation is going on, or a loader can be read only once.
+            PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
         """
-        return self._host.evaluate(variant, stage)
+        return self._host.evaluate(variant, stage or self.stage)
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log ``value`` as ``"<plugin>/<name>"``; ``kwargs`` as for ``LightningModule.log``.

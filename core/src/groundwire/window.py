@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from groundwire._lightning import collect_rng_states, instance_attribute
 from groundwire.errors import PluginError
@@ -97,17 +98,12 @@ def record(batch: Any, batch_idx: int) -> Recorded:
 
 
 class Window:
-    """The micro-batches since gradients were last zeroed."""
+    """The micro-batches that made the gradient of each optimizer: those since it was zeroed or stepped."""
 
     def __init__(self) -> None:
         self._pending: Recorded | None = None
         self._committed: list[Recorded] = []
-
-    def __len__(self) -> int:
-        return len(self._committed)
-
-    def __iter__(self) -> Iterator[Recorded]:
-        return iter(self._committed)
+        self._starts: dict[int, int] = {}
 
     def recording(self, trainer: Any) -> AbstractContextManager[None]:
         """While open, each training batch of ``trainer`` becomes the pending one."""
@@ -119,16 +115,40 @@ class Window:
 
         return instance_attribute(trainer.strategy, "on_train_batch_start", on_train_batch_start)
 
-    def commit(self, once: bool) -> None:
-        """A backward of the pending batch starts; ``once`` counts several backwards of one batch as one."""
-        if self._pending is not None and not (once and any(r is self._pending for r in self._committed)):
+    def watching(self, optimizer: Optimizer, face: Any) -> AbstractContextManager[None]:
+        """While open, ``face.zero_grad()`` begins the window of ``optimizer`` anew.
+
+        Under manual optimization Lightning does not tell callbacks about it. ``face`` is what the user calls: the
+        optimizer, Lightning's wrapper of it, or the module.
+        """
+        original = face.zero_grad
+        self._starts[id(optimizer)] = len(self._committed)
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            self.clear(optimizer)
+            original(*args, **kwargs)
+
+        return instance_attribute(face, "zero_grad", zero_grad)
+
+    def commit(self) -> None:
+        """A backward of the pending batch starts."""
+        if self._pending is not None:
             self._committed.append(self._pending)
 
-    def clear(self) -> None:
-        """Gradients were zeroed, or the step is done."""
-        self._committed.clear()
+    def of(self, optimizer: Optimizer, once: bool) -> list[Recorded]:
+        """The window of ``optimizer``; ``once`` counts several backwards of one batch as one."""
+        window = self._committed[self._starts.get(id(optimizer), 0) :]
+        return list({id(recorded): recorded for recorded in window}.values()) if once else window
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """The gradient of ``optimizer`` was zeroed or used; what no other optimizer waits for is forgotten."""
+        self._starts[id(optimizer)] = len(self._committed)
+        done = min(self._starts.values())
+        del self._committed[:done]
+        self._starts = {key: start - done for key, start in self._starts.items()}
 
     def close(self) -> None:
         """Let go of all batches."""
-        self.clear()
+        self._committed.clear()
+        self._starts.clear()
         self._pending = None

@@ -186,3 +186,18 @@ def test_plain_cram_gives_weights_unreached_by_the_replay_no_gradient(kit):
     module = Module()
     kit.fit(module, CrAM(plus=True), max_steps=1)
     assert torch.equal(module.extra, torch.full((2,), 0.9))
+
+
+def test_the_batches_kept_are_the_last_of_the_epoch_and_no_copy_takes_them_along(kit):
+    import copy
+    import pickle
+
+    cram, module = CrAM(calibration_batches=2), kit.Net()
+    trainer = kit.fit(module, cram)
+    assert [batch[0].tolist() for batch in cram._recent] == [b[0].tolist() for b in list(kit.loader())[-2:]]
+    assert not copy.deepcopy(cram)._recent
+    assert not pickle.loads(pickle.dumps(cram))._recent
+    asks = Asks()
+    kit.trainer(cram, asks).validate(module, kit.loader(), verbose=False)
+    assert list(asks.results) == ["0.5", "0.7", "0.9"]
+    assert trainer.callbacks == [cram]

@@ -13,7 +13,7 @@ FOLDER, FINDINGS, PAGE = "groundwire", "findings.json", "report.html"
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Return the ``findings.json`` that ``path`` means: the file, its folder, or the run's folder above.
+    """Return the ``findings.json`` that ``path`` means: the file, its folder, or the (default root) folder of the run.
 
     Raises:
         FileNotFoundError: There is none; the text lists what was looked for.
@@ -26,7 +26,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """
     given = Path(path)
     wanted = [given] if given.suffix == ".json" else [given / FINDINGS, given / FOLDER / FINDINGS]
-    for file in wanted:
+    # Without a log folder, a run writes to a subfolder named after the time; the newest one is meant.
+    newest = sorted((given / FOLDER).glob(f"*/{FINDINGS}"), reverse=True)
+    for file in [*wanted, *newest]:
         if file.is_file():
             return file
     looked = " and ".join(map(str, wanted))

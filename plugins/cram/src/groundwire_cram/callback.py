@@ -13,7 +13,7 @@ from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Secti
 from groundwire.seeds import derive_seed
 from groundwire_cram.functional import check_sparsity, combine, compress, perturb, prunable, published_masks
 from groundwire_cram.report import section
-from groundwire_cram.variants import host_copy, variant
+from groundwire_cram.variants import described, host_copy, variant
 
 
 class CrAM(Plugin):
@@ -106,14 +106,22 @@ class CrAM(Plugin):
         return self.sparsities[derive_seed(self.seed, run.step_seed) % len(self.sparsities)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the latest batches for recalibration."""
-        if self.calibration is None and _has_batchnorm(pl_module):
+        """Keep an epoch's last batches for recalibration, and its first ones until then.
+
+        Only those, because a copy to the host waits for the device. They outlive the fit, for a test after it.
+        """
+        wanted = len(self._recent) < self.calibration_batches
+        wanted = wanted or batch_idx >= trainer.num_training_batches - self.calibration_batches
+        if self.calibration is None and wanted and _has_batchnorm(pl_module):
             self._recent.append(host_copy(batch))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the batches when the fit is over."""
-        if stage == "fit":
-            self._recent.clear()
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Other training, other batches."""
+        self._recent.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take no training data along."""
+        return {**vars(self), "_recent": deque(maxlen=self.calibration_batches)}
 
     @hookimpl
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
@@ -132,7 +140,8 @@ class CrAM(Plugin):
             evaluation = run.evaluate(version)
             label = "dense" if version is None else version.name
             for metric, value in evaluation.metrics.items():
-                found.append(Finding(self.name, f"{metric}@{label}", "info", value, f"{metric} of the {label} model."))
+                message = f"{metric} of the {described(label)}."
+                found.append(Finding(self.name, f"{metric}@{label}", "info", value, message))
         return found
 
     @hookimpl

@@ -30,6 +30,19 @@ def variant(module: nn.Module, sparsity: float, data: Iterable[Any], batches: in
     return Variant(name, partial(_recalibrated, module, sparsity, data, batches))
 
 
+def described(label: str) -> str:
+    """A variant's name, or "dense", in words.
+
+    Example:
+        >>> described("0.9"), described("0.5 (not recalibrated)")
+        ('model with 90 % of its weights set to zero', 'model with 50 % of its weights set to zero (not recalibrated)')
+    """
+    if label == "dense":
+        return "model as trained"
+    sparsity, _, note = label.partition(" ")
+    return f"model with {100 * float(sparsity):g} % of its weights set to zero" + (f" {note}" if note else "")
+
+
 @contextmanager
 def _recalibrated(module: nn.Module, sparsity: float, data: Iterable[Any], batches: int) -> Iterator[None]:
     layers = batchnorms(module)
