@@ -109,6 +109,8 @@ class Snapshot:
 
 
 def _rebind(store: dict[str, Any], before: dict[str, Any]) -> None:
+    if _same(store, before) and _same(store.values(), before.values()):
+        return
     for key in store.keys() - before.keys():
         del store[key]
     for key, value in before.items():

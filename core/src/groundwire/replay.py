@@ -6,6 +6,7 @@ Lightning then clips once and the user's own optimizer steps once; nothing is wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -208,6 +209,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         (True, False)
     """
     values = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    if not values or bool(torch.isfinite(torch.stack([v.sum(dtype=torch.float32) for v in values]).sum())):
+    if not values or math.isfinite(torch.stack([v.sum(dtype=torch.float32) for v in values]).sum().item()):
         return True
     return all(bool(torch.isfinite(v).all()) for v in values)
