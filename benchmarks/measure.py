@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -38,10 +39,11 @@ class Row:
 def interleaved(what: str, repeats: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """What each way returned, repeat by repeat; every other repeat goes backwards, so that a drift hits all alike."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
+    for way in ways.values() if repeats > 1 else ():
         way()  # The first time is slower for reasons of its own: caches, allocators, lazy imports.
     for repeat in track(range(repeats), what, transient=True):
         for name in list(ways)[:: -1 if repeat % 2 else 1]:
+            gc.collect()  # What an earlier repeat left must not be in the way of this one.
             found[name].append(ways[name]())
     return found
 
