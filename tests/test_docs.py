@@ -130,7 +130,8 @@ def test_test_files_of_a_page_pass(page, folder):
     """They import ``my_plugin``: what the page's first two blocks define."""
     write_files(page, folder)
     (folder / "my_plugin.py").write_text("\n".join(block.code for block in python_blocks(page)[:2]))
-    tests = [f for file in folder.glob("test_*.py") for n, f in runpy.run_path(str(file)).items() if n.startswith("test_")]
+    found = [item for file in folder.glob("test_*.py") for item in runpy.run_path(str(file)).items()]
+    tests = [function for name, function in found if name.startswith("test_")]
     assert tests
     for test in tests:
         test()
