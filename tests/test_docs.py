@@ -38,6 +38,10 @@ def blocks(page):
     return [Block(page, text[: m.start()].count("\n") + 2, *m.groups()) for m in FENCE.finditer(text)]
 
 
+def python_blocks(page):
+    return [block for block in blocks(page) if block.language == "python" and not block.title]
+
+
 def named(pages):
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
 
@@ -63,7 +67,6 @@ def folder(tmp_path, monkeypatch):
 def write_files(page, folder):
     for block in blocks(page):
         if block.title:
-            compile(block.code, block.title, "exec") if block.title.endswith(".py") else None
             (folder / block.title).write_text(block.code)
 
 
@@ -71,10 +74,9 @@ def write_files(page, folder):
 def test_python_blocks_run_in_order(page, folder):
     write_files(page, folder)
     namespace = {"__name__": "page"}
-    for block in blocks(page):
-        if block.language == "python" and not block.title:
-            code = "\n" * (block.line - 1) + block.code  # so that a traceback names the line of the page
-            exec(compile(code, str(page), "exec"), namespace)
+    for block in python_blocks(page):
+        code = "\n" * (block.line - 1) + block.code  # so that a traceback names the line of the page
+        exec(compile(code, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", named(p for p in PAGES if "```diff" in p.read_text("utf-8")))
@@ -121,6 +123,18 @@ def test_scripts_of_a_page_run_as_its_shell_lines_say(page, words, folder, monke
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI calls what jsonargparse deprecated
     monkeypatch.setattr(sys, "argv", words[1:])
     runpy.run_path(words[1], run_name="__main__")
+
+
+@pytest.mark.parametrize("page", named(p for p in PAGES if 'title="test_' in p.read_text("utf-8")))
+def test_test_files_of_a_page_pass(page, folder):
+    """They import ``my_plugin``: what the page's first two blocks define."""
+    write_files(page, folder)
+    (folder / "my_plugin.py").write_text("\n".join(block.code for block in python_blocks(page)[:2]))
+    found = [item for file in folder.glob("test_*.py") for item in runpy.run_path(str(file)).items()]
+    tests = [function for name, function in found if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
 
 
 @pytest.mark.parametrize("page", named([*PAGES, ROOT / "CONTRIBUTING.md"]))

@@ -213,3 +213,30 @@ def test_other_values_become_plain(value):
 def test_init_arguments_make_an_equal_plugin():
     plugin = Scaling(0.125)
     assert Scaling(**init_arguments(plugin)).factor == 0.125
+
+
+def test_a_plugin_that_cannot_tell_its_facts_leaves_no_run_open(kit):
+    class Broken(Plugin):
+        @hookimpl
+        def gw_provenance(self, run):
+            raise RuntimeError("no facts")
+
+    trainer = kit.trainer(Broken())
+    with pytest.raises(RuntimeError, match="no facts"):
+        trainer.fit(kit.Net(), kit.loader())
+    assert [type(c).__name__ for c in trainer.callbacks] == ["Broken"]
+    assert "on_train_batch_start" not in vars(trainer.strategy)
+
+
+def test_an_offset_is_remembered_as_changed_scores(kit):
+    from groundwire import Plugins
+
+    class Moves(Plugin):
+        @hookimpl
+        def gw_check(self, run):
+            return run.offset("moves", torch.ones(3)) if run.ready else None
+
+    path, checkpoint = saved(kit, kit.fit(kit.Net(), Plugins([Moves()], head="net.3")))
+    assert checkpoint[KEY]["plugins"][0]["changes"] == "scores"
+    with pytest.warns(UserWarning, match="'moves'.*scores will differ"):
+        kit.trainer(kit.SAM()).validate(kit.Net(), kit.loader(), ckpt_path=path, verbose=False)

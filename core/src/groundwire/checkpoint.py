@@ -95,40 +95,42 @@ def wrap_io(host: Host) -> None:
     io = strategy.checkpoint_io
     if not isinstance(io, ProvenanceIO):
         io = strategy.checkpoint_io = ProvenanceIO(io)
-    io.facts = lambda: provenance(host)
+    # Looked up once: reading the metadata of all distributions for every save would be slow.
+    identities = [_identity(p) for p in host.plugins]
+    io.facts = lambda: provenance(host, identities)
     io.present = frozenset(name_of(p) for p in host.plugins)
 
 
-def freeze_provenance(host: Host) -> None:
+def freeze_provenance(trainer: Any) -> None:
     """The run closes: later saves repeat its last facts, and hold on to nothing of it."""
-    io = host.trainer.strategy.checkpoint_io
+    io = trainer.strategy.checkpoint_io
     if isinstance(io, ProvenanceIO):
-        facts = provenance(host)
+        facts = io.facts()
         io.facts = lambda: copy.deepcopy(facts)
 
 
-def provenance(host: Host) -> dict[str, Any]:
+def provenance(host: Host, identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The entry that goes into a checkpoint, in plain types."""
     facts = host.hooks.by_owner("gw_provenance")
-    plugins = [{**_identity(p, host), "facts": to_plain(facts.get(name_of(p), {}))} for p in host.plugins]
+    plugins = [{**known, "facts": to_plain(facts.get(known["name"], {}))} for known in identities]
+    for plugin in plugins:
+        if plugin["name"] == host.scores.offset_owner:
+            plugin["changes"] = plugin["changes"] or "scores"
     return {"version": __version__, "spec_version": specs.SPEC_VERSION, "plugins": plugins}
 
 
-def _identity(plugin: Any, host: Host) -> dict[str, Any]:
+def _identity(plugin: Any) -> dict[str, Any]:
     cls = type(plugin)
-    entry = next(
-        (e for e in entry_points(group=specs.PROJECT) if e.value == f"{cls.__module__}:{cls.__qualname__}"), None
-    )
-    if entry is None:
-        entry = next((e for e in entry_points(group=specs.PROJECT) if e.name == name_of(plugin)), None)
+    installed = entry_points(group=specs.PROJECT)
+    value = f"{cls.__module__}:{cls.__qualname__}"
+    entry = next((e for e in installed if e.value == value or e.name == name_of(plugin)), None)
+    dist = entry.dist if entry is not None else None
     changes = "structure" if "gw_transform_model" in implementations(plugin) else None
-    if host.scores.offset_owner == name_of(plugin):
-        changes = changes or "scores"
     return {
         "name": name_of(plugin),
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "dist": entry.dist.name if entry is not None and entry.dist else None,
-        "version": entry.dist.version if entry is not None and entry.dist else None,
+        "dist": dist.name if dist is not None else None,
+        "version": dist.version if dist is not None else None,
         "init": init_arguments(plugin),
         "changes": changes,
     }

@@ -94,9 +94,8 @@ class Host(Callback):
 
     def close(self) -> None:
         """Take everything away that belongs to the run."""
-        if self.plugins:
-            checkpoint.freeze_provenance(self)
-        self.stack.close()
+        with self.stack:
+            checkpoint.freeze_provenance(self.trainer)
 
     def inserted_by(self, bundle: Any) -> Sequence[Any]:
         """The items of ``bundle`` that take part in the run, in resolved order."""
