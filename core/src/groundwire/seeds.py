@@ -39,7 +39,7 @@ def seed_globals(seed: int) -> None:
 def _accelerator_in_use() -> bool:
     kind = torch.accelerator.current_accelerator()
     if kind is not None and kind.type == "cuda":
-        return torch.cuda.is_initialized()
+        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     return torch.accelerator.is_available()
 
 
