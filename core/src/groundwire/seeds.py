@@ -29,8 +29,8 @@ def seed_globals(seed: int) -> None:
     if _accelerator_in_use():
         torch.manual_seed(seed)
     else:
-        # With an accelerator that nobody has used yet, torch.manual_seed formats a stack trace (0.3 to 0.8 ms) and seeds
-        # that device whenever it is first used: a trace that could not be undone.
+        # With an accelerator that nobody has used yet, torch.manual_seed formats a stack trace, which is slow, and
+        # seeds that device whenever it is first used: a trace that could not be undone.
         torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
