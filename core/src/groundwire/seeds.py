@@ -38,9 +38,10 @@ def seed_globals(seed: int) -> None:
 
 def _accelerator_in_use() -> bool:
     kind = torch.accelerator.current_accelerator()
-    if kind is not None and kind.type == "cuda":
-        return torch.cuda.is_initialized()
-    return torch.accelerator.is_available()
+    if kind is None:
+        return False
+    module = torch.get_device_module(kind)
+    return bool(module.is_initialized()) if hasattr(module, "is_initialized") else True
 
 
 @contextmanager
