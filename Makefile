@@ -33,7 +33,7 @@ lint: $(VENV)/.dev
 	@$(RUN) -m mypy
 
 docs: $(VENV)/.dev
-	@$(RUN) -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/.demo
 	@$(RUN) benchmarks/core.py $(ARGS)

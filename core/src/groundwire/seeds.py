@@ -29,8 +29,8 @@ def seed_globals(seed: int) -> None:
     if _accelerator_in_use():
         torch.manual_seed(seed)
     else:
-        # With an accelerator that nobody has used yet, torch.manual_seed formats a stack trace, 3 % of a replayed step,
-        # and seeds that device whenever it is first used: something that could not be undone.
+        # With an accelerator that nobody has used yet, torch.manual_seed formats a stack trace, which is slow, and
+        # seeds that device whenever it is first used: a trace that could not be undone.
         torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -38,9 +38,10 @@ def seed_globals(seed: int) -> None:
 
 def _accelerator_in_use() -> bool:
     kind = torch.accelerator.current_accelerator()
-    if kind is not None and kind.type == "cuda":
-        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-    return torch.accelerator.is_available()
+    if kind is None:
+        return False
+    module = torch.get_device_module(kind)
+    return bool(module.is_initialized()) if hasattr(module, "is_initialized") else True
 
 
 @contextmanager
