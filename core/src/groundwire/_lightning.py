@@ -125,6 +125,14 @@ def instance_attribute(obj: Any, name: str, value: Any) -> Iterator[None]:
             store[name] = before
 
 
+def rest(callback: Any, *hooks: str) -> None:
+    """Have Lightning pass ``callback`` by at ``hooks``: ``_call_callback_hooks`` calls only what is callable.
+
+    Each call costs 1.5 to 2 us of a step, also one that does nothing.
+    """
+    vars(callback).update(dict.fromkeys(hooks))
+
+
 @contextmanager
 def silent_loggers(trainer: Any) -> Iterator[None]:
     """Replace the Trainer's loggers by dummies. ``DummyLogger`` is what ``fast_dev_run`` uses."""

@@ -59,6 +59,11 @@ class GradientService:
             problems.append(Problem(owner, *MANUAL.split(" -> ")))
         return problems
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody takes part in the gradient of this run."""
+        return not (self._owners or self._editors or self._done)
+
     def attach(self) -> None:
         """Record batches from now on, if somebody may replay them."""
         if self._owners:

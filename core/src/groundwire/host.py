@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from groundwire import checkpoint, transform
-from groundwire._lightning import is_averaging
+from groundwire._lightning import is_averaging, rest
 from groundwire.errors import PluginError, problems_error
 from groundwire.evaluation import evaluate
 from groundwire.fields import DefaultFields, GivenFields, unknown_batch
@@ -137,6 +137,15 @@ class Host(Callback):
         self._check(problems)
         self.gradient.attach()
         self.findings.ready()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Be passed by where this run has nothing to do, so that an idle plugin costs little."""
+        rest(self, "on_after_backward")
+        if self.gradient.idle:
+            rest(self, "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step")
+        if not (self.ids.wanted or self.scores.wanted("train")):
+            rest(self, "on_train_batch_start", "on_train_batch_end")
 
     def _averaging_problems(self) -> list[Problem]:
         if not self.hooks.owners("gw_transform_model"):

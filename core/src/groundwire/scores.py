@@ -94,6 +94,10 @@ class ScoreService:
             for stage in getattr(by_name.get(name), "score_stages", ("validate", "test")):
                 self._receivers.setdefault(stage, []).append(name)
 
+    def wanted(self, stage: str) -> bool:
+        """Whether somebody wants the scores of ``stage``."""
+        return stage in self._receivers
+
     def ready(self) -> None:
         """The model exists: take the head that the user named."""
         if self._host.settings.head is not None:
