@@ -215,10 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 
 def measure(repeats: int, steps: int | None) -> list[Row]:
-    """Few repeats of the imports: each is a process."""
     if steps is not None:
         repeats = 1
-    return [*idle(repeats, steps or 1000), *replay(repeats, steps or 30), *imports(min(repeats, 9)), *checkpoints()]
+    # Many short trainings for the smallest difference; few imports, as each is a process of seconds.
+    few = max(1, repeats // 2)
+    return [*idle(2 * repeats, steps or 500), *replay(repeats, steps or 30), *imports(few), *checkpoints()]
 
 
 if __name__ == "__main__":
