@@ -348,3 +348,26 @@ def test_an_offset_that_a_compiled_model_would_bypass_is_refused(kit, called_bef
             trainer.validate(module, kit.loader(), verbose=False)
     else:
         trainer.validate(module, kit.loader(), verbose=False)
+
+
+def test_a_bypassed_offset_is_refused_in_training_too(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    class Late(Plugin):
+        name = "late"
+
+        @hookimpl
+        def gw_check(self, run):
+            return run.offset("late", torch.ones(3)) if run.ready else None
+
+    torch.compiler.reset()
+    module = Module()
+    for train in (False, True):
+        module.train(train)(torch.randn(8, 8))
+        with torch.no_grad():
+            module(torch.randn(8, 8))
+    with pytest.raises(PluginError, match="'late' cannot correct the scores"):
+        kit.fit(module, Plugins([Late()], head="net._orig_mod.3"))

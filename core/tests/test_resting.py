@@ -8,7 +8,7 @@ from groundwire._lightning import rest
 from groundwire.host import host_of
 
 GRADIENT = {"on_before_zero_grad", "on_before_backward", "on_before_optimizer_step"}
-BATCH = {"on_train_batch_start", "on_train_batch_end"}
+BATCH = {"on_train_batch_end"}
 
 
 class Idle(Plugin):
@@ -47,10 +47,6 @@ class Observer(Plugin):
         return None
 
 
-class Reader(Plugin):
-    needs_ids = True
-
-
 CASES = {
     Idle: GRADIENT | BATCH,
     Observer: GRADIENT | BATCH,
@@ -58,7 +54,6 @@ CASES = {
     Editor: BATCH,
     Finisher: BATCH,
     TrainObserver: GRADIENT,
-    Reader: GRADIENT,
 }
 
 

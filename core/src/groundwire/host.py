@@ -144,8 +144,9 @@ class Host(Callback):
         rest(self, "on_after_backward")
         if self.gradient.idle:
             rest(self, "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step")
-        if not (self.ids.wanted or self.scores.wanted("train")):
-            rest(self, "on_train_batch_start", "on_train_batch_end")
+        if not self.scores.wanted("train"):
+            # Not on_train_batch_start: an offset that comes later is probed there.
+            rest(self, "on_train_batch_end")
 
     def _averaging_problems(self) -> list[Problem]:
         if not self.hooks.owners("gw_transform_model"):

@@ -50,13 +50,13 @@ class IdsService:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._recorders: dict[int, RecordingSampler] = {}
-        self.wanted = False
+        self._wanted = False
         self.current: list[int] | None = None
 
     def open(self) -> None:
         """Listen to every loader that Lightning prepares from now on."""
-        self.wanted = any(getattr(plugin, "needs_ids", False) for plugin in self._host.plugins)
-        if not self.wanted:
+        self._wanted = any(getattr(plugin, "needs_ids", False) for plugin in self._host.plugins)
+        if not self._wanted:
             return
         strategy = self._host.trainer.strategy
         original = strategy.process_dataloader
@@ -78,7 +78,7 @@ class IdsService:
 
     def before_batch(self, stage: str, dataloader_idx: int) -> None:
         """Take the indices of the batch that is about to be used."""
-        if self.wanted:
+        if self._wanted:
             loaders = self.loaders(stage)
             several = stage == "train" and len(loaders) > 1
             recorder = None if several else self._recorders.get(id(loaders[dataloader_idx]))
