@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+
+from groundwire.mute import MuteLogger
 
 #: Attributes that Lightning and torch keep on every module; all others are the user's own.
 MODULE_NAMES = frozenset(vars(nn.Module()))
@@ -72,6 +74,32 @@ def evaluation_loop(trainer: Any) -> Any:
         return trainer.test_loop
     fitting = trainer.state.fn == "fit"
     return trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+
+
+def fresh_pass(trainer: Any) -> CombinedLoader:
+    """The loaders of the running evaluation, combined and limited as the loop does, from the beginning.
+
+    ``_combined_loader`` with its ``_mode``: only the loop knows how the user's loaders are combined.
+    """
+    loop = evaluation_loop(trainer)
+    combined = CombinedLoader(loop._combined_loader.iterables, loop._combined_loader._mode)
+    combined.limits = loop.max_batches
+    iter(combined)
+    return combined
+
+
+def gathered(trainer: Any, value: Any) -> list[Any]:
+    """``value`` of every rank. Lightning gathers tensors of equal shape only, so torch's own collective is used."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def is_misconfiguration(error: Exception) -> bool:
+    """Whether ``error`` is a MisconfigurationException of either Lightning package; the classes are not related."""
+    return type(error).__name__ == "MisconfigurationException"
 
 
 def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
@@ -135,9 +163,12 @@ def rest(callback: Any, *hooks: str) -> None:
 
 @contextmanager
 def silent_loggers(trainer: Any) -> Iterator[None]:
-    """Replace the Trainer's loggers by dummies. ``DummyLogger`` is what ``fast_dev_run`` uses."""
+    """Replace the Trainer's loggers by mute ones that keep their names, folders and classes.
+
+    ``trainer.loggers`` has a setter without documentation.
+    """
     loggers = list(trainer.loggers)
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [MuteLogger(logger) for logger in loggers]
     try:
         yield
     finally:
@@ -199,8 +230,10 @@ def is_averaging(callback: Any) -> bool:
 
 
 @contextmanager
-def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any]) -> Iterator[None]:
+def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any], reload: list[bool]) -> Iterator[None]:
     """Let ``choose(loader)`` replace the training loader whenever the fit loop is about to ask for one.
+
+    A True in ``reload`` makes it ask at the next epoch.
 
     ``fit_loop.setup_data`` with ``_combined_loader``, ``_should_reload_train_dl`` and ``_data_source``: the loader may
     be an argument or a method of module or DataModule. ``choose`` runs outside ``_request_dataloader``, which patches
@@ -210,19 +243,15 @@ def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any]) -> Iterato
     original = loop.setup_data
 
     def setup_data() -> None:
-        if loop._combined_loader is not None and not loop._should_reload_train_dl:
+        if loop._combined_loader is not None and not (reload.pop() if reload else loop._should_reload_train_dl):
             return
+        loop._combined_loader = None
         loader = choose(_request_dataloader(loop._data_source))
         with instance_attribute(loop._data_source, "dataloader", lambda: loader):
             original()
 
     with instance_attribute(loop, "setup_data", setup_data):
         yield
-
-
-def request_reload(trainer: Any) -> None:
-    """Make the fit loop ask for its loader again at the next epoch. ``fit_loop._combined_loader`` is its cache."""
-    trainer.fit_loop._combined_loader = None
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from groundwire import specs
 from groundwire._lightning import before_restoring
+from groundwire.discovery import Installed, installed, load_plugin
 from groundwire.errors import PluginError
 from groundwire.hooks import Hooks, implementations
 from groundwire.order import name_of
@@ -71,7 +71,7 @@ class ProvenanceIO(CheckpointIO):
         self.inner.teardown()
 
     def _refuse_missing(self, checkpoint: Mapping[str, Any], path: Any) -> None:
-        missing = [p for p in plugins_in(checkpoint) if p["changes"] and p["name"] not in self.present]
+        missing = [p for p in plugins_in(checkpoint) if p.get("changes") and p["name"] not in self.present]
         for plugin in missing:
             text = f"{path} was trained with the plugin {_described(plugin)}, which this Trainer does not have"
             if plugin["changes"] == "structure":
@@ -79,13 +79,16 @@ class ProvenanceIO(CheckpointIO):
             warnings.warn(f"{text}: scores will differ from those in training. Add it to callbacks.", stacklevel=2)
 
 
-def plugins_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ``checkpoint`` says about its plugins; empty for one without provenance."""
-    return list(checkpoint.get(KEY, {}).get("plugins", []))
+def plugins_in(checkpoint: Any) -> list[Mapping[str, Any]]:
+    """What ``checkpoint`` says about its plugins; empty for one without provenance, or with a damaged one."""
+    entry = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
+    plugins = entry.get("plugins") if isinstance(entry, Mapping) else None
+    known = plugins if isinstance(plugins, list) else []
+    return [p for p in known if isinstance(p, Mapping) and isinstance(p.get("init"), Mapping) and "name" in p]
 
 
 def _described(plugin: Mapping[str, Any]) -> str:
-    dist = f"pip install {plugin['dist']}=={plugin['version']}" if plugin["dist"] else plugin["class"]
+    dist = f"pip install {plugin['dist']}=={plugin['version']}" if plugin.get("dist") else plugin.get("class")
     return f"{plugin['name']!r} ({dist})"
 
 
@@ -96,7 +99,8 @@ def wrap_io(host: Host) -> None:
     if not isinstance(io, ProvenanceIO):
         io = strategy.checkpoint_io = ProvenanceIO(io)
     # Looked up once: reading the metadata of all distributions for every save would be slow.
-    identities = [_identity(p) for p in host.plugins]
+    rows = installed()
+    identities = [_identity(p, rows) for p in host.plugins]
     io.facts = lambda: provenance(host, identities)
     io.present = frozenset(name_of(p) for p in host.plugins)
 
@@ -105,13 +109,14 @@ def freeze_provenance(trainer: Any) -> None:
     """The run closes: later saves repeat its last facts, and hold on to nothing of it."""
     io = trainer.strategy.checkpoint_io
     if isinstance(io, ProvenanceIO):
-        facts = io.facts()
+        # On the other ranks nothing is saved, and plugins count on being asked on the first one only.
+        facts = io.facts() if trainer.is_global_zero else {}
         io.facts = lambda: copy.deepcopy(facts)
 
 
 def provenance(host: Host, identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The entry that goes into a checkpoint, in plain types."""
-    facts = host.hooks.by_owner("gw_provenance")
+    facts = host.hooks.by_owner("gw_provenance", Mapping)  # type: ignore[type-abstract]
     plugins = [{**known, "facts": to_plain(facts.get(known["name"], {}))} for known in identities]
     for plugin in plugins:
         if plugin["name"] == host.scores.offset_owner:
@@ -119,21 +124,24 @@ def provenance(host: Host, identities: Sequence[Mapping[str, Any]]) -> dict[str,
     return {"version": __version__, "spec_version": specs.SPEC_VERSION, "plugins": plugins}
 
 
-def _identity(plugin: Any) -> dict[str, Any]:
+def _identity(plugin: Any, rows: Sequence[Installed]) -> dict[str, Any]:
     cls = type(plugin)
-    installed = entry_points(group=specs.PROJECT)
-    value = f"{cls.__module__}:{cls.__qualname__}"
-    entry = next((e for e in installed if e.value == value or e.name == name_of(plugin)), None)
-    dist = entry.dist if entry is not None else None
-    changes = "structure" if "gw_transform_model" in implementations(plugin) else None
+    row = next((row for row in rows if _is_of(row, cls)), None)
     return {
         "name": name_of(plugin),
+        "entry": row.name if row is not None else None,
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "dist": dist.name if dist is not None else None,
-        "version": dist.version if dist is not None else None,
+        "dist": row.dist if row is not None else None,
+        "version": row.version if row is not None else None,
         "init": init_arguments(plugin),
-        "changes": changes,
+        "changes": "structure" if "gw_transform_model" in implementations(plugin) else None,
     }
+
+
+def _is_of(row: Installed, cls: type[Any]) -> bool:
+    """Whether an entry point means ``cls``: of the same package, which may have it from a module of its own."""
+    module, _, name = row.value.partition(":")
+    return name == cls.__qualname__ and module.split(".")[0] == cls.__module__.split(".")[0]
 
 
 def init_arguments(plugin: Any) -> dict[str, Any]:
@@ -197,10 +205,8 @@ def load(
     """
     checkpoint = read(path, map_location)
     if plugins is None:
-        from groundwire.discovery import load_plugin
-
-        needed = [p for p in plugins_in(checkpoint) if p["changes"] == "structure"]
-        plugins = [load_plugin(p["name"], **p["init"]) for p in needed]
+        needed = [p for p in plugins_in(checkpoint) if p.get("changes") == "structure"]
+        plugins = [load_plugin(p.get("entry") or p["name"], **p["init"]) for p in needed]
     with before_restoring(cls, lambda module: _transform(module, plugins)):
         module: _Module = cls.load_from_checkpoint(  # type: ignore[attr-defined]
             path, map_location=map_location, strict=strict, weights_only=True, **init
@@ -217,13 +223,19 @@ def read(path: Any, map_location: Any = None) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        if "weights_only" not in str(error):
+        if isinstance(error, FileNotFoundError):
             raise
+        if "weights_only" not in str(error):
+            raise PluginError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__} {error}") from error
         raise PluginError(
             f"{path} holds objects other than tensors and plain types, which groundwire does not unpickle -> "
             "save plain hyperparameters, or allow their types with torch.serialization.add_safe_globals. "
             f"{_first_line(error)}"
         ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", _LIGHTNING_KEY} <= checkpoint.keys():
+        raise PluginError(
+            f"{path} is not a Lightning checkpoint -> give a file that ModelCheckpoint or the Trainer saved"
+        )
     return checkpoint
 
 
@@ -259,9 +271,15 @@ def export(module: _Module, plugins: Sequence[Any] | None = None) -> _Module:
         >>> export(nn.Linear(2, 1))
         Linear(in_features=2, out_features=1, bias=True)
     """
+    plugins = list(plugins_of(module) if plugins is None else plugins)
+    for plugin in plugins:
+        if {"gw_transform_model", "gw_export"} & implementations(plugin).keys() == {"gw_transform_model"}:
+            raise PluginError(
+                f"{name_of(plugin)} changed the model and has no gw_export, so it cannot be taken out again"
+            )
     plain = copy.deepcopy(module)
     _separate_classes(plain)
-    _hooks_of(plugins_of(module) if plugins is None else plugins).call("gw_export", module=plain)
+    _hooks_of(plugins).call("gw_export", module=plain)
     left = {part for key in plain.state_dict() for part in key.split(".") if part.startswith(BUFFER_PREFIX)}
     if left:
         names = ", ".join(sorted(part.removeprefix(BUFFER_PREFIX) for part in left))

@@ -3,7 +3,7 @@
 A distribution makes its plugin known with an entry point in the group ``groundwire`` whose value is the plugin class::
 
     [project.entry-points.groundwire]
-    cram = "groundwire_cram:CrAM"
+    mine = "my_package:MyPlugin"
 
 Nothing here imports torch or Lightning, so that the command line answers at once.
 """
@@ -73,7 +73,7 @@ def installed(check: bool = False) -> tuple[Installed, ...]:
     return tuple(_imported(row) if check and row.status == "found" else row for row in rows)
 
 
-def load_plugin(name: str, **init: Any) -> Callback:
+def load_plugin(name: str, /, **init: Any) -> Callback:
     """Import the plugin called ``name`` and make one.
 
     Args:

@@ -20,9 +20,9 @@ def problems_error(problems: Iterable[Problem]) -> PluginError:
     """One error for all ``problems``, one line each.
 
     Example:
-        >>> print(problems_error([Problem("cram", "rho is -1", "choose rho >= 0")]))
+        >>> print(problems_error([Problem("sam", "rho is -1", "choose rho >= 0")]))
         groundwire cannot start this run:
-          - cram: rho is -1 -> choose rho >= 0
+          - sam: rho is -1 -> choose rho >= 0
     """
     lines = [f"  - {p.plugin}: {p.message}" + (f" -> {p.hint}" if p.hint else "") for p in problems]
     return PluginError("\n".join(["groundwire cannot start this run:", *lines]))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torchmetrics import Metric
 
-from groundwire._lightning import evaluation_arguments, evaluation_loop, move_batch
+from groundwire._lightning import evaluation_arguments, evaluation_loop, fresh_pass, gathered, move_batch
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.types import Evaluation, Variant
@@ -21,33 +20,62 @@ if TYPE_CHECKING:
     from groundwire.host import Host
 
 
+_REDUCTIONS: dict[Any, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "max": max,
+    "min": min,
+    torch.sum: sum,
+    torch.max: max,
+    torch.min: min,
+}
+
+
 class LogMeans:
-    """Takes ``self.log`` calls and averages them over a pass: numbers by batch size, metrics by their own rule."""
+    """Takes ``self.log`` calls and reduces them over a pass, by the names and rules that Lightning uses.
+
+    Numbers by ``reduce_fx``, a mean by batch size; metrics by their own rule; of several loaders each by itself.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
+        self._values: dict[str, tuple[Any, list[float], list[float]]] = {}
         self._metrics: dict[str, Metric] = {}
         self.rows = 1
+        self.suffix = ""
 
-    def __call__(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+    def __call__(
+        self,
+        name: str,
+        value: Any,
+        *args: Any,
+        batch_size: int | None = None,
+        reduce_fx: Any = "mean",
+        add_dataloader_idx: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Receive one logged value."""
+        name += self.suffix if add_dataloader_idx else ""
         if isinstance(value, Metric):
             self._metrics[name] = value
             return
-        weight = float(batch_size or self.rows)
-        number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
-        self._sums[name] = self._sums.get(name, 0.0) + number * weight
-        self._weights[name] = self._weights.get(name, 0.0) + weight
+        _, values, weights = self._values.setdefault(name, (reduce_fx, [], []))
+        values.append(float(value.detach().float().mean() if isinstance(value, Tensor) else value))
+        weights.append(float(batch_size or self.rows))
 
     def means(self, trainer: Any) -> dict[str, float]:
-        """Mean of each name over the pass and over ranks."""
-        means = {}
-        for name, total in self._sums.items():
-            pair = torch.tensor([total, self._weights[name]], dtype=torch.float64, device=trainer.strategy.root_device)
-            total_all, weight = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
-            means[name] = total_all / weight
-        return means | {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        """Value of each name over the pass and over ranks; ranks may have logged different names."""
+        rules = {name: reduce_fx for name, (reduce_fx, _, _) in self._values.items()}
+        ranks = gathered(trainer, {name: (values, weights) for name, (_, values, weights) in self._values.items()})
+        result = {}
+        for name in sorted({name for rank in ranks for name in rank}):
+            pairs = [pair for rank in ranks if name in rank for pair in zip(*rank[name], strict=True)]
+            result[name] = _reduced(rules.get(name), pairs)
+        return result | {name: float(metric.compute()) for name, metric in self._metrics.items()}
+
+
+def _reduced(rule: Any, pairs: list[tuple[float, float]]) -> float:
+    if rule in _REDUCTIONS:
+        return float(_REDUCTIONS[rule]([value for value, _ in pairs]))
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
@@ -58,6 +86,8 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
             f"run.evaluate(stage={stage!r}) was called while {host.stage!r} runs -> call it from gw_findings, where "
             "run.stage is the stage to evaluate"
         )
+    if variant is not None and not isinstance(variant, Variant):
+        raise PluginError(f"run.evaluate takes a Variant or None, got {variant!r} -> take one of run.variants()")
     log, batches = LogMeans(), 0
     name = None if variant is None else variant.name
     with unseen(module, trainer, log), nullcontext() if variant is None else variant.apply(), torch.no_grad():
@@ -66,6 +96,8 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
         for batch, batch_idx, dataloader_idx in _batches(host, stage):
             _step(host, log, batch, batch_idx, dataloader_idx, name)
             batches += 1
+        log.suffix = ""
+        _end_of_epoch(host, batches)
         metrics = log.means(trainer)
     return Evaluation(name, metrics, batches)
 
@@ -74,25 +106,31 @@ def _step(host: Host, log: LogMeans, batch: Any, batch_idx: int, dataloader_idx:
     trainer = host.trainer
     batch = move_batch(trainer, batch, dataloader_idx)
     host.before_batch(batch, host.stage, dataloader_idx)
+    log.suffix = f"/dataloader_idx_{dataloader_idx}" if len(host.ids.loaders(host.stage)) > 1 else ""
     log.rows = next((len(t) for t in tensors_in(batch) if t.ndim), 1)
     arguments = evaluation_arguments(trainer, evaluation_loop(trainer), batch, batch_idx, dataloader_idx)
     getattr(trainer.strategy, "test_step" if trainer.testing else "validation_step")(*arguments)
-    host.scores.after_batch(batch, host.stage, variant)
+    if variant is not None:  # the model's own scores were handed out when it was evaluated
+        host.scores.after_batch(batch, host.stage, variant)
 
 
 def _batches(host: Host, stage: str) -> Iterator[Any]:
     """A fresh pass over the stage's loaders with the Trainer's limits."""
-    trainer = host.trainer
-    loaders = host.ids.loaders(stage)
-    for loader in loaders:
+    for loader in host.ids.loaders(stage):
         if hasattr(loader, "__next__"):
-            raise PluginError(
-                f"a {type(loader).__name__} can be read only once -> give a loader that can be iterated again"
-            )
-    combined = CombinedLoader(loaders, "sequential")
-    combined.limits = list(trainer.num_test_batches if stage == "test" else trainer.num_val_batches)
-    iter(combined)
-    yield from combined
+            raise _one_shot(loader)
+    yield from fresh_pass(host.trainer)
+
+
+def _end_of_epoch(host: Host, batches: int) -> None:
+    """Metrics are often logged by the user's hook at the end; a pass without a batch has used its loader up."""
+    if not batches:
+        raise _one_shot(host.ids.loaders(host.stage)[0])
+    getattr(host.module, "on_test_epoch_end" if host.trainer.testing else "on_validation_epoch_end")()
+
+
+def _one_shot(loader: Any) -> PluginError:
+    return PluginError(f"a {type(loader).__name__} can be read only once -> give a loader that can be iterated again")
 
 
 def _reset_metrics(module: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from torch.optim import Optimizer
 
 from groundwire._lightning import gradient_scaler, optimizer_faces, takes_dataloader_iter
 from groundwire.errors import PluginError
-from groundwire.guard import Bystanders
 from groundwire.replay import MANUAL, GradientStep, all_finite
 from groundwire.types import Finding, Problem
 from groundwire.window import Recorded, Window
@@ -30,7 +30,7 @@ class GradientService:
         self._editors: list[str] = []
         self._done = False
         self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
-        self._bystanders = Bystanders()
+        self._backwards = self._steps = 0
         self.nonfinite = {"gradients": 0, "replays": 0}
 
     def refresh(self) -> list[Problem]:
@@ -41,7 +41,8 @@ class GradientService:
         if len(self._owners) > 1:
             names = " and ".join(repr(name) for name in sorted(self._owners))
             return [Problem("groundwire", f"{names} both own the gradient (gw_gradient)", "keep one of them")]
-        return self._unreplayable() if self._owners and self._host.ready else []
+        training = self._host.fn == "fit" and self._host.ready
+        return self._unreplayable() if self._owners and training else []
 
     def _unreplayable(self) -> list[Problem]:
         owner, module = self._owners[0], self._host.module
@@ -66,7 +67,7 @@ class GradientService:
 
     def attach(self) -> None:
         """Record batches from now on, if somebody may replay them."""
-        if self._owners:
+        if self._owners and self._host.fn == "fit":
             self._host.stack.enter_context(self._window.recording(self._host.trainer))
             self._host.stack.callback(self._window.close)
             if not self._host.module.automatic_optimization:
@@ -82,6 +83,7 @@ class GradientService:
         """The pending batch is part of the window."""
         if self._owners:
             self._window.commit()
+            self._backwards += 1
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The gradient is complete: let plugins finish, replace and edit it."""
@@ -89,9 +91,10 @@ class GradientService:
             self._host.hooks.call("gw_backward_done", phase="window")
         if not (self._editors or self._owners):
             return
+        self._steps += 1
         window = self._window.of(optimizer, once=not self._host.module.automatic_optimization)
         try:
-            with _unscaled(self._host.trainer, optimizer):
+            with _unscaled(self._host.trainer, optimizer), self._host.scores.aside():
                 self._change(optimizer, window)
         finally:
             self._window.clear(optimizer)
@@ -105,7 +108,6 @@ class GradientService:
             window,
             self._host.seed,
             self._replay_done,
-            self._bystanders,
             getattr(self._host.by_name[self._owners[0]], "loss_fn", None) if self._owners else None,
         )
         if not step.grads:
@@ -127,9 +129,7 @@ class GradientService:
         if not step.finite:
             self.nonfinite["replays"] += 1
             return {}
-        unknown = sorted(set(found) - set(step.parameters))
-        if unknown:
-            raise PluginError(f"{self._owners[0]} returned gradients of unknown parameters: {unknown}")
+        _refuse_wrong(self._owners[0], step, found)
         return dict(found)
 
     def _replay_done(self) -> None:
@@ -152,11 +152,31 @@ class GradientService:
             "gradients": "the gradient was not finite, so it was left as it is",
             "replays": "the replay's gradient was not finite, so the first one was used",
         }
+        if self._backwards and not self._steps:
+            warnings.warn(
+                f"{self._owners[0]!r} had no effect: the optimizers were stepped in a way that Lightning does not see, "
+                "such as optimizers(use_pl_optimizer=False)",
+                stacklevel=2,
+            )
         return [
             Finding("groundwire", f"nonfinite_{kind}", "warn", count, f"In {count} steps {where[kind]}.", "train")
             for kind, count in self.nonfinite.items()
             if count
         ]
+
+
+def _refuse_wrong(owner: str, step: GradientStep, found: Any) -> None:
+    """What the owner returned must be gradients of this step's parameters."""
+    if not isinstance(found, Mapping):
+        raise PluginError(f"{owner}: gw_gradient must return a mapping or None, got {type(found).__name__}")
+    unknown = sorted(set(found) - set(step.parameters))
+    if unknown:
+        raise PluginError(f"{owner} returned gradients of unknown parameters: {unknown}")
+    for name, grad in found.items():
+        wanted = tuple(step.parameters[name].shape)
+        if not isinstance(grad, Tensor) or tuple(grad.shape) != wanted:
+            shape = f"shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else type(grad).__name__
+            raise PluginError(f"{owner}: the gradient of {name!r} must be a tensor of shape {wanted}, got {shape}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
@@ -19,6 +19,7 @@ from groundwire.errors import PluginError, problems_error
 from groundwire.order import name_of
 from groundwire.types import Problem
 
+_T = TypeVar("_T")
 _MARK = f"{specs.PROJECT}_impl"
 
 SPECS: dict[str, tuple[str, ...]] = {
@@ -56,6 +57,11 @@ def mistakes(obj: Any, is_plugin: bool) -> list[Problem]:
 
 
 def _mistakes_of(obj: Any, name: str, method: Callable[..., Any]) -> list[Problem]:
+    options = getattr(method, _MARK)
+    if name not in SPECS and options.get("optionalhook"):
+        return []  # a hook of a newer groundwire, as the author says
+    if options.get("wrapper") or options.get("hookwrapper"):
+        return [Problem(name_of(obj), f"{_where(obj, name)} is a wrapper, which no hook allows", "drop wrapper=True")]
     if name not in SPECS:
         nearest = difflib.get_close_matches(name, SPECS, 1, 0.0)[0]
         return [Problem(name_of(obj), f"{_where(obj, name)} is not a hook", f"did you mean {nearest}?")]
@@ -100,6 +106,8 @@ class Hooks:
             raise problems_error([Problem(name, f"two implementers are named {name!r}", "rename one of them")])
         seat = self._seats[name] = _Seat()
         for hook, method in implementations(obj).items():
+            if hook not in SPECS:
+                continue
             setattr(seat, hook, _with_run(method, self._run_for(name)))
         self._manager.register(seat, name=name)
 
@@ -116,23 +124,37 @@ class Hooks:
             caller = self._manager.subset_hook_caller(hook, others)
         return caller(run=self._run, **arguments)
 
-    def collect(self, hook: str, **arguments: Any) -> list[Any]:
+    def collect(self, hook: str, kind: type[_T], **arguments: Any) -> list[_T]:
         """All items of all lists that the implementations return.
 
         Raises:
-            PluginError: An implementation returned something other than a list, a tuple or None.
+            PluginError: An implementation returned something other than a list or tuple of ``kind``, or None.
         """
-        items: list[Any] = []
-        for result in self.call(hook, **arguments):
+        items: list[_T] = []
+        for name, result in self.by_owner(hook, object, **arguments).items():
             if not isinstance(result, list | tuple):
-                raise PluginError(f"{hook} must return a list or None, got {type(result).__name__}: {result!r}")
+                raise _wrong(name, hook, f"a list of {kind.__name__}", result)
+            for item in result:
+                if not isinstance(item, kind):
+                    raise _wrong(name, hook, f"a list of {kind.__name__}", item)
             items += result
         return items
 
-    def by_owner(self, hook: str, **arguments: Any) -> dict[str, Any]:
-        """What each implementation returned (None left out), by its name."""
+    def by_owner(self, hook: str, kind: type[_T], **arguments: Any) -> dict[str, _T]:
+        """What each implementation returned (None left out), by its name.
+
+        Raises:
+            PluginError: An implementation returned something other than ``kind`` or None.
+        """
         results = {name: self.call(hook, only=[name], **arguments) for name in self.owners(hook)}
+        for name, found in results.items():
+            if found and not isinstance(found[0], kind):
+                raise _wrong(name, hook, kind.__name__, found[0])
         return {name: found[0] for name, found in results.items() if found}
+
+
+def _wrong(name: str, hook: str, wanted: str, found: Any) -> PluginError:
+    return PluginError(f"{name}: {hook} must return {wanted} or None, got {type(found).__name__}: {found!r}")
 
 
 class _Seat:

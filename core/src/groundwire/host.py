@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from groundwire import checkpoint, transform
-from groundwire._lightning import is_averaging, rest
+from groundwire._lightning import is_averaging, is_misconfiguration, rest
 from groundwire.errors import PluginError, problems_error
 from groundwire.evaluation import evaluate
 from groundwire.fields import DefaultFields, GivenFields, unknown_batch
@@ -83,7 +82,7 @@ class Host(Callback):
             raise problems_error(problems)
         self.stack.enter_context(self.seating.taken(self))
         self._register(members)
-        self._check(self.gradient.refresh() + self._averaging_problems())
+        self._check(self.gradient.refresh() + self.scores.problems() + self._averaging_problems())
         checkpoint.wrap_io(self)
         self.stack.enter_context(self._late_build)
         transform.apply(self, self._late_build)
@@ -96,10 +95,6 @@ class Host(Callback):
         """Take everything away that belongs to the run."""
         with self.stack:
             checkpoint.freeze_provenance(self.trainer)
-
-    def inserted_by(self, bundle: Any) -> Sequence[Any]:
-        """The items of ``bundle`` that take part in the run, in resolved order."""
-        return self.seating.inserted_by(bundle)
 
     def _register(self, members: Sequence[Any]) -> None:
         """Last registered is called first: core's default fields last of all, the user's own answers first."""
@@ -116,7 +111,7 @@ class Host(Callback):
         self.by_name[name] = obj
 
     def _check(self, problems: list[Problem]) -> None:
-        problems = problems + self.hooks.collect("gw_check")
+        problems = problems + self.hooks.collect("gw_check", Problem)
         if problems:
             raise problems_error(problems)
 
@@ -126,18 +121,18 @@ class Host(Callback):
             return
         self._late_build.close()
         self.ready = True
-        for optimizer in self.trainer.optimizers:
-            wrong = mistakes(optimizer, is_plugin=False)
-            if wrong:
-                raise problems_error(wrong)
-            if implementations(optimizer):
-                self._add(optimizer, name_of(optimizer))
-        problems = self.gradient.refresh()
-        self.scores.ready()
-        self._check(problems)
+        problems = [p for optimizer in self.trainer.optimizers for p in mistakes(optimizer, is_plugin=False)]
+        if not problems:
+            self._register_optimizers()
+        self._check(problems + self.gradient.refresh() + self.scores.ready())
         self.gradient.attach()
         self.findings.ready()
         self._rest()
+
+    def _register_optimizers(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            if implementations(optimizer):
+                self._add(optimizer, name_of(optimizer))
 
     def _rest(self) -> None:
         """Be passed by where this run has nothing to do, so that an idle plugin costs little."""
@@ -149,7 +144,7 @@ class Host(Callback):
             rest(self, "on_train_batch_end")
 
     def _averaging_problems(self) -> list[Problem]:
-        if not self.hooks.owners("gw_transform_model"):
+        if self.fn != "fit" or not self.hooks.owners("gw_transform_model"):
             return []
         return [
             Problem(
@@ -163,11 +158,14 @@ class Host(Callback):
         ]
 
     def refuse_early_averaging(self, owner: str) -> None:
-        """Raise if an averaging callback copied the model before ``owner`` adds a buffer to it."""
-        early = [type(c).__qualname__ for c in self.seating.before_plugins() if is_averaging(c)]
+        """Raise if an averaging callback copied the model before ``owner`` adds a buffer to it.
+
+        The head is known only after every ``setup``, so no order helps.
+        """
+        early = [type(c).__qualname__ for c in self.trainer.callbacks if is_averaging(c)]
         if early and self.fn == "fit":
             raise PluginError(
-                f"{early[0]} copied the model before {owner!r} corrects its head -> list it after {owner!r}"
+                f"{early[0]} copied the model before {owner!r} corrects its head -> train without {early[0]}"
             )
 
     # What plugins ask for
@@ -189,7 +187,7 @@ class Host(Callback):
 
     def variants(self) -> list[Variant]:
         """See :meth:`RunContext.variants`."""
-        return list(self.hooks.collect("gw_variants", module=self.module))
+        return list(self.hooks.collect("gw_variants", Variant, module=self.module))
 
     def evaluate(self, variant: Variant | None, stage: str) -> Evaluation:
         """See :meth:`RunContext.evaluate`."""
@@ -198,8 +196,10 @@ class Host(Callback):
     def log(self, key: str, value: Any, **kwargs: Any) -> None:
         """See :meth:`RunContext.log`. The class's own ``log``: an instance may be muted at the moment."""
         try:
-            type(self.module).log(self.module, key, value, **{"batch_size": 1, **kwargs})
-        except MisconfigurationException:
+            type(self.module).log(self.module, key, value, **kwargs)
+        except Exception as error:
+            if not is_misconfiguration(error):
+                raise
             self.findings.send({key: float(value)})
 
     # Lightning's hooks

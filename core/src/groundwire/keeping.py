@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -12,11 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from groundwire.types import Finding
+from groundwire.types import Finding, Section
 from groundwire.version import __version__
 
 if TYPE_CHECKING:
     from groundwire.host import Host
+    from groundwire.report import Report
 
 #: One folder for all runs of a Trainer that has no log folder of its own.
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
@@ -46,15 +49,16 @@ class FindingsService:
         elif log_dir is not None and trainer.loggers:
             self.directory = Path(log_dir) / "groundwire"
         else:
-            now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            self.directory = _folders.setdefault(trainer, Path(trainer.default_root_dir) / "groundwire" / now)
+            if trainer not in _folders:
+                _folders[trainer] = _new_folder(Path(trainer.default_root_dir) / "groundwire")
+            self.directory = _folders[trainer]
 
     def collect(self) -> None:
         """Ask every plugin, on every rank; numbers also go to the loggers."""
         stage = self._host.stage
         # Findings at the end of training are about the whole of it.
         epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
-        found: list[Finding] = self._host.hooks.collect("gw_findings")
+        found: list[Finding] = self._host.hooks.collect("gw_findings", Finding)
         if stage == "train":
             found += self._host.gradient.findings()
         found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
@@ -73,17 +77,44 @@ class FindingsService:
         host = self._host
         if self.directory is None or not host.trainer.is_global_zero:
             return
-        sections = list(host.hooks.by_owner("gw_section", findings=self.all).items())
+        sections = list(host.hooks.by_owner("gw_section", Section, findings=self.all).items())
         if not (sections or self._by_key):
             return
         # Only here: the page's libraries would slow every import down.
         from groundwire.report import Report
 
-        report = Report.read(self.directory) if (self.directory / "findings.json").exists() else Report()
+        report = _earlier(self.directory) or Report()
         report.meta.update(_meta(host))
         report.add(self.all)
-        report.write(self.directory, sections)
+        try:
+            report.write(self.directory, sections)
+        except OSError as error:
+            # The training is done: a full disk or a folder without permission must not take it away.
+            warnings.warn(f"the report cannot be written to {self.directory}: {error}", stacklevel=2)
+            return
         host.hooks.call("gw_report", report=report)
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named after the time, for one Trainer."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(
+        parent / name for name in names if not (parent / name).exists() and parent / name not in _folders.values()
+    )
+
+
+def _earlier(directory: Path) -> Report | None:
+    """The report of an earlier run in the same folder; one that cannot be read is moved aside."""
+    from groundwire.report import Report
+
+    file = directory / "findings.json"
+    try:
+        return Report.read(directory) if file.exists() else None
+    except ValueError as error:
+        aside = file.replace(file.with_suffix(".unreadable.json"))
+        warnings.warn(f"{error} It is now {aside}, and a new one is written.", stacklevel=2)
+        return None
 
 
 def _is_number(value: Any) -> bool:

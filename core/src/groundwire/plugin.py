@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from groundwire.order import name_of
 from groundwire.types import Fields
 
 if TYPE_CHECKING:
@@ -121,6 +122,11 @@ class Plugins(Callback):
         report: bool = True,
         report_dir: str | Path | None = None,
     ) -> None:
+        if isinstance(items, Callback) or not all(hasattr(item, "on_fit_start") for item in items):
+            raise TypeError(f"items must be a list of callbacks, got {items!r}")
+        wrong = [item for item in items if isinstance(item, type)]
+        if wrong:
+            raise TypeError(f"items has the class {wrong[0].__name__} -> make one: {wrong[0].__name__}()")
         self.items = list(items)
         self.off = (off,) if isinstance(off, str) else tuple(off)
         self.fields = fields
@@ -131,12 +137,12 @@ class Plugins(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run and set up the items, which Lightning's loop over callbacks does not know yet."""
         host = open_run(trainer, pl_module, stage)
-        for item in host.inserted_by(self):
+        for item in host.seating.inserted_by(self):
             item.setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the items' state also after the run, when they are no longer in the Trainer's list."""
         for item in self.items:
             state = item.state_dict()
-            if state and item not in trainer.callbacks:
+            if state and item not in trainer.callbacks and name_of(item) not in self.off:
                 checkpoint.setdefault("callbacks", {})[item.state_key] = state

@@ -25,7 +25,7 @@ from groundwire._lightning import (
     without_sync,
 )
 from groundwire.errors import PluginError
-from groundwire.guard import Bystanders, unseen
+from groundwire.guard import parameters_kept, unseen
 from groundwire.seeds import derive_seed, seed_globals
 from groundwire.types import MicroBatch
 from groundwire.window import Recorded
@@ -54,14 +54,13 @@ class GradientStep:
         window: Iterable[Recorded],
         seed: int,
         done: Callable[[], None],
-        bystanders: Bystanders,
         loss_fn: LossFn | None = None,
     ) -> None:
         self._loss_fn = loss_fn
         self._trainer, self._module, self._seed, self._done = trainer, module, seed, done
-        self._bystanders = bystanders
         self._saved: list[nn.Parameter] = []
         self._window = tuple(window)
+        self._edited = self._window[0].edited() if self._window else []
         self.views = gradients_are_views(trainer)
         self.optimizer = optimizer
         self.parameters = dict(parameters)
@@ -86,7 +85,11 @@ class GradientStep:
         Raises:
             KeyError: A name is not one of :attr:`parameters`.
         """
-        weights = {name: self.parameters[name] for name in (self.grads if names is None else names)}
+        names = list(self.grads if names is None else names)
+        unknown = [name for name in names if name not in self.parameters]
+        if unknown:
+            raise KeyError(f"no such parameters of this optimizer: {unknown}; it has {list(self.parameters)}")
+        weights = {name: self.parameters[name] for name in names}
         saved = {name: weight.detach().clone() for name, weight in weights.items()}
         outer, self._saved = self._saved, [*self._saved, *weights.values()]
         try:
@@ -123,7 +126,7 @@ class GradientStep:
             raise PluginError("there is no recorded batch to replay -> only the owner of gw_gradient may replay")
         for recorded in self._window:
             recorded.refuse_if_edited()
-        kept = self._bystanders.kept(self._module, self._saved)
+        kept = parameters_kept(self._module, self._edited, self._saved)
         with unseen(self._module, self._trainer), kept, self._gradients_aside():
             self._backward(loss_fn, same_rng)
             self._done()
@@ -177,7 +180,7 @@ class GradientStep:
         else:
             # In place of training_step, so that the strategy sends it through DDP and autocast as it does the step.
             def step(batch: Any, *_: Any) -> Tensor:
-                return loss_fn(self._module, batch)
+                return _checked(loss_fn(self._module, batch))
 
             with instance_attribute(self._module, "training_step", step):
                 loss = strategy.training_step(*arguments)
@@ -193,6 +196,12 @@ class GradientStep:
             for grad in found.values():
                 grad.mul_(1.0 / scaler.get_scale())
         return {name: grad.clone() for name, grad in found.items()} if self.views else found
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
+        raise PluginError(f"loss_fn must return the loss, one number with a gradient, got {loss!r}")
+    return loss
 
 
 MANUAL = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -46,11 +45,6 @@ class RunContext:
     def ready(self) -> bool:
         """Whether model and optimizers exist."""
         return self._host.ready
-
-    @property
-    def plugins(self) -> Sequence[Any]:
-        """The run's plugins in resolved order."""
-        return tuple(self._host.plugins)
 
     @property
     def step_seed(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,15 @@ from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
 from groundwire.offset import BUFFER, along_scores, is_compiled, moves_scores, offset_on, write_offset
-from groundwire.types import Fields, Head
+from groundwire.order import name_of
+from groundwire.types import Fields, Head, Problem
 from groundwire.window import tensors_in
 
 if TYPE_CHECKING:
     from groundwire.host import Host
+
+
+STAGES = ("train", "validate", "test", "predict")
 
 
 class Capture:
@@ -87,6 +92,12 @@ class ScoreService:
         self.raw: Tensor | None = None
         self.features: Tensor | None = None
 
+    def problems(self) -> list[Problem]:
+        """Stages that do not exist."""
+        wrong = {p: set(getattr(p, "score_stages", ())) - set(STAGES) for p in self._host.plugins}
+        hint = f"use some of {', '.join(STAGES)}"
+        return [Problem(name_of(p), f"score_stages has {sorted(s)}", hint) for p, s in wrong.items() if s]
+
     def open(self) -> None:
         """Note who wants the scores of which stage."""
         by_name = self._host.by_name
@@ -98,10 +109,15 @@ class ScoreService:
         """Whether somebody wants the scores of ``stage``."""
         return stage in self._receivers
 
-    def ready(self) -> None:
+    def ready(self) -> list[Problem]:
         """The model exists: take the head that the user named."""
-        if self._host.settings.head is not None:
-            self.head = named_head(self._host.module, self._host.settings.head)
+        name = self._host.settings.head
+        try:
+            self.head = named_head(self._host.module, name) if name is not None else None
+        except PluginError as error:
+            message, _, hint = str(error).partition(" -> ")
+            return [Problem("Plugins", message, hint)]
+        return []
 
     def before_batch(self, batch: Any, stage: str) -> None:
         """Start capturing if somebody wants this stage's scores; see that an offset is not bypassed."""
@@ -128,6 +144,19 @@ class ScoreService:
         arguments = {"scores": self._offset(self.raw), "fields": fields, "stage": stage, "variant": variant}
         self._host.hooks.call("gw_scores", only=self._receivers[stage], **arguments)
         self._capture.clear()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Forward passes that happen meanwhile are not the step's own, so they are not its scores."""
+        capture = self._capture
+        before = (capture.outputs, capture.features) if capture is not None else None
+        if capture is not None:
+            capture.clear()
+        try:
+            yield
+        finally:
+            if capture is not None and before is not None:
+                capture.outputs, capture.features = before
 
     def set_offset(self, owner: str, vector: Tensor) -> None:
         """See :meth:`RunContext.offset`."""

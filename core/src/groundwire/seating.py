@@ -55,9 +55,9 @@ class Seating:
         return [p for p in self._resolved if p in items] + [c for c in items if not is_plugin(c)]
 
     def before_plugins(self) -> list[Any]:
-        """Callbacks listed before the last plugin."""
+        """Callbacks listed before the first plugin, whose setup opens the run."""
         places = [i for i, c in enumerate(self._expanded) if is_plugin(c)]
-        return [c for c in self._expanded[: max(places, default=0)] if not is_plugin(c)]
+        return [c for c in self._expanded[: min(places, default=0)] if not is_plugin(c)]
 
     def _leave(self, host: Any, ours: list[Any]) -> None:
         """Back to the user's own list; what others added meanwhile stays."""

@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from groundwire._lightning import choosing_train_loader, request_reload
+from groundwire._lightning import choosing_train_loader
 from groundwire.errors import PluginError
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class TrainData:
         dataset: Its data set.
     """
 
-    def __init__(self, loader: Any, trainer: Any = None) -> None:
+    def __init__(self, loader: Any, reload: list[bool] | None = None) -> None:
         self.loader = loader
         self.dataset: Any = getattr(loader, "dataset", None)
-        self._trainer = trainer
+        self._reload = reload if reload is not None else []
         self._kept: list[int] | None = None
         self._weights: torch.Tensor | None = None
 
@@ -69,8 +69,7 @@ class TrainData:
 
     def reload(self) -> None:
         """Ask for the training data again at the next epoch."""
-        if self._trainer is not None:
-            request_reload(self._trainer)
+        self._reload[:] = [True]
 
     def result(self) -> Any:
         """The user's loader, or one like it with the chosen rows."""
@@ -97,9 +96,8 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
     Raises:
         PluginError: ``loader`` has a sampler of its own, whose indices mean rows of the old data set.
     """
-    shuffled = isinstance(loader.sampler, RandomSampler)
-    plain = type(loader.batch_sampler) is torch.utils.data.BatchSampler
-    if not (plain and (shuffled or isinstance(loader.sampler, SequentialSampler)) and type(loader) is DataLoader):
+    shuffled = type(loader.sampler) is RandomSampler
+    if not (type(loader) is DataLoader and loader.batch_size is not None and _is_plain(loader.sampler)):
         raise PluginError(
             f"the training rows of a {type(loader).__name__} with {type(loader.sampler).__name__} cannot be "
             "chosen: its indices mean rows of the whole data set -> use shuffle=True, or select the rows before "
@@ -110,6 +108,13 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
         sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=loader.generator)
     options = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
     return DataLoader(dataset, shuffle=shuffled if sampler is None else None, sampler=sampler, **options)
+
+
+def _is_plain(sampler: Any) -> bool:
+    """Whether ``sampler`` is what DataLoader makes of ``shuffle``, so that one over other rows can take its place."""
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler._num_samples is None
+    return type(sampler) is SequentialSampler
 
 
 #: What a loader with other rows takes over.
@@ -146,9 +151,11 @@ class TrainDataService:
         if not host.hooks.owners("gw_train_data"):
             return
 
+        reload: list[bool] = []
+
         def choose(loader: Any) -> Any:
-            data = TrainData(loader, host.trainer)
+            data = TrainData(loader, reload)
             host.hooks.call("gw_train_data", data=data)
             return data.result()
 
-        host.stack.enter_context(choosing_train_loader(host.trainer, choose))
+        host.stack.enter_context(choosing_train_loader(host.trainer, choose, reload))

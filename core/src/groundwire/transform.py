@@ -16,13 +16,15 @@ from torch import nn
 
 from groundwire._lightning import instance_attribute, overrides, spawns_processes
 from groundwire.errors import problems_error
+from groundwire.hooks import implementations
+from groundwire.order import name_of
 from groundwire.types import Problem
 
 if TYPE_CHECKING:
     from groundwire.host import Host
 
 #: Which plugins changed a model, for ``export``. The model itself carries no trace of it.
-_plugins_of: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+_plugins_of: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 def apply(host: Host, stack: ExitStack) -> None:
@@ -66,11 +68,11 @@ def _only_in_children(host: Host) -> Problem:
 
 
 def remember(module: nn.Module, plugins: Sequence[Any]) -> None:
-    """Note that ``plugins`` were at work on ``module``."""
-    known = _plugins_of.get(module, ())
-    _plugins_of[module] = known + tuple(p for p in plugins if p not in known)
+    """Note which of ``plugins`` leave something in ``module``; of two with one name the latest counts."""
+    left = [p for p in plugins if {"gw_transform_model", "gw_export"} & implementations(p).keys()]
+    _plugins_of[module] = _plugins_of.get(module, {}) | {name_of(p): p for p in left}
 
 
 def plugins_of(module: nn.Module) -> tuple[Any, ...]:
-    """The plugins that were at work on ``module`` in this process."""
-    return _plugins_of.get(module, ())
+    """The plugins that left something in ``module`` in this process."""
+    return tuple(_plugins_of.get(module, {}).values())

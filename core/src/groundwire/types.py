@@ -55,7 +55,7 @@ class Finding:
         ValueError: ``severity`` is none of the three.
 
     Example:
-        >>> Finding("cram", "replays", "info", 120, "120 compressed passes were made.").code
+        >>> Finding("sam", "replays", "info", 120, "120 second passes were made.").code
         'replays'
     """
 
@@ -82,7 +82,7 @@ class Problem:
         hint: What to change.
 
     Example:
-        >>> Problem("cram", "rho is -1", "choose rho >= 0").hint
+        >>> Problem("sam", "rho is -1", "choose rho >= 0").hint
         'choose rho >= 0'
     """
 
@@ -96,7 +96,7 @@ class Variant:
     """Another version of the model, such as a pruned one.
 
     Attributes:
-        name: How reports call it, for example ``"cram: 90 % sparse"``.
+        name: How reports call it, for example ``"90 % sparse"``.
         apply: Returns a context manager that edits the tensors of ``module.named_parameters()`` in place and undoes
             it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized layer: it is recomputed from
             the originals and the edit is lost without a message.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire._lightning import collect_rng_states, instance_attribute
@@ -79,6 +79,11 @@ class Recorded:
     micro_batch: MicroBatch
     rng_states: dict[str, Any]
     versions: tuple[tuple[Tensor, int], ...]
+    parameters: tuple[tuple[nn.Parameter, int], ...] = ()
+
+    def edited(self) -> list[nn.Parameter]:
+        """Parameters that changed in place since: by the training step itself, as no optimizer stepped yet."""
+        return [p for p, version in self.parameters if p._version != version]
 
     def refuse_if_edited(self) -> None:
         """Raise if ``training_step`` changed a tensor of the batch in place: the replay would see other data."""
@@ -90,11 +95,12 @@ class Recorded:
                 )
 
 
-def record(batch: Any, batch_idx: int) -> Recorded:
-    """Remember ``batch`` as it is now, with the random states of now."""
+def record(batch: Any, batch_idx: int, module: nn.Module) -> Recorded:
+    """Remember ``batch`` as it is now, with the random states and the parameters' versions of now."""
     twin = copy_containers(batch)
     versions = tuple((t, t._version) for t in tensors_in(twin) if not t.is_inference())
-    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions)
+    parameters = tuple((p, p._version) for p in module.parameters())
+    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters)
 
 
 class Window:
@@ -110,7 +116,7 @@ class Window:
         original = trainer.strategy.on_train_batch_start
 
         def on_train_batch_start(batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
-            self._pending = record(batch, batch_idx)
+            self._pending = record(batch, batch_idx, trainer.lightning_module)
             return original(batch, batch_idx, *args, **kwargs)
 
         return instance_attribute(trainer.strategy, "on_train_batch_start", on_train_batch_start)

@@ -39,8 +39,8 @@ class Report:
     Example:
         >>> import tempfile
         >>> report = Report({"module": "Net"})
-        >>> report.add([Finding("cram", "sparsity", "info", 0.5, "Half is zero.", "validate", epoch=0)])
-        >>> report.add([Finding("cram", "sparsity", "info", 0.9, "Most is zero.", "validate", epoch=0)])
+        >>> report.add([Finding("mine", "sparsity", "info", 0.5, "Half is zero.", "validate", epoch=0)])
+        >>> report.add([Finding("mine", "sparsity", "info", 0.9, "Most is zero.", "validate", epoch=0)])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report.write(folder)
         ...     [finding.value for finding in Report.read(folder).findings]

@@ -35,7 +35,7 @@ def check_plugin(
     ``provenance_loads``, ``both_lightning_packages``, ``ranks_agree_under_ddp``. "Equal" means bit-equal.
 
     Args:
-        factory: Makes a new plugin, for example ``lambda: CrAM(rho=0.1)``.
+        factory: Makes a new plugin, for example ``lambda: SAM(rho=0.1)``.
         neutral: Makes the plugin with arguments that ask for ordinary training.
         module: Makes the LightningModule to train, for plugins that the kit's cannot serve. It brings its own
             ``train_dataloader`` or takes the kit's batches, see :class:`groundwire.testing.Classifier`.

@@ -76,7 +76,6 @@ def without_discovery() -> Iterator[None]:
     """No plugin is installed, whatever the machine has."""
     with (
         patch("groundwire.discovery.distributions", lambda: iter(())),
-        patch("groundwire.checkpoint.entry_points", lambda **_: ()),
     ):
         yield
 

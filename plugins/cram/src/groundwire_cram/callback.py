@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 
 from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
 from groundwire.seeds import derive_seed
-from groundwire_cram.functional import check_sparsity, combine, compress, perturb, prunable, published_masks
+from groundwire_cram.functional import (
+    check_sparsity,
+    combine,
+    compress,
+    perturb,
+    prunable,
+    published_masks,
+    refuse_weight_norm,
+)
 from groundwire_cram.report import section
 from groundwire_cram.variants import described, host_copy, variant
 
@@ -29,14 +38,14 @@ class CrAM(Plugin):
         plus: Add the gradient of the model itself (CrAM+). Without it, plain CrAM.
         sparse_grad: Let pruned entries get no gradient from the compressed model.
         seed: Seed of the sparsity draws, which are a function of it, the global seed and the global step.
-        evaluate_every: Evaluate the pruned versions at the end of every n-th validation (one pass each); 0 for never.
+        evaluate_every: Evaluate the pruned versions at the validations of every n-th epoch, and in ``trainer.validate``
+            (one pass each); 0 for never.
         calibration: Batches for the BatchNorm statistics of pruned versions; by default the last training batches.
         calibration_batches: How many batches to use for that.
         loss_fn: ``loss_fn(module, batch) -> loss``, needed under manual optimization only.
 
     Raises:
-        ValueError: A sparsity is outside [0, 1), none is given, ``rho`` is negative, or
-            ``calibration_batches`` is not positive.
+        ValueError: A sparsity is outside [0, 1), none is given, or another argument is out of its range.
 
     Example:
         >>> CrAM(sparsities=(0.5, 0.9), rho=0.05).sparsities
@@ -58,14 +67,20 @@ class CrAM(Plugin):
         calibration_batches: int = 20,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
-        self.sparsities = tuple(check_sparsity(s) for s in sparsities)
+        self.sparsities = tuple(
+            check_sparsity(s) for s in ([sparsities] if isinstance(sparsities, Real) else sparsities)
+        )
         if not self.sparsities:
             raise ValueError("sparsities is empty -> give at least one fraction, such as 0.9")
-        if not rho >= 0:
+        if not isinstance(rho, Real) or not rho >= 0:
             raise ValueError(f"rho must be at least 0, got {rho!r}")
+        if isinstance(evaluate_every, bool) or not isinstance(evaluate_every, int) or evaluate_every < 0:
+            raise ValueError(f"evaluate_every must be a number of epochs, 0 for never, got {evaluate_every!r}")
+        if hasattr(calibration, "__next__"):
+            raise ValueError("calibration can be read only once -> give a loader or a list of batches")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
-        self.rho = rho
+        self.rho = float(rho)
         self.plus = plus
         self.sparse_grad = sparse_grad
         self.seed = seed
@@ -85,6 +100,10 @@ class CrAM(Plugin):
         """Something must be prunable."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
+        try:
+            refuse_weight_norm(name for name, _ in run.module.named_parameters())
+        except ValueError as error:
+            return [Problem(self.name, *str(error).split(" -> "))]
         if not prunable(dict(run.module.named_parameters())):
             return [Problem(self.name, f"{type(run.module).__name__} has no weight of more than one dimension")]
         return []
@@ -132,8 +151,9 @@ class CrAM(Plugin):
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
         """Accuracy (or whatever the validation step logs) of each pruned version, when it is due."""
-        epoch = run.trainer.current_epoch + 1
-        if run.stage != "validate" or not self.evaluate_every or epoch % self.evaluate_every:
+        fitting = run.trainer.state.fn == "fit"
+        due = not fitting or not (run.trainer.current_epoch + 1) % (self.evaluate_every or 1)
+        if run.stage != "validate" or not self.evaluate_every or not due:
             return []
         found = []
         for version in [None, *run.variants()]:

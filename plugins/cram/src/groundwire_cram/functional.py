@@ -12,7 +12,9 @@ sparsity is drawn anew for every step.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,11 +30,11 @@ def check_sparsity(sparsity: float) -> float:
         >>> check_sparsity(0.9)
         0.9
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        number = isinstance(sparsity, int | float) and 1 < sparsity < 100
-        hint = f"; did you mean {sparsity / 100:g}?" if number else ""
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity < 1:
+        hint = f"; did you mean {sparsity / 100:g}?" if number and 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity must be a fraction in [0, 1), got {sparsity!r}{hint}")
-    return sparsity
+    return float(sparsity)
 
 
 def prunable(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -43,6 +45,23 @@ def prunable(parameters: Mapping[str, Tensor]) -> list[str]:
         ['weight']
     """
     return [name for name, p in parameters.items() if p.dim() > 1 and p.is_floating_point()]
+
+
+def refuse_weight_norm(names: Iterable[str]) -> None:
+    """Raise for weights that are stored as direction and length: a direction of zeros has no length to divide by.
+
+    Raises:
+        ValueError: A name is that of a weight-normalised layer.
+
+    Example:
+        >>> refuse_weight_norm(["0.weight", "0.bias"])
+    """
+    for name in names:
+        if re.search(r"(\.original\d|weight_[gv])$", name):
+            raise ValueError(
+                f"{name}: a weight-normalised layer cannot be pruned, zeros would give NaN -> remove_parametrizations "
+                "(or remove_weight_norm) first"
+            )
 
 
 def published_threshold(tensors: Iterable[Tensor], sparsity: float) -> Tensor | None:
@@ -139,6 +158,6 @@ def combine(
         if two is None:
             two = torch.zeros_like(one)
         elif sparse_grad and name in masks:
-            two = two.masked_fill(~masks[name], 0)
+            two = two * masks[name] if two.is_sparse else two.masked_fill(~masks[name], 0)
         result[name] = two + one if plus else two
     return result

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from groundwire_cram.functional import compress, exact_masks, prunable
+from groundwire_cram.functional import compress, exact_masks, prunable, refuse_weight_norm
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -31,7 +31,7 @@ def prune(module: _Module, sparsity: float, *, inplace: bool = False) -> _Module
         The pruned module.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1), or ``module`` has nothing to prune.
+        ValueError: ``sparsity`` is outside [0, 1), or ``module`` has nothing to prune or a weight-normalised layer.
 
     Example:
         >>> pruned = prune(nn.Linear(4, 5), 0.9)
@@ -40,6 +40,7 @@ def prune(module: _Module, sparsity: float, *, inplace: bool = False) -> _Module
     """
     module = module if inplace else copy.deepcopy(module)
     parameters = dict(module.named_parameters())
+    refuse_weight_norm(parameters)
     weights = {name: parameters[name] for name in prunable(parameters)}
     masks = exact_masks(weights, sparsity)
     if not weights:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def section(cram: CrAM, findings: list[Finding]) -> Section:
     """Settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
-    levels = ", ".join(f"{s:.0%}" for s in cram.sparsities)
+    levels = ", ".join(f"{100 * s:g} %" for s in cram.sparsities)
     text = (
         f"Trained with {'CrAM+' if cram.plus else 'CrAM'} at sparsities {levels}, rho {cram.rho:g}"
         f"{', sparse gradients' if cram.sparse_grad else ''}. A pruned version is the model with its smallest weights "
         "set to zero, without any retraining."
     )
-    results = latest(findings)
+    results = latest(findings, cram.name)
     tables = [
         Table(f"{metric} after one-shot pruning", ("sparsity", metric), list(values.items()))
         for metric, values in results.items()
@@ -28,7 +28,7 @@ def section(cram: CrAM, findings: list[Finding]) -> Section:
     return Section("CrAM: one-shot pruning", text, tables, figures)
 
 
-def latest(findings: list[Finding]) -> dict[str, dict[str, float]]:
+def latest(findings: list[Finding], name: str = "cram") -> dict[str, dict[str, float]]:
     """Value by sparsity for each metric, of the last epoch in which it was measured.
 
     Example:
@@ -38,7 +38,7 @@ def latest(findings: list[Finding]) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     for finding in findings:
         metric, at, label = finding.code.rpartition("@")
-        if finding.plugin == "cram" and at:
+        if finding.plugin == name and at:
             results.setdefault(metric, {})[label] = finding.value
     return results
 
