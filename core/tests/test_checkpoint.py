@@ -117,7 +117,7 @@ def test_load_makes_plugins_again_by_name_and_names_one_that_is_not_installed(ki
         load(kit.Net, path)
     made = []
     monkeypatch.setattr(
-        "groundwire.discovery.load_plugin", lambda name, **init: made.append((name, init)) or Scaling(**init)
+        "groundwire.checkpoint.load_plugin", lambda name, **init: made.append((name, init)) or Scaling(**init)
     )
     load(kit.Net, path)
     assert made == [("scaling", {"factor": 0.25})]

@@ -7,7 +7,7 @@ import torch
 import torchmetrics
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from groundwire import Plugin, PluginError, TrainData, Variant, hookimpl
+from groundwire import Fields, Plugin, PluginError, TrainData, Variant, hookimpl
 
 
 class Scaled(Plugin):
@@ -89,7 +89,7 @@ def test_evaluations_equal_a_validation_of_the_edited_model(kit):
     for found, expected in zip(plugin.results, (own, doubled), strict=True):
         assert found.batches == 5
         assert dict(found.metrics) == pytest.approx(expected)
-    assert [name for name, _ in plugin.scores] == [None] * 10 + ["doubled"] * 5
+    assert [name for name, _ in plugin.scores] == [None] * 5 + ["doubled"] * 5
 
 
 def test_several_loaders_dicts_and_limits(kit):
@@ -269,3 +269,97 @@ def test_custom_datasets_are_kept_by_subset(kit):
     plugin = Keep(lambda data: data.keep([5, 0]))
     kit.fit(kit.Net(), plugin, loader=DataLoader(Rows(), 2))
     assert plugin.rows == [5, 0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_names_and_values_are_lightnings_own(kit, several):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self(batch[0])
+            self.seen.append(float(batch_idx))
+            self.log("sum", float(batch_idx), reduce_fx="sum")
+            self.log("max", float(batch_idx) + dataloader_idx, reduce_fx="max")
+            self.log("mean", batch[0].mean())
+
+        def on_validation_epoch_end(self):
+            self.log("at_end", sum(self.seen))
+            self.seen.clear()
+
+    plugin = Scaled()
+    loaders = [kit.loader(), DataLoader(kit.data(20), 8)] if several else kit.loader()
+    trainer = kit.trainer(plugin)
+    trainer.validate(Module(), loaders, verbose=False)
+    expected = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert dict(plugin.results[0].metrics) == pytest.approx(expected)
+
+
+def test_combined_loaders_are_combined_as_the_loop_does(kit):
+    from lightning.pytorch.utilities import CombinedLoader
+
+    class Module(kit.Net):
+        @hookimpl
+        def gw_fields(self, batch):
+            return Fields(*batch["a"])
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch["a"], batch_idx)
+            assert set(batch) == {"a", "b"}
+
+    plugin = Scaled()
+    loader = CombinedLoader({"a": kit.loader(), "b": kit.loader()}, "min_size")
+    kit.trainer(plugin).validate(Module(), loader, verbose=False)
+    assert [r.batches for r in plugin.results] == [5, 5]
+
+
+def test_a_stream_that_is_used_up_is_refused(kit):
+    class Once(IterableDataset):
+        rows = iter(kit.data())
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(PluginError, match="can be read only once"):
+        kit.trainer(Scaled()).validate(kit.Net(), DataLoader(Once(), 8), verbose=False)
+
+
+def test_something_else_than_a_variant_is_refused(kit):
+    class Wrong(Plugin):
+        @hookimpl
+        def gw_findings(self, run):
+            run.evaluate("0.5")
+
+    with pytest.raises(PluginError, match=r"takes a Variant or None, got '0\.5'"):
+        kit.trainer(Wrong()).validate(kit.Net(), kit.loader(), verbose=False)
+
+
+def test_reload_in_the_middle_of_an_epoch_waits_for_the_next(kit):
+    class Middle(Keep):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                self.data.reload()
+            assert trainer.train_dataloader is not None
+
+    def act(data):
+        plugin.data = data
+        data.keep(range(plugin.calls * 12))
+
+    plugin = Middle(act)
+    kit.fit(kit.Net(), plugin, loader=DataLoader(numbered(kit), 4), max_epochs=2)
+    assert plugin.rows == [*range(12), *range(24)]
+
+
+@pytest.mark.parametrize("sampler", ["replacement", "batch_sampler"])
+def test_samplers_that_are_not_plain_are_refused(kit, sampler):
+    from torch.utils.data import BatchSampler, RandomSampler
+
+    rows = numbered(kit)
+    if sampler == "replacement":
+        loader = DataLoader(rows, 4, sampler=RandomSampler(rows, replacement=True, num_samples=100))
+    else:
+        loader = DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows), 4, False))
+    with pytest.raises(PluginError, match="cannot be chosen"):
+        kit.fit(kit.Net(), Keep(lambda d: d.keep([1])), loader=loader)

@@ -81,8 +81,11 @@ def test_loggers_can_be_replaced_and_come_back(kit):
     logger = pl.loggers.CSVLogger(kit.path)
     trainer = kit.trainer(logger=logger)
     with _lightning.silent_loggers(trainer):
-        assert trainer.loggers[0].experiment.anything() is None
-        assert len(trainer.loggers) == 1
+        [mute] = trainer.loggers
+        assert list(mute.experiment.config.update({"a": 1})) == []
+        assert mute.log_metrics({"a": 1.0}) is None
+        assert isinstance(mute, pl.loggers.CSVLogger)
+        assert trainer.log_dir == logger.log_dir
     assert trainer.loggers == [logger]
 
 

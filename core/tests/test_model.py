@@ -371,3 +371,53 @@ def test_a_bypassed_offset_is_refused_in_training_too(kit):
             module(torch.randn(8, 8))
     with pytest.raises(PluginError, match="'late' cannot correct the scores"):
         kit.fit(module, Plugins([Late()], head="net._orig_mod.3"))
+
+
+def test_training_scores_are_not_those_of_a_replay(kit):
+    class Zeros(Plugin):
+        @hookimpl
+        def gw_gradient(self, step):
+            with step.perturbed() as weights:
+                for weight in weights.values():
+                    weight.zero_()
+                return step.replay()
+
+    class Module(kit.Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.last = self(batch[0]).detach()
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert torch.equal(observer.seen[-1][2], self.last)
+
+    observer = Observer(("train",))
+    rows = DataLoader(kit.data(36), 8)
+    kit.fit(Module(), observer, Zeros(), loader=rows, accumulate_grad_batches=2)
+    assert [len(s[2]) for s in observer.seen] == [8, 8, 8, 8, 4]
+
+
+def test_stages_that_do_not_exist_are_refused(kit):
+    with pytest.raises(PluginError, match=r"observer: score_stages has \['val'\] -> use some of train, validate"):
+        kit.fit(kit.Net(), Observer(("val",)))
+
+
+def test_a_wrong_head_is_raised_together_with_other_problems(kit):
+    from groundwire import Problem
+
+    class Unhappy(Plugin):
+        @hookimpl
+        def gw_check(self, run):
+            return [Problem("unhappy", "is unhappy")] if run.ready else []
+
+    with pytest.raises(PluginError, match=r"(?s)head='nope'.*unhappy|unhappy.*head='nope'"):
+        kit.fit(kit.Net(), Plugins([Unhappy()], head="nope"))
+
+
+def test_averaging_is_refused_for_offsets_and_checked_in_fit_only(kit):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(PluginError, match="EMAWeightAveraging copied the model before 'offset'"):
+        kit.fit(kit.Net(), Plugins([Offset()], head="net.3"), EMAWeightAveraging())
+    kit.trainer(EMAWeightAveraging(), Surgery()).validate(kit.Net(), kit.loader(), verbose=False)
+    kit.fit(kit.Net(), Surgery(), EMAWeightAveraging(), Observer())

@@ -450,7 +450,7 @@ def test_a_hook_that_returns_something_else_is_named(kit):
         def gw_findings(self):
             return Finding("wrong", "x", "info", 1, "not in a list")
 
-    with pytest.raises(PluginError, match="gw_findings must return a list or None, got Finding"):
+    with pytest.raises(PluginError, match="wrong: gw_findings must return a list of Finding or None, got Finding"):
         kit.fit(kit.Net(), Wrong())
 
 

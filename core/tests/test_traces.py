@@ -245,3 +245,82 @@ def test_core_imports_no_plugin():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "groundwire.host" in modules
     assert not [name for name in modules if name.startswith("groundwire_")]
+
+
+class Meter:
+    """An average meter as people write it."""
+
+    def __init__(self):
+        self.n, self.values = 0, []
+
+    def update(self, value):
+        self.n += 1
+        self.values.append(value)
+
+
+def test_meters_arrays_and_generators_of_the_module_are_used_once(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.meter, self.meters = Meter(), {"a": Meter()}
+            self.array = np.zeros(2)
+            self.generators = [torch.Generator().manual_seed(0), np.random.default_rng(0), random.Random(0)]
+            self.state = np.random.RandomState(0)
+
+        def training_step(self, batch, batch_idx):
+            self.meter.update(batch_idx)
+            self.meters["a"].update(batch_idx)
+            self.array += 1
+            torch_one, numpy_one, python_one = self.generators
+            noise = torch.randn(batch[0].shape, generator=torch_one)
+            scale = numpy_one.random() + python_one.random() + self.state.rand()
+            return super().training_step([batch[0] + scale * noise, batch[1]], batch_idx)
+
+    (plain, _), (ours, _) = both(kit, Module)
+    assert (plain.meter.n, plain.meter.values) == (ours.meter.n, ours.meter.values)
+    assert plain.meters["a"].n == ours.meters["a"].n == 15
+    assert plain.array.tolist() == ours.array.tolist()
+    assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
+
+
+def test_long_containers_are_cut_back_to_their_length():
+    module = nn.Linear(1, 1)
+    module.words = {str(i): i for i in range(20_000)}
+    module.rows = list(range(20_000))
+    snapshot = Snapshot(module)
+    module.words["new"] = 1
+    module.rows += [1, 2]
+    snapshot.restore()
+    assert len(module.words) == len(module.rows) == 20_000
+
+
+def test_a_logger_in_a_replay_keeps_its_class_folder_and_chains(kit):
+    seen = []
+
+    class Module(kit.Net):
+        def training_step(self, batch, batch_idx):
+            self.logger.experiment.config.update({"a": 1})
+            seen.append((isinstance(self.logger, Logger), self.logger.save_dir, self.trainer.log_dir, self.logger.name))
+            return super().training_step(batch, batch_idx)
+
+    class Nothing:
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args):
+            return self
+
+    class Logger(pl.loggers.CSVLogger):
+        @property
+        def experiment(self):
+            return Nothing()
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def save(self):
+            pass
+
+    kit.fit(Module(), Twice(), logger=Logger(kit.path), max_steps=2)
+    assert len(seen) == 4
+    assert len(set(seen)) == 1

@@ -230,10 +230,10 @@ def is_averaging(callback: Any) -> bool:
 
 
 @contextmanager
-def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any], reload: list[bool]) -> Iterator[None]:
+def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any], reload: list[int]) -> Iterator[None]:
     """Let ``choose(loader)`` replace the training loader whenever the fit loop is about to ask for one.
 
-    A True in ``reload`` makes it ask at the next epoch.
+    An epoch in ``reload`` makes it ask again at the epoch after it.
 
     ``fit_loop.setup_data`` with ``_combined_loader``, ``_should_reload_train_dl`` and ``_data_source``: the loader may
     be an argument or a method of module or DataModule. ``choose`` runs outside ``_request_dataloader``, which patches
@@ -243,8 +243,10 @@ def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any], reload: li
     original = loop.setup_data
 
     def setup_data() -> None:
-        if loop._combined_loader is not None and not (reload.pop() if reload else loop._should_reload_train_dl):
+        wanted = any(epoch < trainer.current_epoch for epoch in reload)
+        if loop._combined_loader is not None and not (wanted or loop._should_reload_train_dl):
             return
+        reload.clear()
         loop._combined_loader = None
         loader = choose(_request_dataloader(loop._data_source))
         with instance_attribute(loop._data_source, "dataloader", lambda: loader):

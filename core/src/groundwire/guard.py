@@ -110,7 +110,7 @@ class Snapshot:
                 self._save_module(f"{owner}.{name}" if name else owner, child)
         elif isinstance(value, _GENERATORS):
             self._generators.append(_generator_undo(value))
-        elif not isinstance(value, Dataset | DataLoader) and _is_users(type(value)):
+        elif not isinstance(value, Dataset | DataLoader) and _is_users(type(value)):  # type: ignore[arg-type]
             self._save_object(owner, value)
 
     def _save_object(self, owner: str, value: Any) -> None:

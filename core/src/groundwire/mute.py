@@ -19,7 +19,7 @@ class MuteLogger:
         ...     save_dir = "logs"
         ...     def log_metrics(self, metrics): raise OSError("the disk is full")
         >>> mute = MuteLogger(Logger())
-        >>> mute.log_metrics({"a": 1})
+        >>> mute.log_metrics({"a": 1})  # nothing happens
         >>> mute.save_dir, isinstance(mute, Logger)
         ('logs', True)
     """
@@ -27,7 +27,7 @@ class MuteLogger:
     def __init__(self, logger: Any) -> None:
         vars(self)["_logger"] = logger
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The logger's own class, for code that asks with ``isinstance``."""
         return type(vars(self)["_logger"])
@@ -35,15 +35,11 @@ class MuteLogger:
     def __getattr__(self, name: str) -> Any:
         if name in ("experiment", "run"):
             return Nothing()
-        if name.startswith(_WRITING):
-            return _nothing
-        return getattr(vars(self)["_logger"], name)
+        value = getattr(vars(self)["_logger"], name)
+        return _nothing if callable(value) and name.startswith(_WRITING) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take it and forget it."""
-
-    def __getitem__(self, index: int) -> Any:
-        return self
 
 
 class Nothing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +31,10 @@ class TrainData:
         dataset: Its data set.
     """
 
-    def __init__(self, loader: Any, reload: list[bool] | None = None) -> None:
+    def __init__(self, loader: Any, on_reload: Callable[[], None] | None = None) -> None:
         self.loader = loader
         self.dataset: Any = getattr(loader, "dataset", None)
-        self._reload = reload if reload is not None else []
+        self._on_reload = on_reload
         self._kept: list[int] | None = None
         self._weights: torch.Tensor | None = None
 
@@ -69,7 +69,8 @@ class TrainData:
 
     def reload(self) -> None:
         """Ask for the training data again at the next epoch."""
-        self._reload[:] = [True]
+        if self._on_reload is not None:
+            self._on_reload()
 
     def result(self) -> Any:
         """The user's loader, or one like it with the chosen rows."""
@@ -151,10 +152,10 @@ class TrainDataService:
         if not host.hooks.owners("gw_train_data"):
             return
 
-        reload: list[bool] = []
+        reload: list[int] = []
 
         def choose(loader: Any) -> Any:
-            data = TrainData(loader, reload)
+            data = TrainData(loader, lambda: reload.append(host.trainer.current_epoch))
             host.hooks.call("gw_train_data", data=data)
             return data.result()
 

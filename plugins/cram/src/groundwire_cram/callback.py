@@ -72,15 +72,13 @@ class CrAM(Plugin):
         )
         if not self.sparsities:
             raise ValueError("sparsities is empty -> give at least one fraction, such as 0.9")
-        if not isinstance(rho, Real) or not rho >= 0:
-            raise ValueError(f"rho must be at least 0, got {rho!r}")
-        if isinstance(evaluate_every, bool) or not isinstance(evaluate_every, int) or evaluate_every < 0:
-            raise ValueError(f"evaluate_every must be a number of epochs, 0 for never, got {evaluate_every!r}")
+        self.rho = _at_least_zero("rho", rho)
+        if _at_least_zero("evaluate_every", evaluate_every) % 1:
+            raise ValueError(f"evaluate_every must be a whole number of epochs, got {evaluate_every!r}")
         if hasattr(calibration, "__next__"):
             raise ValueError("calibration can be read only once -> give a loader or a list of batches")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
-        self.rho = float(rho)
         self.plus = plus
         self.sparse_grad = sparse_grad
         self.seed = seed
@@ -173,6 +171,13 @@ class CrAM(Plugin):
     def gw_provenance(self) -> dict[str, Any]:
         """The settings that tell how compressible the weights are."""
         return {"sparsities": list(self.sparsities), "rho": self.rho, "plus": self.plus}
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    number = float(value) if isinstance(value, Real) else -1.0
+    if not number >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
 
 
 def _has_batchnorm(module: nn.Module) -> bool:

@@ -15,13 +15,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def check_sparsity(sparsity: float) -> float:
-    """``sparsity`` if it is in [0, 1).
+def check_sparsity(sparsity: Any) -> float:
+    """``sparsity`` as a float, if it is a number in [0, 1).
 
     Raises:
         ValueError: It is not; for a percentage, the fraction is suggested.
