@@ -42,6 +42,11 @@ class LogMeans:
         self.rows = 1
         self.suffix = ""
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._values.clear()
+        self._metrics.clear()
+
     def __call__(
         self,
         name: str,
@@ -91,13 +96,15 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
     log, batches = LogMeans(), 0
     name = None if variant is None else variant.name
     with unseen(module, trainer, log), nullcontext() if variant is None else variant.apply(), torch.no_grad():
-        _reset_metrics(module)
-        module.eval()
+        _begin_epoch(host)
+        log.clear()
         for batch, batch_idx, dataloader_idx in _batches(host, stage):
             _step(host, log, batch, batch_idx, dataloader_idx, name)
             batches += 1
         log.suffix = ""
-        _end_of_epoch(host, batches)
+        if not batches:
+            raise _one_shot(host.ids.loaders(host.stage)[0])
+        _epoch_hook(host, "end")
         metrics = log.means(trainer)
     return Evaluation(name, metrics, batches)
 
@@ -122,19 +129,21 @@ def _batches(host: Host, stage: str) -> Iterator[Any]:
     yield from fresh_pass(host.trainer)
 
 
-def _end_of_epoch(host: Host, batches: int) -> None:
-    """Metrics are often logged by the user's hook at the end; a pass without a batch has used its loader up."""
-    if not batches:
-        raise _one_shot(host.ids.loaders(host.stage)[0])
-    getattr(host.module, "on_test_epoch_end" if host.trainer.testing else "on_validation_epoch_end")()
+def _begin_epoch(host: Host) -> None:
+    """As the module is at the start of a pass: the epoch that just ended still lies in its lists and metrics."""
+    _epoch_hook(host, "end")
+    for child in host.module.modules():
+        if isinstance(child, Metric):
+            child.reset()
+    host.module.eval()
+    _epoch_hook(host, "start")
+
+
+def _epoch_hook(host: Host, which: str) -> None:
+    """The user's own hook: metrics are often collected in lists and logged at the end."""
+    stage = "test" if host.trainer.testing else "validation"
+    getattr(host.module, f"on_{stage}_epoch_{which}")()
 
 
 def _one_shot(loader: Any) -> PluginError:
     return PluginError(f"a {type(loader).__name__} can be read only once -> give a loader that can be iterated again")
-
-
-def _reset_metrics(module: torch.nn.Module) -> None:
-    """A pass of its own: the metrics hold the epoch's own counts at this moment (and get them back)."""
-    for child in module.modules():
-        if isinstance(child, Metric):
-            child.reset()
