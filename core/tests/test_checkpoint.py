@@ -240,3 +240,50 @@ def test_an_offset_is_remembered_as_changed_scores(kit):
     assert checkpoint[KEY]["plugins"][0]["changes"] == "scores"
     with pytest.warns(UserWarning, match="'moves'.*scores will differ"):
         kit.trainer(kit.SAM()).validate(kit.Net(), kit.loader(), ckpt_path=path, verbose=False)
+
+
+def test_export_refuses_a_structure_that_nobody_takes_out(kit):
+    class OneWay(Plugin):
+        name = "oneway"
+
+        @hookimpl
+        def gw_transform_model(self, module):
+            if not parametrize.is_parametrized(module.net[0]):
+                parametrize.register_parametrization(module.net[0], "weight", Scale(0.5))
+
+    module = kit.Net()
+    kit.fit(module, OneWay())
+    with pytest.raises(PluginError, match="oneway changed the model and has no gw_export"):
+        export(module)
+
+
+def test_export_after_two_runs_with_two_objects_of_one_class(kit):
+    module = kit.Net()
+    kit.fit(module, Scaling())
+    kit.trainer(Scaling()).test(module, kit.loader(), verbose=False)
+    assert set(export(module).state_dict()) == set(kit.Net().state_dict())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, [1], {"a": torch.zeros(1)}])
+def test_files_that_are_no_checkpoints_are_named(kit, content):
+    path = kit.path / "file.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(PluginError, match=r"file\.ckpt (is not a (Lightning )?checkpoint|holds objects other)"):
+        load(kit.Net, path)
+
+
+@pytest.mark.parametrize("entry", [3, {"plugins": "x"}, {"plugins": [1]}, {"plugins": [{"name": "x", "init": 3}]}])
+def test_a_damaged_entry_does_not_stop_a_resume(kit, entry):
+    path, checkpoint = saved(kit, kit.fit(kit.Net(), kit.SAM()), weights_only=False)
+    torch.save({**checkpoint, KEY: entry}, path)
+    kit.fit(kit.Net(), kit.SAM(), ckpt_path=path)
+    load(kit.Net, path)
+
+
+def test_a_script_class_does_not_take_the_distribution_of_an_installed_plugin(kit, monkeypatch):
+    from groundwire.discovery import Installed
+
+    rows = (Installed("scaling", "elsewhere:Scaling", "groundwire-scaling", "9.9", "found"),)
+    monkeypatch.setattr("groundwire.checkpoint.installed", lambda: rows)
+    _, checkpoint = saved(kit, kit.fit(kit.Net(), Scaling()))
+    assert checkpoint[KEY]["plugins"][0]["dist"] is None

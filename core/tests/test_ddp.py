@@ -2,18 +2,12 @@
 
 import json
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from groundwire import Finding, Plugin, hookimpl
-
-
-def interleaved(kit):
-    """The rows in an order in which two ranks with batch 4 see together what one process sees with batch 8."""
-    return kit.data()
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}], ids=str)
@@ -24,8 +18,8 @@ def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
             self.net[1] = torch.nn.Identity()  # BatchNorm statistics are per rank, with or without a plugin
 
         def train_dataloader(self):
-            sampler = DistributedSampler(interleaved(kit), shuffle=False)
-            return DataLoader(interleaved(kit), 4, sampler=sampler)
+            sampler = DistributedSampler(kit.data(), shuffle=False)
+            return DataLoader(kit.data(), 4, sampler=sampler)
 
         def on_train_end(self):
             torch.save(self.state_dict(), kit.path / f"rank{self.global_rank}.pt")
@@ -52,7 +46,7 @@ def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
 
     class Single(Module):
         def train_dataloader(self):
-            return DataLoader(interleaved(kit), 8)
+            return DataLoader(kit.data(), 8)
 
     single = Single()
     kit.trainer(kit.SAM(), accumulate_grad_batches=2, gradient_clip_val=0.3).fit(single)
@@ -62,7 +56,7 @@ def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
     assert 0 in ranks
 
 
-def test_an_idle_plugin_and_a_refusal_on_all_ranks_do_not_hang(kit):
+def test_a_refusal_on_all_ranks_does_not_hang(kit):
     class Refuses(Plugin):
         @hookimpl
         def gw_check(self, run):
@@ -73,4 +67,32 @@ def test_an_idle_plugin_and_a_refusal_on_all_ranks_do_not_hang(kit):
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
     with pytest.raises(Exception, match="refuses: world size 2"):
         kit.trainer(Refuses(), strategy=strategy, devices=2).fit(kit.Net(), kit.loader())
-    assert issubclass(Refuses, pl.Callback)
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+def test_ranks_may_log_different_names_and_facts_are_asked_on_the_first_only(kit):
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("everywhere", float(self.global_rank), sync_dist=True)
+            if self.global_rank == 0:
+                self.log("first", 1.0, rank_zero_only=True)
+
+    class Evaluates(Plugin):
+        name = "evaluates"
+
+        @hookimpl
+        def gw_findings(self, run):
+            if run.stage != "validate":
+                return None
+            found = run.evaluate().metrics
+            return [Finding("evaluates", name, "info", value, "") for name, value in found.items()]
+
+        @hookimpl
+        def gw_provenance(self, run):
+            assert run.trainer.global_rank == 0
+
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    kit.trainer(Evaluates(), strategy=strategy, devices=2).fit(Module(), kit.loader(), kit.loader())
+    [file] = (kit.path / "groundwire").glob("*/findings.json")
+    values = {f["code"]: f["value"] for f in json.loads(file.read_text())["findings"]}
+    assert values == {"everywhere": 0.5, "first": 1.0}

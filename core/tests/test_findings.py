@@ -81,3 +81,26 @@ def test_a_crash_writes_no_report_but_loses_no_exception(kit):
 
     with pytest.raises(RuntimeError, match="cannot draw"):
         kit.fit(kit.Net(), Breaks())
+
+
+def test_two_trainers_never_share_a_folder(kit):
+    for _ in range(3):
+        kit.fit(kit.Net(), Finds())
+    assert len(list((kit.path / "groundwire").iterdir())) == 3
+
+
+def test_an_unreadable_older_report_is_moved_aside(kit):
+    here = kit.path / "here"
+    here.mkdir()
+    (here / "findings.json").write_text("{")
+    with pytest.warns(UserWarning, match="is damaged.*a new one is written"):
+        kit.fit(kit.Net(), Plugins([Finds()], report_dir=here))
+    assert Report.read(here).findings
+    assert (here / "findings.unreadable.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_report_only(kit):
+    (kit.path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="the report cannot be written"):
+        trainer = kit.fit(kit.Net(), Plugins([Finds()], report_dir=kit.path / "file" / "below"))
+    assert trainer.state.finished

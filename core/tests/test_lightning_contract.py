@@ -179,3 +179,61 @@ def test_users_reach_their_optimizers_through_lightnings_wrapper(kit, running):
     raw, _, module, wrapper = pairs[0]
     assert [face for _, face, _, _ in pairs] == [raw, wrapper, module]
     assert wrapper is not raw
+
+
+def test_the_training_loader_is_asked_for_through_setup_data(kit):
+    asked, reload = [], []
+
+    def choose(loader):
+        asked.append(loader)
+        if len(asked) == 1:
+            reload.append(trainer.current_epoch)
+        return loader
+
+    trainer = kit.trainer(max_epochs=3)
+    with _lightning.choosing_train_loader(trainer, choose, reload):
+        trainer.fit(kit.Net(), kit.loader())
+    assert len(asked) == 2
+    assert not {"setup_data"} & set(vars(trainer.fit_loop))
+    assert "dataloader" not in vars(trainer.fit_loop._data_source)
+
+
+def test_evaluation_arguments_follow_the_users_signature(kit):
+    found = []
+
+    class Look(pl.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            loop = _lightning.evaluation_loop(trainer)
+            found.append(len(_lightning.evaluation_arguments(trainer, loop, batch, batch_idx, dataloader_idx)))
+
+    class Several(kit.Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            pass
+
+    kit.trainer(Look(), limit_val_batches=1).validate(kit.Net(), kit.loader(), verbose=False)
+    kit.trainer(Look(), limit_val_batches=1).validate(Several(), [kit.loader(), kit.loader()], verbose=False)
+    assert found == [2, 3, 3]
+
+
+def test_steps_on_the_loaders_iterator_are_known_by_their_argument(kit):
+    taking = type("Taking", (kit.Net,), {"training_step": lambda self, dataloader_iter: None})()
+    assert _lightning.takes_dataloader_iter(taking)
+    assert not _lightning.takes_dataloader_iter(kit.Net())
+
+
+def test_a_fresh_pass_is_that_of_the_loop(kit):
+    found = []
+
+    class Look(pl.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            found.append(len(list(_lightning.fresh_pass(trainer))))
+
+    kit.trainer(Look(), limit_val_batches=3).validate(kit.Net(), kit.loader(), verbose=False)
+    assert found == [3]
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_misconfigurations_of_both_packages_are_known(package):
+    module = pytest.importorskip(f"{package}.utilities.exceptions")
+    assert _lightning.is_misconfiguration(module.MisconfigurationException())
+    assert not _lightning.is_misconfiguration(ValueError())

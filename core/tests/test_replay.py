@@ -562,3 +562,70 @@ def test_optimizers_that_share_a_backward_both_get_their_window(kit):
 
     kit.fit(Module(), Spy())
     assert names == [(2, 1), (2, 1)] * 5
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (torch.zeros(2), r"'net.3.bias' must be a tensor of shape \(3,\), got shape \(2,\)"),
+        (1.0, r"'net.3.bias' must be a tensor of shape \(3,\), got float"),
+    ],
+)
+def test_wrong_gradients_name_owner_and_parameter(kit, result, text):
+    class Wrong(Plugin):
+        @hookimpl
+        def gw_gradient(self, step):
+            return {"net.3.bias": result}
+
+    with pytest.raises(PluginError, match=f"wrong: the gradient of {text}"):
+        kit.fit(kit.Net(), Wrong())
+
+
+def test_perturbing_an_unknown_parameter_names_the_known_ones(kit):
+    class Wrong(Plugin):
+        @hookimpl
+        def gw_gradient(self, step):
+            with step.perturbed(["nonsense"]):
+                pass
+
+    with pytest.raises(KeyError, match=r"nonsense.*net\.0\.weight"):
+        kit.fit(kit.Net(), Wrong())
+
+
+def test_a_loss_function_that_returns_nothing_is_refused(kit):
+    with pytest.raises(PluginError, match="loss_fn must return the loss, one number with a gradient, got None"):
+        kit.fit(manual(kit)(), kit.SAM(loss_fn=lambda module, batch: None))
+
+
+def test_steps_that_lightning_does_not_see_are_told(kit):
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="'sam' had no effect"):
+        kit.fit(Module(), kit.SAM(loss_fn=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])))
+
+
+def test_validation_does_not_ask_for_what_only_training_needs(kit):
+    kit.trainer(kit.SAM()).validate(manual(kit)(), kit.loader(), verbose=False)
+
+
+def test_closure_first_and_then_the_step(kit):
+    module = type("Module", (kit.Net,), {"optimizer_step": Odd.optimizer_step})()
+    calls = []
+
+    class Counting(kit.SAM):
+        @hookimpl
+        def gw_gradient(self, step, run):
+            calls.append(len(step.micro_batches))
+            return super().gw_gradient(step, run)
+
+    kit.fit(module, Counting())
+    assert calls == [1] * 5

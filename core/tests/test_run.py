@@ -484,3 +484,80 @@ def test_a_plain_module_is_not_asked_for_hooks_by_property(kit):
 
     kit.fit(Module(), Recorder(), max_steps=1)
     assert isinstance(Module().net, nn.Sequential)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_run_log_works_where_lightning_forbids_it_in_both_packages(kit, package):
+    package = pytest.importorskip(package)
+    got = []
+
+    class Logger(package.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            got.append(metrics)
+
+    class Logs(Plugin):
+        @hookimpl
+        def gw_findings(self, run):
+            run.log("at_end", 2.0)
+
+    class Module(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = kit.network()
+
+        training_step = lambda self, batch: nn.functional.cross_entropy(self.net(batch[0]), batch[1])  # noqa: E731
+        configure_optimizers = kit.Net.configure_optimizers
+
+    kit.fit(Module(), Logs(), package=package, logger=Logger(kit.path))
+    assert {"logs/at_end": 2.0} in got
+
+
+def test_run_log_weights_batches_as_lightning_does(kit):
+    class Logs(Plugin):
+        score_stages = ("validate",)
+
+        @hookimpl
+        def gw_scores(self, scores, run):
+            run.log("mean", scores.mean())
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("mean", self(batch[0]).mean())
+
+    from torch.utils.data import DataLoader
+
+    trainer = kit.trainer(Logs())
+    trainer.validate(Module(), DataLoader(kit.data(9), 8), verbose=False)
+    assert float(trainer.callback_metrics["logs/mean"]) == pytest.approx(float(trainer.callback_metrics["mean"]))
+
+
+@pytest.mark.parametrize(
+    ("hook", "value", "text"),
+    [
+        ("gw_check", ["no"], "gw_check must return a list of Problem or None, got str"),
+        ("gw_findings", [("a", 1)], "gw_findings must return a list of Finding or None, got tuple"),
+        ("gw_section", "text", "gw_section must return Section or None, got str"),
+        ("gw_provenance", 5, "gw_provenance must return Mapping or None, got int"),
+    ],
+)
+def test_wrong_answers_name_the_plugin_and_the_hook(kit, hook, value, text):
+    wrong = type("Wrong", (Plugin,), {"name": "wrong", hook: hookimpl(lambda self: value)})()
+    with pytest.raises(PluginError, match=f"wrong: {text}"):
+        kit.fit(kit.Net(), wrong)
+
+
+def test_hooks_of_a_newer_groundwire_may_be_marked_optional_and_wrappers_are_refused(kit):
+    optional = type("New", (Plugin,), {"gw_tomorrow": hookimpl(optionalhook=True)(lambda self: None)})()
+    kit.fit(kit.Net(), optional, max_steps=1)
+    wrapper = type("Wraps", (Plugin,), {"gw_findings": hookimpl(wrapper=True)(lambda self: (yield))})()
+    with pytest.raises(PluginError, match="gw_findings is a wrapper"):
+        kit.fit(kit.Net(), wrapper)
+
+
+def test_bundles_take_plugins_only():
+    with pytest.raises(TypeError, match=r"items must be a list of callbacks"):
+        Plugins(Recorder())
+    with pytest.raises(TypeError, match=r"items must be a list of callbacks"):
+        Plugins([1])
+    with pytest.raises(TypeError, match=r"has the class Recorder -> make one: Recorder\(\)"):
+        Plugins([Recorder])

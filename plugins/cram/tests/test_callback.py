@@ -138,7 +138,11 @@ def test_evaluate_every_gives_a_curve_in_the_report_and_metrics_in_the_logs(kit)
         ({"sparsities": ()}, "sparsities is empty"),
         ({"rho": -1}, "rho must be at least 0, got -1"),
         ({"rho": float("nan")}, "rho must be at least 0"),
+        ({"rho": "a"}, "rho must be at least 0, got 'a'"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
+        ({"calibration": iter([])}, "can be read only once"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
+        ({"evaluate_every": 0.5}, "evaluate_every must be a whole number"),
     ],
 )
 def test_bad_arguments_are_refused(options, text):
@@ -201,3 +205,91 @@ def test_the_batches_kept_are_the_last_of_the_epoch_and_no_copy_takes_them_along
     kit.trainer(cram, asks).validate(module, kit.loader(), verbose=False)
     assert list(asks.results) == ["0.5", "0.7", "0.9"]
     assert trainer.callbacks == [cram]
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weight_normalised_layers_are_refused_because_zeros_give_nan(kit, old_style):
+    norm = nn.utils.weight_norm if old_style else nn.utils.parametrizations.weight_norm
+
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            norm(self.net[0])
+
+    with pytest.raises(PluginError, match=r"cram: .*weight-normalised layer cannot be pruned"):
+        kit.fit(Module(), CrAM())
+    with pytest.raises(ValueError, match="weight-normalised layer cannot be pruned"):
+        prune(Module(), 0.9, inplace=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"plus": False}, {"sparse_grad": False}], ids=str)
+def test_sparse_embedding_gradients_train(kit, options):
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(20, 4, sparse=True), nn.Linear(4, 2)
+
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1)), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    rows = torch.utils.data.TensorDataset(torch.randint(0, 20, (16, 3)), torch.randint(0, 2, (16,)))
+    module = Module()
+    before = module.embedding.weight.detach().clone()
+    kit.fit(module, CrAM(sparsities=(0.1,), **options), loader=DataLoader(rows, 8))
+    assert torch.isfinite(module.embedding.weight).all()
+    assert not torch.equal(module.embedding.weight, before)
+
+
+def test_a_state_keeping_program_is_the_same_with_cram_but_for_the_gradient(kit):
+    """Own lists and meters, direct logger calls, edited batches: each once, in the same order."""
+    rows = []
+
+    class Logger(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append((sorted(metrics), step))
+
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.outs, self.order = [], []
+            self.net.insert(3, nn.Dropout(0.5))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            batch[0] = batch[0] + 1
+
+        def training_step(self, batch, batch_idx):
+            self.outs.append(batch_idx)
+            self.order.append(batch[0].sum().item())
+            self.logger.log_metrics({"direct": 1.0}, step=batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    results = []
+    for callbacks in ([], [CrAM()]):
+        rows.clear()
+        torch.manual_seed(0)
+        module = Module()
+        loader = DataLoader(kit.data(), 8, shuffle=True)
+        trainer = kit.fit(module, *callbacks, loader=loader, logger=Logger(kit.path), max_epochs=2, log_every_n_steps=1)
+        results.append((module.outs, module.order, list(rows), set(trainer.callback_metrics)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_an_exception_inside_crams_replay_leaves_the_weights_of_before_the_step(kit, error):
+    class Module(kit.Net):
+        def training_step(self, batch, batch_idx):
+            if "log" in vars(self):
+                self.before = {k: v.clone() for k, v in self.state_dict().items()}
+                raise error
+            self.weights = {k: v.detach().clone() for k, v in self.named_parameters()}
+            return super().training_step(batch, batch_idx)
+
+    module = Module()
+    with pytest.raises((RuntimeError, SystemExit)):
+        kit.fit(module, CrAM())
+    assert kit.difference(module.weights, dict(module.named_parameters())) == 0.0
+    assert "log" not in vars(module)

@@ -57,12 +57,17 @@ def digits(n):
     return TensorDataset(x, torch.tensor(data.target[:n]))
 
 
-def reference_step(net, opt, batches, divisor, rho, sparsity, plus=True, sparse_grad=True, clip=None):
+def loss_of(net, x, y, bf16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        return nn.functional.cross_entropy(net(x), y)
+
+
+def reference_step(net, opt, batches, divisor, rho, sparsity, plus=True, sparse_grad=True, clip=None, bf16=False):
     """One step of the published optimizer, written from its description: one threshold, strict, no shared code."""
     params = list(net.parameters())
     opt.zero_grad()
     for x, y in batches:
-        (nn.functional.cross_entropy(net(x), y) / divisor).backward()
+        (loss_of(net, x, y, bf16) / divisor).backward()
     buffers = [b.clone() for b in net.buffers()]
     old = [p.detach().clone() for p in params]
     g1 = [p.grad.clone() for p in params]
@@ -78,7 +83,7 @@ def reference_step(net, opt, batches, divisor, rho, sparsity, plus=True, sparse_
             p.mul_(masks[id(p)])
     opt.zero_grad()
     for x, y in batches:
-        (nn.functional.cross_entropy(net(x), y) / divisor).backward()
+        (loss_of(net, x, y, bf16) / divisor).backward()
     with torch.no_grad():
         for p, w, g in zip(params, old, g1, strict=True):
             g2 = p.grad * masks[id(p)] if sparse_grad and id(p) in masks else p.grad
@@ -127,6 +132,7 @@ CASES = {
     "dense_gradients": ({"sparse_grad": False}, {}, {}),
     "accumulation_with_a_partial_last_window": ({}, {"accumulate_grad_batches": 3}, {"accumulate": 3}),
     "clipping_the_sum_once": ({}, {"gradient_clip_val": 0.5}, {"clip": 0.5}),
+    "bf16": ({}, {"precision": "bf16-mixed"}, {"bf16": True}),
     "no_sparsity": ({"sparsities": (0.0,)}, {}, {}),
 }
 
