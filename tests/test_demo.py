@@ -77,3 +77,17 @@ def test_pairs_that_are_neither_are_refused(demo, tmp_path):
     write_pair(tmp_path, "b", 9)
     with pytest.raises(demo.IDXError, match="found the pairs a, b, expected train and t10k, or one pair"):
         demo.files(tmp_path, seed=0)
+
+
+def test_cram_keeps_at_95_percent_what_sgd_loses(demo, tmp_path):
+    """The claim of the demo, at full size with one seed."""
+    demo.quiet()
+    torch.set_num_threads(1)
+    data, kept = demo.digits(0), {}
+    for name in ("SGD", "SGD with CrAM"):
+        epochs, callbacks = demo.ways(15)[name]
+        model, _ = demo.train(data, epochs, 0, tmp_path / name, callbacks)
+        kept[name] = demo.accuracies(model, data)
+    dense, *_, pruned = kept["SGD with CrAM"]
+    assert kept["SGD"][-1] < 90 < 95 < pruned
+    assert abs(dense - kept["SGD"][0]) < 2
