@@ -237,3 +237,18 @@ def test_misconfigurations_of_both_packages_are_known(package):
     module = pytest.importorskip(f"{package}.utilities.exceptions")
     assert _lightning.is_misconfiguration(module.MisconfigurationException())
     assert not _lightning.is_misconfiguration(ValueError())
+
+
+def test_a_trainers_optimizer_step_is_known_by_its_closure(kit):
+    found = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            found.append(_lightning.is_lightnings_step({"closure": closure}))
+            return super().step(closure)
+
+    module = type("Module", (kit.Net,), {"configure_optimizers": lambda self: Spy(self.parameters(), lr=0.1)})()
+    kit.fit(module, max_steps=1)
+    assert found == [True]
+    assert not _lightning.is_lightnings_step({"closure": lambda: None})
+    assert not _lightning.is_lightnings_step({})

@@ -369,6 +369,12 @@ def test_optimizers_that_carry_hooks_join_the_run(kit):
 
     kit.fit(Module(), Plugins())
     assert HookedSGD.calls == 5
+    with pytest.raises(PluginError, match=r"HookedSGD implements groundwire hooks.*add groundwire\.Plugins\(\)"):
+        kit.fit(Module())
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    HookedSGD([parameter], lr=0.5).step()  # without Lightning it is the optimizer that it is built on
+    assert parameter.item() == 0.5
     with pytest.raises(PluginError, match="'hooked' and 'sam' both own"):
         kit.fit(Module(), kit.SAM())
 

@@ -39,7 +39,7 @@ _HOME = {
     "TrainData": "train_data",
     "Variant": "types",
     "export": "checkpoint",
-    "hookimpl": "specs",
+    "hookimpl": "optimizers",
     "load": "checkpoint",
     "load_plugin": "discovery",
 }

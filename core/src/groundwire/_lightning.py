@@ -119,6 +119,12 @@ def optimizer_faces(trainer: Any) -> list[tuple[Any, Any]]:
     ]
 
 
+def is_lightnings_step(kwargs: Mapping[str, Any]) -> bool:
+    """Whether an optimizer is stepped by a Trainer: ``Precision._wrap_closure`` is then what it gets as closure."""
+    function = getattr(kwargs.get("closure"), "func", None)
+    return getattr(function, "__name__", "") == "_wrap_closure"
+
+
 def gradients_are_views(trainer: Any) -> bool:
     """Whether DDP keeps gradients as views of its buckets, so that a later backward overwrites them.
 

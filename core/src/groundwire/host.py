@@ -18,6 +18,7 @@ from groundwire.gradient import GradientService
 from groundwire.hooks import Hooks, implementations, mistakes
 from groundwire.ids import IdsService
 from groundwire.keeping import FindingsService
+from groundwire.optimizers import in_a_run
 from groundwire.order import name_of
 from groundwire.run import RunContext
 from groundwire.scores import ScoreService
@@ -133,6 +134,8 @@ class Host(Callback):
         for optimizer in self.trainer.optimizers:
             if implementations(optimizer):
                 self._add(optimizer, name_of(optimizer))
+                in_a_run.add(optimizer)
+                self.stack.callback(in_a_run.discard, optimizer)
 
     def _rest(self) -> None:
         """Be passed by where this run has nothing to do, so that an idle plugin costs little."""
