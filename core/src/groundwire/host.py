@@ -211,17 +211,7 @@ class Host(Callback):
         """Second check, and the services that need optimizers."""
         self._get_ready()
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """As ``on_fit_start``, for a run that starts here."""
-        self._get_ready()
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """As ``on_fit_start``, for a run that starts here."""
-        self._get_ready()
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """As ``on_fit_start``, for a run that starts here."""
-        self._get_ready()
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A new accumulation window."""
@@ -247,38 +237,18 @@ class Host(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Ids and capturing."""
-        self.before_batch(batch, "validate", dataloader_idx)
+        self.before_batch(batch, self.stage, dataloader_idx)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores, except in the sanity check."""
         if not trainer.sanity_checking:
-            self.scores.after_batch(batch, "validate")
+            self.scores.after_batch(batch, self.stage)
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Ids and capturing."""
-        self.before_batch(batch, "test", dataloader_idx)
-
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Scores."""
-        self.scores.after_batch(batch, "test")
-
-    def on_predict_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Ids and capturing."""
-        self.before_batch(batch, "predict", dataloader_idx)
-
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Scores."""
-        self.scores.after_batch(batch, "predict")
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def before_batch(self, batch: Any, stage: str, dataloader_idx: int) -> None:
         """What every stage does before a batch."""
