@@ -31,7 +31,7 @@ class GradientService:
         self._done = False
         self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
         self._backwards = self._steps = 0
-        self.nonfinite = {"gradients": 0, "replays": 0}
+        self.nonfinite = {"gradients": 0, "steps": 0, "replays": 0}
 
     def refresh(self) -> list[Problem]:
         """Look again who takes part (optimizers join late); problems of two owners and of what cannot be replayed."""
@@ -121,8 +121,7 @@ class GradientService:
     def _owned(self, step: GradientStep) -> Mapping[str, Tensor]:
         """The owner's gradient; nothing where the first pass or its own was not finite."""
         if not all_finite(step.grads.values()):
-            self.nonfinite["gradients"] += 1
-            return {}
+            return self._nonfinite(step)
         found = self._host.hooks.call("gw_gradient", step=step)
         if found is None:
             return {}
@@ -131,6 +130,18 @@ class GradientService:
             return {}
         _refuse_wrong(self._owners[0], step, found)
         return dict(found)
+
+    def _nonfinite(self, step: GradientStep) -> Mapping[str, Tensor]:
+        """Leave it as it is or, if the owner asks for it and no scaler does so anyway, let the step have no gradient."""
+        skips = getattr(self._host.by_name[self._owners[0]], "skips_nonfinite", False)
+        if not skips or gradient_scaler(self._host.trainer) is not None:
+            self.nonfinite["gradients"] += 1
+            return {}
+        self.nonfinite["steps"] += 1
+        for parameter in step.parameters.values():
+            parameter.grad = None
+        step.grads.clear()
+        return {}
 
     def _replay_done(self) -> None:
         if self._done:
@@ -150,6 +161,7 @@ class GradientService:
         """Steps in which a non-finite gradient kept the owner from acting."""
         where = {
             "gradients": "the gradient was not finite, so it was left as it is",
+            "steps": "the gradient was not finite, so the optimizer got none and changed nothing",
             "replays": "the replay's gradient was not finite, so the first one was used",
         }
         if self._backwards and not self._steps:

@@ -73,11 +73,16 @@ class GradientStep:
         return tuple(recorded.micro_batch for recorded in self._window)
 
     @contextmanager
-    def perturbed(self, names: Iterable[str] | None = None) -> Iterator[dict[str, nn.Parameter]]:
+    def perturbed(
+        self, names: Iterable[str] | None = None, *, saved: dict[str, Tensor] | None = None
+    ) -> Iterator[dict[str, nn.Parameter]]:
         """Save parameters, hand them out for in-place edits (gradients are off), and restore them, whatever happens.
 
         Args:
             names: The parameters that will be changed; all that have a gradient when left out.
+            saved: For a kernel that saves and restores while it edits: an empty dict, in which the caller puts the
+                copy of a parameter before it changes it and from which it takes what it has restored itself. Nothing
+                is copied here then; what the dict holds at the end is restored.
 
         Yields:
             The saved parameters by name. Edit them in place: ``weights[name].add_(...)``.
@@ -90,7 +95,8 @@ class GradientStep:
         if unknown:
             raise KeyError(f"no such parameters of this optimizer: {unknown}; it has {list(self.parameters)}")
         weights = {name: self.parameters[name] for name in names}
-        saved = {name: weight.detach().clone() for name, weight in weights.items()}
+        if saved is None:
+            saved = {name: weight.detach().clone() for name, weight in weights.items()}
         outer, self._saved = self._saved, [*self._saved, *weights.values()]
         try:
             with torch.no_grad():
@@ -98,8 +104,8 @@ class GradientStep:
         finally:
             self._saved = outer
             with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(saved[name])
+                for name, copy in saved.items():
+                    weights[name].copy_(copy)
 
     def replay(self, loss_fn: LossFn | None = None, *, same_rng: bool = False) -> dict[str, Tensor]:
         """Gradient of the window's loss at the current weights; :attr:`grads` and all other state stay as they are.

@@ -14,7 +14,8 @@ from torch import nn
 from groundwire import PluginError
 from groundwire_cram import prune, recalibrate_batchnorm
 from groundwire_cram.functional import exact_masks, published_masks
-from groundwire_cram.pruning import pruned
+from groundwire_cram import Magnitude
+from groundwire_cram.pruning import compressed
 
 sparsities = st.floats(0, 1, exclude_max=True)
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
@@ -80,14 +81,14 @@ def test_bad_sparsities_are_refused(sparsity):
 
 
 def test_a_module_with_nothing_to_prune_is_refused():
-    with pytest.raises(ValueError, match="BatchNorm1d has no parameter of more than one dimension"):
+    with pytest.raises(ValueError, match="there is nothing to prune: of 2 parameters none"):
         prune(nn.BatchNorm1d(3), 0.5)
 
 
 def test_pruned_restores_after_an_exception():
     module = nn.Linear(4, 4)
     before = module.weight.detach().clone()
-    with pytest.raises(RuntimeError), pruned(module, 0.5):
+    with pytest.raises(RuntimeError), compressed(module, Magnitude(0.5)):
         assert int((module.weight == 0).sum()) == 8
         raise RuntimeError
     assert torch.equal(module.weight, before)

@@ -1,7 +1,21 @@
 """CrAM, the compression-aware minimizer (Peste, Vladu, Kurtic, Lampert, Alistarh, 2022), for PyTorch Lightning."""
 
 from groundwire_cram.callback import CrAM
-from groundwire_cram.pruning import prune
+from groundwire_cram.masks import freeze_masks
+from groundwire_cram.operators import NM, Chain, Magnitude, Operator, Quantize
+from groundwire_cram.pruning import compress, prune, quantize
 from groundwire_cram.recalibration import recalibrate_batchnorm
 
-__all__ = ["CrAM", "prune", "recalibrate_batchnorm"]
+__all__ = [
+    "NM",
+    "Chain",
+    "CrAM",
+    "Magnitude",
+    "Operator",
+    "Quantize",
+    "compress",
+    "freeze_masks",
+    "prune",
+    "quantize",
+    "recalibrate_batchnorm",
+]

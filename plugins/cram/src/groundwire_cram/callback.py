@@ -4,43 +4,48 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
-from groundwire.seeds import derive_seed
-from groundwire_cram.functional import (
-    check_sparsity,
-    combine,
-    compress,
-    perturb,
-    prunable,
-    published_masks,
-    refuse_weight_norm,
-)
+from groundwire_cram.method import Method, at_least_zero
+from groundwire_cram.operators import Operator
 from groundwire_cram.report import section
-from groundwire_cram.variants import described, host_copy, variant
+from groundwire_cram.selection import Skip
+from groundwire_cram.variants import Calibrated, described, host_copy, variants
 
 
 class CrAM(Plugin):
-    """Train a model that can be pruned in one shot, at several sparsities, without retraining.
+    """Train a model that can be compressed in one shot, in several ways, without retraining.
 
     CrAM+ (Peste et al., 2022): the optimizer gets the gradient of the model plus that of the compressed model at
     weights moved by ``rho`` times the gradient. Each step draws one of ``sparsities``. Optimizer, schedulers,
     clipping and accumulation stay the user's; a step costs two forward and backward passes.
 
     Args:
-        sparsities: Fractions of weights to prune, each in [0, 1).
-        rho: Length of the move, in units of the (not normalised) gradient; at least 0.
+        sparsities: Fractions of weights to prune, each in [0, 1); (0.5, 0.7, 0.9) when left out.
+        rho: Length of the move, in units of the gradient, at least 0.
+        pattern: What is pruned: "global" takes one threshold over all weights, "layerwise" one for each; "2:4",
+            "4:8" or any N:M keeps N of M consecutive input channels, "n:m mix" draws 2:4 or 4:8 for each step.
         plus: Add the gradient of the model itself (CrAM+). Without it, plain CrAM.
         sparse_grad: Let pruned entries get no gradient from the compressed model.
-        seed: Seed of the sparsity draws, which are a function of it, the global seed and the global step.
-        evaluate_every: Evaluate the pruned versions at the validations of every n-th epoch, and in ``trainer.validate``
-            (one pass each); 0 for never.
-        calibration: Batches for the BatchNorm statistics of pruned versions; by default the last training batches.
+        interval: Take the mask of a sparsity anew only at each interval-th step that draws it.
+        skip: Layers to leave dense: patterns of parameter or module names such as "head" or "*.downsample.*", or a
+            predicate of name and tensor.
+        grad_norm: Divide the move by the norm of the whole gradient, as SAM does.
+        compress: One or several compression operators (:class:`~groundwire_cram.Operator`) to draw from, in place of
+            ``sparsities`` and ``pattern``, such as ``Quantize(8)`` or ``Chain([Magnitude(0.9), Quantize(8)])``.
+        compat: "reference" takes the threshold of each of the optimizer's parameter groups by itself, as the published
+            code does; otherwise all are pruned together.
+        strict: Refuse an N:M pattern that does not divide a layer, instead of leaving that layer dense with a warning.
+        backend: Which kernels move, mask and combine: "auto", "aten", "numba", "triton" or "reference".
+        seed: Seed of the draws, which are a function of it, the global seed and the global step.
+        evaluate_every: Evaluate the compressed versions at the validations of every n-th epoch, and in
+            ``trainer.validate`` (one pass each); 0 for never.
+        calibration: Batches for the BatchNorm statistics of these versions; by default the last training batches.
         calibration_batches: How many batches to use for that.
         loss_fn: ``loss_fn(module, batch) -> loss``, needed under manual optimization only.
 
@@ -53,74 +58,92 @@ class CrAM(Plugin):
     """
 
     name = "cram"
+    #: A step whose gradient is not finite changes nothing.
+    skips_nonfinite = True
 
     def __init__(
         self,
-        sparsities: Sequence[float] = (0.5, 0.7, 0.9),
+        sparsities: float | Sequence[float] | None = None,
         rho: float = 0.05,
         *,
+        pattern: str = "global",
         plus: bool = True,
         sparse_grad: bool = True,
+        interval: int = 1,
+        skip: Skip = (),
+        grad_norm: bool = False,
+        compress: Operator | Sequence[Operator] | None = None,
+        compat: Literal["reference"] | None = None,
+        strict: bool = False,
+        backend: str = "auto",
         seed: int = 0,
         evaluate_every: int = 0,
         calibration: Any = None,
         calibration_batches: int = 20,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
-        self.sparsities = tuple(
-            check_sparsity(s) for s in ([sparsities] if isinstance(sparsities, Real) else sparsities)
+        self.method = Method(
+            sparsities,
+            rho,
+            pattern=pattern,
+            plus=plus,
+            sparse_grad=sparse_grad,
+            interval=interval,
+            skip=skip,
+            grad_norm=grad_norm,
+            compress=compress,
+            compat=compat,
+            strict=strict,
+            backend=backend,
+            seed=seed,
         )
-        if not self.sparsities:
-            raise ValueError("sparsities is empty -> give at least one fraction, such as 0.9")
-        self.rho = _at_least_zero("rho", rho)
-        if _at_least_zero("evaluate_every", evaluate_every) % 1:
+        if at_least_zero("evaluate_every", evaluate_every) % 1:
             raise ValueError(f"evaluate_every must be a whole number of epochs, got {evaluate_every!r}")
         if hasattr(calibration, "__next__"):
             raise ValueError("calibration can be read only once -> give a loader or a list of batches")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
-        self.plus = plus
-        self.sparse_grad = sparse_grad
-        self.seed = seed
         self.evaluate_every = evaluate_every
         self.calibration = calibration
         self.calibration_batches = calibration_batches
         self.loss_fn = loss_fn
         self._recent: deque[Any] = deque(maxlen=calibration_batches)
+        self._calibrated = Calibrated()
 
     @property
-    def neutral(self) -> bool:
-        """Whether these arguments ask for ordinary training."""
-        return not self.plus and self.rho == 0 and all(s == 0 for s in self.sparsities)
+    def sparsities(self) -> tuple[float, ...]:
+        """The fractions that are drawn from; empty where a pattern or an operator decides."""
+        return self.method.sparsities
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """Something must be prunable."""
+        """Something must be prunable, and as asked."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
         try:
-            refuse_weight_norm(name for name, _ in run.module.named_parameters())
+            self.method.check(dict(run.module.named_parameters()))
         except ValueError as error:
-            return [Problem(self.name, *str(error).split(" -> "))]
-        if not prunable(dict(run.module.named_parameters())):
-            return [Problem(self.name, f"{type(run.module).__name__} has no weight of more than one dimension")]
+            message, _, hint = str(error).partition(" -> ")
+            return [Problem(self.name, message, hint)]
         return []
 
     @hookimpl
     def gw_gradient(self, step: GradientStep, run: RunContext) -> Mapping[str, Tensor] | None:
-        """One step of CrAM (functional.py), at a sparsity drawn for this step."""
-        if self.neutral:
+        """One step of CrAM (gradient.py), with what is drawn for it."""
+        if self.method.neutral:
             return None
-        sparsity = self._draw(run)
-        with step.perturbed() as weights:
-            perturb(weights, step.grads, self.rho)
-            masks = published_masks({name: weights[name] for name in prunable(weights)}, sparsity)
-            compress(weights, masks)
-            second = step.replay(self.loss_fn)
-        return combine(step.grads, second, masks, plus=self.plus, sparse_grad=self.sparse_grad)
+        saved: dict[str, Tensor] = {}
+        with step.perturbed(saved=saved) as weights:
+            second_pass = partial(step.replay, self.loss_fn)
+            return self.method.gradient(weights, step.grads, second_pass, step.optimizer, run.step_seed, saved)
 
-    def _draw(self, run: RunContext) -> float:
-        return self.sparsities[derive_seed(self.seed, run.step_seed) % len(self.sparsities)]
+    def state_dict(self) -> dict[str, Any]:
+        """The masks that outlive a step, with ``interval`` > 1; no tensor."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the masks of the checkpoint."""
+        self.method.load_state_dict(state_dict)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep an epoch's last batches for recalibration, and its first ones until then.
@@ -136,20 +159,26 @@ class CrAM(Plugin):
         """Other training, other batches."""
         self._recent.clear()
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give back the memory of the saved weights."""
+        self.method.release()
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take no training data along."""
-        return {**vars(self), "_recent": deque(maxlen=self.calibration_batches)}
+        return {**vars(self), "_recent": deque(maxlen=self.calibration_batches), "_calibrated": Calibrated()}
 
     @hookimpl
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
-        """The model pruned to each sparsity, with BatchNorm recalibrated."""
+        """The model compressed in each way, with BatchNorm recalibrated."""
         data = list(self._recent) if self.calibration is None else self.calibration
-        return [variant(module, s, data, self.calibration_batches) for s in self.sparsities if s > 0]
+        return variants(module, self.method, data, self.calibration_batches, self._calibrated)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
-        """Accuracy (or whatever the validation step logs) of each pruned version, when it is due."""
+        """The backend, and what each compressed version reaches in what the validation step logs, when it is due."""
         fitting = run.trainer.state.fn == "fit"
+        if run.stage == "train":
+            return self._of_training()
         due = not fitting or not (run.trainer.current_epoch + 1) % (self.evaluate_every or 1)
         if run.stage != "validate" or not self.evaluate_every or not due:
             return []
@@ -162,6 +191,16 @@ class CrAM(Plugin):
                 found.append(Finding(self.name, f"{metric}@{label}", "info", value, message))
         return found
 
+    def _of_training(self) -> list[Finding]:
+        found = []
+        if self.method.kernels is not None:
+            message = f"Kernels: {self.method.kernels.name}, because {self.method.why}."
+            found.append(Finding(self.name, "backend", "info", self.method.kernels.name, message, "train"))
+        if self.method.overflows:
+            message = f"In {self.method.overflows} steps a moved weight was not finite, so the model's gradient was used."
+            found.append(Finding(self.name, "overflows", "warn", self.method.overflows, message, "train"))
+        return found
+
     @hookimpl
     def gw_section(self, findings: list[Finding]) -> Section | None:
         """Settings, and what the pruned versions reached."""
@@ -170,14 +209,7 @@ class CrAM(Plugin):
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
         """The settings that tell how compressible the weights are."""
-        return {"sparsities": list(self.sparsities), "rho": self.rho, "plus": self.plus}
-
-
-def _at_least_zero(name: str, value: Any) -> float:
-    number = float(value) if isinstance(value, Real) else -1.0
-    if not number >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-    return number
+        return self.method.provenance()
 
 
 def _has_batchnorm(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ sparsity is drawn anew for every step.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -38,31 +37,16 @@ def check_sparsity(sparsity: Any) -> float:
     return float(sparsity)
 
 
-def prunable(parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of what is pruned: floating-point tensors of more than one dimension, so never biases or norm layers.
+def published_rank(n: int, sparsity: float) -> int | None:
+    """Which smallest of ``n`` magnitudes is the published threshold, counted from 1; None if nothing is pruned.
 
     Example:
-        >>> prunable({"weight": torch.ones(2, 3), "bias": torch.ones(2)})
-        ['weight']
+        >>> published_rank(10, 0.9), published_rank(10, 0.0)
+        (10, None)
     """
-    return [name for name, p in parameters.items() if p.dim() > 1 and p.is_floating_point()]
-
-
-def refuse_weight_norm(names: Iterable[str]) -> None:
-    """Raise for weights that are stored as direction and length: a direction of zeros has no length to divide by.
-
-    Raises:
-        ValueError: A name is that of a weight-normalised layer.
-
-    Example:
-        >>> refuse_weight_norm(["0.weight", "0.bias"])
-    """
-    for name in names:
-        if re.search(r"(\.original\d|weight_[gv])$", name):
-            raise ValueError(
-                f"{name}: a weight-normalised layer cannot be pruned, zeros would give NaN -> remove_parametrizations "
-                "(or remove_weight_norm) first"
-            )
+    if check_sparsity(sparsity) == 0 or n == 0:
+        return None
+    return n - math.ceil(n * (1 - sparsity)) + 1
 
 
 def published_threshold(tensors: Iterable[Tensor], sparsity: float) -> Tensor | None:
@@ -80,11 +64,8 @@ def published_threshold(tensors: Iterable[Tensor], sparsity: float) -> Tensor | 
         tensor(3.)
     """
     magnitudes = torch.cat([t.detach().abs().flatten() for t in tensors] or [torch.empty(0)])
-    n = len(magnitudes)
-    if check_sparsity(sparsity) == 0 or n == 0:
-        return None
-    kept = math.ceil(n * (1 - sparsity))
-    return magnitudes.kthvalue(n - kept + 1).values
+    rank = published_rank(len(magnitudes), sparsity)
+    return None if rank is None else magnitudes.kthvalue(rank).values
 
 
 def published_masks(tensors: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -126,12 +107,6 @@ def perturb(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: flo
     """``w + rho * g`` in place for every weight. The product is rounded before the sum, as in the published code."""
     for name, weight in weights.items():
         weight.add_(grads[name] * rho)
-
-
-def compress(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set to zero, in place, what ``masks`` does not keep."""
-    for name, mask in masks.items():
-        weights[name].masked_fill_(~mask, 0)
 
 
 def combine(

@@ -1,71 +1,182 @@
-"""One-shot pruning after training."""
+"""Compression after training: the twins of what CrAM trains for."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from groundwire_cram.functional import compress, exact_masks, prunable, refuse_weight_norm
+from groundwire_cram.functional import check_sparsity, exact_masks
+from groundwire_cram.nm import parse_pattern
+from groundwire_cram.operators import NM, Magnitude, Operator, Quantize, apply_changes, apply_operator
+from groundwire_cram.selection import Skip, check_selection
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def prune(module: _Module, sparsity: float, *, inplace: bool = False) -> _Module:
-    """Set the floor(sparsity * n) weights of smallest magnitude to zero, over the whole model together.
+def prune(
+    module: _Module,
+    sparsity: float | None = None,
+    pattern: str = "global",
+    *,
+    skip: Skip = (),
+    compat: str | None = None,
+    strict: bool = False,
+    inplace: bool = False,
+) -> _Module:
+    """Set the floor(sparsity * n) weights of smallest magnitude to zero.
 
-    Pruned are all parameters with more than one dimension (first and last layers too); biases and normalisation
-    layers never. Of equal magnitudes the first go first. A model with BatchNorm needs
+    Pruned are all parameters with more than one dimension (first and last layers too) that ``skip`` does not name;
+    biases and normalisation layers never. Of equal magnitudes the first go first. A model with BatchNorm needs
     :func:`~groundwire_cram.recalibrate_batchnorm` afterwards.
 
     Args:
         module: Any module.
-        sparsity: Fraction in [0, 1), 0.9 for 90 % zeros.
+        sparsity: Fraction in [0, 1), 0.9 for 90 % zeros. Not for an N:M pattern, which fixes it.
+        pattern: "global" counts over the whole model together, "layerwise" in each tensor, "2:4" or another N:M keeps
+            the N largest of each M consecutive input channels.
+        skip: Layers to leave dense: patterns of parameter or module names, or a predicate of name and tensor.
+        compat: "reference" for the published rule, which keeps what is strictly above a threshold and so, without
+            ties, one weight fewer (n = all pruned weights, or those of a layer).
+        strict: Refuse an N:M pattern that does not divide a layer, instead of leaving it dense with a warning.
         inplace: Prune ``module`` itself instead of a copy.
 
     Returns:
         The pruned module.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1), or ``module`` has nothing to prune or a weight-normalised layer.
+        ValueError: ``sparsity`` is outside [0, 1), or an argument does not fit the module: nothing to prune, a
+            weight-normalised layer, a ``skip`` that names nothing, an unknown pattern.
 
     Example:
         >>> pruned = prune(nn.Linear(4, 5), 0.9)
         >>> int((pruned.weight == 0).sum())
         18
     """
+    rule = _masks(sparsity, pattern, compat, strict)
+    return _edited(module, skip, inplace, lambda weights: apply_changes(weights, rule(weights)))
+
+
+def quantize(module: _Module, bits: int = 8, *, skip: Skip = (), inplace: bool = False) -> _Module:
+    """Round weights to ``bits``-bit integers with one scale per output channel; they stay floating-point numbers.
+
+    Zeros stay zeros, so it goes after :func:`prune`. See :func:`~groundwire_cram.quantization.quantized` for the rule.
+
+    Args:
+        module: Any module.
+        bits: 2 to 8.
+        skip: Layers to leave as they are.
+        inplace: Change ``module`` itself instead of a copy.
+
+    Returns:
+        The quantized module.
+
+    Raises:
+        ValueError: ``bits`` is not a whole number from 2 to 8, or there is nothing to quantize.
+
+    Example:
+        >>> layer = quantize(nn.Linear(8, 2), 4)
+        >>> max(len(row.unique()) for row in layer.weight) <= 15
+        True
+    """
+    return compress(module, Quantize(bits), skip=skip, inplace=inplace)
+
+
+def compress(module: _Module, operator: Operator, *, skip: Skip = (), inplace: bool = False) -> _Module:
+    """Apply a compression operator to the weights that CrAM would compress, all together.
+
+    Args:
+        module: Any module.
+        operator: Such as ``Chain([Magnitude(0.9), Quantize(8)])``, or an object of your own with
+            ``apply(params) -> masks or residuals`` (:class:`~groundwire_cram.Operator`).
+        skip: Layers to leave as they are.
+        inplace: Change ``module`` itself instead of a copy.
+
+    Returns:
+        The compressed module.
+
+    Raises:
+        ValueError: There is nothing to compress, or the operator returned something that does not fit.
+
+    Example:
+        >>> from groundwire_cram import Chain, Magnitude, Quantize
+        >>> layer = compress(nn.Linear(4, 5), Chain([Magnitude(0.5), Quantize(8)]))
+        >>> int((layer.weight == 0).sum()) >= 10
+        True
+    """
+
+    def edit(weights: Mapping[str, Tensor]) -> None:
+        apply_operator(weights, operator)
+
+    return _edited(module, skip, inplace, edit)
+
+
+def _edited(module: _Module, skip: Skip, inplace: bool, edit: Callable[[Mapping[str, Tensor]], Any]) -> _Module:
     module = module if inplace else copy.deepcopy(module)
     parameters = dict(module.named_parameters())
-    refuse_weight_norm(parameters)
-    weights = {name: parameters[name] for name in prunable(parameters)}
-    masks = exact_masks(weights, sparsity)
-    if not weights:
-        raise ValueError(f"{type(module).__name__} has no parameter of more than one dimension, so nothing to prune")
+    weights = {name: parameters[name] for name in check_selection(parameters, skip)}
     with torch.no_grad():
-        compress(weights, masks)
+        edit(weights)
     return module
 
 
+def _masks(
+    sparsity: float | None, pattern: str, compat: str | None, strict: bool
+) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """The rule that ``prune`` applies."""
+    if compat not in (None, "reference"):
+        raise ValueError(f'compat must be None or "reference", got {compat!r}')
+    if pattern not in ("global", "layerwise"):
+        if sparsity is not None:
+            raise ValueError(f"pattern={pattern!r} fixes the sparsity -> leave sparsity out")
+        operator = NM(":".join(map(str, parse_pattern(pattern))))
+        return lambda weights: _divided(weights, operator, strict)
+    level = check_sparsity(sparsity)
+    if compat:
+        return Magnitude(level, pattern).apply  # type: ignore[arg-type]
+    if pattern == "global":
+        return lambda weights: exact_masks(weights, level)
+    return lambda weights: {name: exact_masks({name: w}, level)[name] for name, w in weights.items()}
+
+
+def _divided(weights: Mapping[str, Tensor], operator: NM, strict: bool) -> Mapping[str, Tensor]:
+    for name in operator.undivided(weights):
+        text = f"{name} of shape {tuple(weights[name].shape)} stays dense: its number of weights is not divided"
+        text += f" by {operator.sizes[1]}"
+        if strict:
+            raise ValueError(f"{text} -> name it in skip, or leave strict off")
+        warnings.warn(text, stacklevel=4)
+    return operator.apply(weights)
+
+
 @contextmanager
-def pruned(module: nn.Module, sparsity: float) -> Iterator[nn.Module]:
-    """``module`` pruned while open, and its own weights back afterwards, whatever happens.
+def compressed(module: nn.Module, operator: Operator, skip: Skip = ()) -> Iterator[nn.Module]:
+    """``module`` compressed while open, and its own weights back afterwards, whatever happens.
+
+    Global and layerwise magnitudes are pruned to the exact count, as by :func:`prune`.
 
     Example:
+        >>> from groundwire_cram import Magnitude
         >>> layer = nn.Linear(4, 5)
-        >>> with pruned(layer, 0.5):
+        >>> with compressed(layer, Magnitude(0.5)):
         ...     int((layer.weight == 0).sum())
         10
         >>> int((layer.weight == 0).sum())
         0
     """
     parameters = dict(module.named_parameters())
-    saved = {name: parameters[name].detach().clone() for name in prunable(parameters)}
+    saved = {name: parameters[name].detach().clone() for name in check_selection(parameters, skip)}
     try:
-        yield prune(module, sparsity, inplace=True)
+        if isinstance(operator, Magnitude):
+            prune(module, operator.sparsity, operator.scope, skip=skip, inplace=True)
+        else:
+            compress(module, operator, skip=skip, inplace=True)
+        yield module
     finally:
         with torch.no_grad():
             for name, weight in saved.items():

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from groundwire import Finding, Section, Table
+from groundwire_cram.variants import described
 
 if TYPE_CHECKING:
     from groundwire_cram.callback import CrAM
@@ -13,19 +14,20 @@ if TYPE_CHECKING:
 
 def section(cram: CrAM, findings: list[Finding]) -> Section:
     """Settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
-    levels = ", ".join(f"{100 * s:g} %" for s in cram.sparsities)
+    method = cram.method
     text = (
-        f"Trained with {'CrAM+' if cram.plus else 'CrAM'} at sparsities {levels}, rho {cram.rho:g}"
-        f"{', sparse gradients' if cram.sparse_grad else ''}. A pruned version is the model with its smallest weights "
-        "set to zero, without any retraining."
+        f"Trained with {'CrAM+' if method.plus else 'CrAM'} for {', '.join(described(str(o)) for o in method.operators)}; "
+        f"rho {method.rho:g}{' times the normalised gradient' if method.grad_norm else ''}"
+        f"{', sparse gradients' if method.sparse_grad else ''}. A compressed version is the model with its weights "
+        "changed so in one shot, without any retraining."
     )
     results = latest(findings, cram.name)
     tables = [
-        Table(f"{metric} after one-shot pruning", ("sparsity", metric), list(values.items()))
+        Table(f"{metric} after one-shot compression", ("version", metric), list(values.items()))
         for metric, values in results.items()
     ]
     figures = [partial(curve, metric, values) for metric, values in results.items()]
-    return Section("CrAM: one-shot pruning", text, tables, figures)
+    return Section("CrAM: one-shot compression", text, tables, figures)
 
 
 def latest(findings: list[Finding], name: str = "cram") -> dict[str, dict[str, float]]:
@@ -44,13 +46,18 @@ def latest(findings: list[Finding], name: str = "cram") -> dict[str, dict[str, f
 
 
 def curve(metric: str, values: dict[str, float]) -> Any:
-    """A matplotlib figure of ``metric`` over sparsity."""
+    """A matplotlib figure of ``metric`` over sparsity, or by version."""
     from matplotlib.figure import Figure
 
-    points = sorted((0.0 if label == "dense" else float(label.split()[0]), value) for label, value in values.items())
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([100 * s for s, _ in points], [v for _, v in points], marker="o")
-    axes.set(xlabel="weights set to zero (%)", ylabel=metric, title=f"{metric} after one-shot pruning")
+    axes.set(ylabel=metric, title=f"{metric} after one-shot compression")
     axes.grid(visible=True, alpha=0.3)
+    try:
+        points = sorted((0.0 if label == "dense" else float(label.split()[0]), v) for label, v in values.items())
+        axes.plot([100 * s for s, _ in points], [v for _, v in points], marker="o")
+        axes.set_xlabel("weights set to zero (%)")
+    except ValueError:  # other operators than pruning have names that are not fractions
+        axes.bar(list(values), list(values.values()))
+        axes.set_xlabel("version of the model")
     return figure

@@ -1,4 +1,4 @@
-"""Pruned versions of a model during a run."""
+"""Compressed versions of a model during a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,47 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import nn
+from torch import Tensor, nn
 
 from groundwire import Variant
 from groundwire.window import copy_containers
-from groundwire_cram.pruning import pruned
+from groundwire_cram.method import Method
+from groundwire_cram.operators import Magnitude, Operator
+from groundwire_cram.pruning import compressed
 from groundwire_cram.recalibration import batchnorms, recalibrate_batchnorm
+from groundwire_cram.selection import Skip
+
+Statistics = list[dict[str, Tensor]]
+
+
+class Calibrated:
+    """BatchNorm statistics of the versions of one set of weights: each version is recalibrated once for it.
+
+    A version is applied whenever somebody evaluates it. In between nobody changes the weights for good, which their
+    version counters tell, once the counts of our own edits are taken off.
+    """
+
+    def __init__(self) -> None:
+        self._counts: list[tuple[int, int]] = []
+        self._known: dict[str, Statistics] = {}
+
+    def of(self, module: nn.Module, name: str) -> Statistics | None:
+        """The statistics of the version ``name``, if they were collected for these weights."""
+        if self._counts != _counts(module):
+            self._known.clear()
+        return self._known.get(name)
+
+    def keep(self, name: str, statistics: Statistics) -> None:
+        """Remember the statistics of a version."""
+        self._known[name] = statistics
+
+    def unchanged(self, module: nn.Module) -> None:
+        """The weights are the same as when :meth:`of` was asked, whatever their counters say."""
+        self._counts = _counts(module)
+
+
+def _counts(module: nn.Module) -> list[tuple[int, int]]:
+    return [(id(p), p._version) for p in module.parameters()]
 
 
 def host_copy(batch: Any) -> Any:
@@ -22,37 +57,64 @@ def host_copy(batch: Any) -> Any:
     return move_data_to_device(copy_containers(batch), torch.device("cpu"))
 
 
-def variant(module: nn.Module, sparsity: float, data: Iterable[Any], batches: int) -> Variant:
-    """``module`` pruned to ``sparsity``, and recalibrated where it has BatchNorm and ``data`` is not empty."""
-    name = f"{sparsity:g}"
-    if batchnorms(module) and not data:
-        return Variant(f"{name} (not recalibrated)", partial(pruned, module, sparsity))
-    return Variant(name, partial(_recalibrated, module, sparsity, data, batches))
+def variants(
+    module: nn.Module, method: Method, data: Iterable[Any], batches: int, calibrated: Calibrated
+) -> list[Variant]:
+    """What CrAM trained for, recalibrated where the module has BatchNorm and ``data`` is not empty."""
+    operators = [o for o in method.operators if not (isinstance(o, Magnitude) and o.sparsity == 0)]
+    blind = bool(batchnorms(module)) and not data
+    found = []
+    for operator in operators:
+        apply = partial(_applied, module, operator, method.skip, [] if blind else data, batches, calibrated)
+        found.append(Variant(f"{operator} (not recalibrated)" if blind else str(operator), apply))
+    return found
 
 
 def described(label: str) -> str:
     """A variant's name, or "dense", in words.
 
     Example:
-        >>> described("0.9"), described("0.5 (not recalibrated)")
-        ('model with 90 % of its weights set to zero', 'model with 50 % of its weights set to zero (not recalibrated)')
+        >>> described("0.9"), described("0.5 (not recalibrated)"), described("2:4")
+        ('model with 90 % of its weights set to zero', 'model with 50 % of its weights set to zero (not recalibrated)', \
+'model compressed to 2:4')
     """
     if label == "dense":
         return "model as trained"
-    sparsity, _, note = label.partition(" ")
-    return f"model with {100 * float(sparsity):g} % of its weights set to zero" + (f" {note}" if note else "")
+    level, _, note = label.partition(" ")
+    try:
+        text = f"model with {100 * float(level):g} % of its weights set to zero"
+    except ValueError:
+        text = f"model compressed to {level}"
+    return text + (f" {note}" if note else "")
 
 
 @contextmanager
-def _recalibrated(module: nn.Module, sparsity: float, data: Iterable[Any], batches: int) -> Iterator[None]:
-    layers = batchnorms(module)
-    saved = [{k: v.clone() for k, v in layer._buffers.items() if v is not None} for layer in layers]
-    with pruned(module, sparsity):
-        try:
-            if layers:
-                recalibrate_batchnorm(module, data, batches)
-            yield
-        finally:
-            for layer, buffers in zip(layers, saved, strict=True):
-                for key, value in buffers.items():
-                    layer._buffers[key].copy_(value)  # type: ignore[union-attr]
+def _applied(
+    module: nn.Module, operator: Operator, skip: Skip, data: Iterable[Any], batches: int, calibrated: Calibrated
+) -> Iterator[None]:
+    layers = batchnorms(module) if data else []
+    saved = _statistics(layers)
+    known = calibrated.of(module, str(operator))
+    try:
+        with compressed(module, operator, skip):
+            try:
+                if known is not None:
+                    _set(layers, known)
+                elif layers:
+                    recalibrate_batchnorm(module, data, batches)
+                    calibrated.keep(str(operator), _statistics(layers))
+                yield
+            finally:
+                _set(layers, saved)
+    finally:
+        calibrated.unchanged(module)
+
+
+def _statistics(layers: Iterable[nn.Module]) -> Statistics:
+    return [{k: v.clone() for k, v in layer._buffers.items() if v is not None} for layer in layers]
+
+
+def _set(layers: Iterable[nn.Module], statistics: Statistics) -> None:
+    for layer, buffers in zip(layers, statistics, strict=True):
+        for key, value in buffers.items():
+            layer._buffers[key].copy_(value)  # type: ignore[union-attr]

@@ -1,0 +1,184 @@
+"""Masks that outlive a step: periodic ones, and those that keep a pruned model's zeros through fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from groundwire_cram.operators import Operator
+from groundwire_cram.selection import Skip, check_selection
+
+#: A mask in a checkpoint: its shape, and its bits as bytes.
+Packed = tuple[list[int], bytes]
+
+
+def pack(mask: Tensor) -> Packed:
+    """A bool mask in a form for checkpoints: one bit an entry, and no tensor.
+
+    Example:
+        >>> pack(torch.tensor([[True, False, True]]))
+        ([1, 3], b'\\xa0')
+    """
+    return list(mask.shape), np.packbits(mask.cpu().numpy()).tobytes()
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The mask that :func:`pack` was given.
+
+    Example:
+        >>> unpack(([1, 3], b"\\xa0"))
+        tensor([[ True, False,  True]])
+    """
+    shape, data = packed
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=prod(shape))
+    return torch.from_numpy(bits.astype(bool)).reshape(tuple(shape))
+
+
+class Periodic:
+    """An operator whose masks are taken anew at each ``interval``-th use, and kept in between.
+
+    Args:
+        operator: One that gives masks.
+        interval: Uses for which a mask stays, at least 1.
+
+    Example:
+        >>> from groundwire_cram.operators import Magnitude
+        >>> periodic = Periodic(Magnitude(0.5), interval=2)
+        >>> [periodic.apply({"w": w})["w"].tolist() for w in torch.tensor([[[1.0, 2.0]], [[2.0, 1.0]], [[2.0, 1.0]]])]
+        [[[False, False]], [[False, False]], [[False, False]]]
+    """
+
+    def __init__(self, operator: Operator, interval: int) -> None:
+        self.operator, self.interval = operator, interval
+        self._uses = 0
+        self._masks: dict[str, Tensor] = {}
+
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The masks of this use.
+
+        Raises:
+            ValueError: The operator gives something other than masks, which cannot be kept for other weights.
+        """
+        if self._uses % self.interval == 0 or not all(n in self._masks for n in params):
+            self._masks = dict(self.operator.apply(params))
+            for change in self._masks.values():
+                if change.dtype != torch.bool:
+                    raise ValueError(f"interval > 1 keeps masks, and {self.operator} gives residuals -> interval=1")
+        self._uses += 1
+        return {name: mask.to(params[name].device) for name, mask in self._masks.items() if name in params}
+
+    def __str__(self) -> str:
+        return str(self.operator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often it was used, and the masks as bytes."""
+        return {"uses": self._uses, "masks": {name: pack(mask) for name, mask in self._masks.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self._uses = state["uses"]
+        self._masks = {name: unpack(packed) for name, packed in state["masks"].items()}
+
+
+#: Frozen parameters and their masks, by identity. An entry goes with its parameter, before its id can be used again.
+_frozen: dict[int, tuple[ref[nn.Parameter], Tensor]] = {}
+
+
+class Frozen:
+    """What :func:`freeze_masks` gives: ``remove()`` lets the zeros go, and so does leaving a ``with`` block.
+
+    Attributes:
+        masks: By parameter name: True where a weight may change.
+    """
+
+    def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self.masks = dict(masks)
+        parameters = dict(module.named_parameters())
+        self._undo: list[Callable[[], Any]] = []
+        for name, mask in masks.items():
+            self._freeze(parameters[name], mask)
+
+    def _freeze(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        key = id(parameter)
+        _frozen[key] = ref(parameter, lambda _: _frozen.pop(key, None)), mask
+        self._undo.append(lambda: _frozen.pop(key, None))
+        if parameter.requires_grad:
+            # Gradients of zeros count neither in momentum nor in a clipped norm.
+            self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)
+
+    def remove(self) -> None:
+        """Let the zeros change again."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+
+def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
+    """Keep the zeros of a pruned model through fine-tuning: after each optimizer step they are zero again.
+
+    Works with any optimizer and loop, and with any Trainer: what is kept is what every ``torch.optim`` step changes,
+    whatever momentum or noise it adds. For linear fine-tuning turn off ``requires_grad`` of the backbone beside it.
+
+    Args:
+        module: The pruned module; tensors without a zero are left alone.
+        skip: Layers whose zeros may change, such as a new classifier head
+            (see :func:`~groundwire_cram.selection.selected`).
+
+    Returns:
+        A handle with ``masks`` and ``remove()``.
+
+    Raises:
+        ValueError: No selected weight is zero, so there is nothing to keep.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(layer.weight, 1.0)
+        >>> with torch.no_grad():
+        ...     layer.weight[0, 0] = 0
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        >>> with freeze_masks(layer):
+        ...     layer(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> layer.weight.tolist()
+        [[0.0, 0.0]]
+    """
+    parameters = dict(module.named_parameters())
+    names = check_selection(parameters, skip)
+    masks = {name: parameters[name].detach() != 0 for name in names}
+    masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    if not masks:
+        raise ValueError(f"none of {names} has a zero to keep -> prune the module first: prune(module, 0.9)")
+    return Frozen(module, masks)
+
+
+def _masked(mask: Tensor, grad: Tensor) -> Tensor:
+    return grad.masked_fill(~mask.to(grad.device), 0)
+
+
+def _zero_again(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """After any optimizer's step: the frozen zeros of its parameters."""
+    if not _frozen:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in _frozen:
+                with torch.no_grad():
+                    parameter.masked_fill_(~_frozen[id(parameter)][1].to(parameter.device), 0)
+
+
+register_optimizer_step_post_hook(_zero_again)
+

@@ -1,0 +1,232 @@
+"""Compression operators: what CrAM trains for, as small objects that anybody can write.
+
+An operator says what has to change; who applies it (a training step, a variant, :func:`~groundwire_cram.compress`)
+changes it. So an operator never edits a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from groundwire_cram.functional import check_sparsity, published_masks
+from groundwire_cram.nm import nm_mask, parse_pattern
+from groundwire_cram.quantization import check_bits, residual
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """Something that compresses weights: ``apply`` and a readable ``str()``, which names its variant of the model."""
+
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What to change in ``params``, by name; a tensor left out stays.
+
+        Returns:
+            Tensors of the shapes of ``params``. One of dtype bool is a mask: entries that are False become zero, and
+            with ``sparse_grad`` get no gradient from the compressed model. Any other is a residual that is added; its
+            gradient passes straight through.
+        """
+
+
+def apply_changes(params: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> None:
+    """Apply what an operator returned, in place.
+
+    Raises:
+        ValueError: A name is not in ``params``, or a shape or the kind of a tensor is wrong.
+    """
+    for name, change in changes.items():
+        if name not in params or not isinstance(change, Tensor) or change.shape != params[name].shape:
+            raise ValueError(
+                f"an operator's change for {name!r} must be a tensor of the parameter's shape; the parameters are "
+                f"{ {key: tuple(p.shape) for key, p in params.items()} }"
+            )
+        if change.dtype == torch.bool:
+            params[name].masked_fill_(~change, 0)
+        else:
+            params[name].add_(change)
+
+
+def apply_operator(params: Mapping[str, Tensor], operator: Operator) -> dict[str, Tensor]:
+    """Compress ``params`` in place; returns the masks, by name, of those that have one.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
+        >>> masks = apply_operator({"w": weight}, Magnitude(0.5))
+        >>> weight, masks["w"]
+        (tensor([[ 0.,  0.,  0., -4.]]), tensor([[False, False, False,  True]]))
+    """
+    masks: dict[str, Tensor] = {}
+    for part in operator.operators if isinstance(operator, Chain) else (operator,):
+        changes = part.apply(params)
+        apply_changes(params, changes)
+        for name, change in changes.items():
+            if change.dtype == torch.bool:
+                masks[name] = masks[name] & change if name in masks else change
+    return masks
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep the entries of largest magnitude, by the published rule: those strictly above the m-th largest.
+
+    m is ``ceil(n * (1 - sparsity))`` of n entries, so without ties one entry fewer than m stays. For an exact count
+    there is :func:`~groundwire_cram.prune`.
+
+    Args:
+        sparsity: Fraction in [0, 1).
+        scope: "global" takes one threshold over all tensors, "layerwise" one for each.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Example:
+        >>> str(Magnitude(0.9)), str(Magnitude(0.9, "layerwise"))
+        ('0.9', '0.9 layerwise')
+    """
+
+    sparsity: float
+    scope: Literal["global", "layerwise"] = "global"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        if self.scope not in ("global", "layerwise"):
+            raise ValueError(f'scope must be "global" or "layerwise", got {self.scope!r}')
+
+    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of what stays."""
+        if self.scope == "global":
+            return published_masks(params, self.sparsity)
+        return {name: published_masks({name: p}, self.sparsity)[name] for name, p in params.items()}
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}" + (" layerwise" if self.scope == "layerwise" else "")
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep the N entries of largest magnitude of every M consecutive input channels (:func:`~groundwire_cram.nm.nm_mask`).
+
+    A tensor whose number of entries M does not divide stays dense.
+
+    Args:
+        pattern: "2:4", "4:8" or any other with 0 < N < M.
+
+    Raises:
+        ValueError: The pattern is not of that form.
+
+    Example:
+        >>> NM("2:4").apply({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])})
+        {'w': tensor([[False,  True,  True, False]])}
+    """
+
+    pattern: str = "2:4"
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.pattern)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(N, M)."""
+        return parse_pattern(self.pattern)
+
+    def undivided(self, params: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tensors that M does not divide."""
+        return [name for name, p in params.items() if p.numel() % self.sizes[1]]
+
+    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of what stays."""
+        undivided = self.undivided(params)
+        return {name: nm_mask(p, *self.sizes) for name, p in params.items() if name not in undivided}
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Round to ``bits``-bit integers with one scale per output channel (:func:`~groundwire_cram.quantization.quantized`).
+
+    Args:
+        bits: 2 to 8.
+
+    Raises:
+        ValueError: ``bits`` is not.
+
+    Example:
+        >>> str(Quantize(4))
+        'int4'
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Residuals to the nearest grid point."""
+        return {name: residual(p, self.bits) for name, p in params.items()}
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several operators, each applied to what the one before it left: ``Chain([Magnitude(0.9), Quantize(8)])``.
+
+    Args:
+        operators: At least one.
+
+    Example:
+        >>> str(Chain([Magnitude(0.9), Quantize(8)]))
+        '0.9+int8'
+    """
+
+    operators: Sequence[Operator]
+
+    def __post_init__(self) -> None:
+        if not self.operators:
+            raise ValueError("a Chain needs at least one operator")
+        object.__setattr__(self, "operators", tuple(_flat(self.operators)))
+
+    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of all changes, as residuals (:func:`apply_operator` keeps the masks apart)."""
+        copies = {name: p.detach().clone() for name, p in params.items()}
+        apply_operator(copies, self)
+        return {name: copy - params[name].detach() for name, copy in copies.items()}
+
+    def __str__(self) -> str:
+        return "+".join(str(operator) for operator in self.operators)
+
+
+def _flat(operators: Iterable[Operator]) -> list[Operator]:
+    empty: list[Operator] = []
+    return reduce(lambda found, o: [*found, *(o.operators if isinstance(o, Chain) else (o,))], operators, empty)
+
+
+def operators_of(sparsities: Sequence[float], pattern: str) -> tuple[Operator, ...]:
+    """What ``CrAM(sparsities, pattern=...)`` draws from.
+
+    Raises:
+        ValueError: The pattern is unknown, or a sparsity outside [0, 1).
+
+    Example:
+        >>> [str(operator) for operator in operators_of((0.5, 0.9), "layerwise")]
+        ['0.5 layerwise', '0.9 layerwise']
+        >>> [str(operator) for operator in operators_of((), "n:m mix")]
+        ['2:4', '4:8']
+    """
+    if pattern in ("global", "layerwise"):
+        return tuple(Magnitude(s, pattern) for s in sparsities)  # type: ignore[arg-type]
+    if pattern == "n:m mix":
+        return (NM("2:4"), NM("4:8"))
+    try:
+        return (NM(pattern),)
+    except ValueError:
+        known = '"global", "layerwise", "n:m mix" or an N:M pattern such as "2:4"'
+        raise ValueError(f"pattern must be {known}, got {pattern!r}") from None
