@@ -132,7 +132,7 @@ class GradientService:
         return dict(found)
 
     def _nonfinite(self, step: GradientStep) -> Mapping[str, Tensor]:
-        """Leave it as it is or, if the owner asks for it and no scaler does so anyway, let the step have no gradient."""
+        """Leave it as it is; or, if the owner asks for it and no scaler skips the step, give the step no gradient."""
         skips = getattr(self._host.by_name[self._owners[0]], "skips_nonfinite", False)
         if not skips or gradient_scaler(self._host.trainer) is not None:
             self.nonfinite["gradients"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -75,6 +76,11 @@ class RunContext:
     def findings(self) -> list[Finding]:
         """All findings of the run so far, of this rank."""
         return list(self._host.findings.all)
+
+    @property
+    def directory(self) -> Path | None:
+        """Where files of this run go; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
+        return self._host.findings.directory
 
     def fields(self, batch: Any) -> Fields:
         """What ``batch`` holds.

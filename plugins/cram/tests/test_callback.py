@@ -128,7 +128,9 @@ def test_evaluate_every_gives_a_curve_in_the_report_and_metrics_in_the_logs(kit)
     trainer = kit.fit(kit.Net(), CrAM(sparsities=(0.5, 0.9), evaluate_every=2), **options)
     report = Report.read(kit.path)
     codes = {(f.code, f.epoch) for f in report.findings}
-    assert codes - {("backend", None)} == {(f"{metric}@{s}", 1) for metric in ("val_acc", "val_loss") for s in ("dense", "0.5", "0.9")}
+    assert codes - {("backend", None)} == {
+        (f"{metric}@{s}", 1) for metric in ("val_acc", "val_loss") for s in ("dense", "0.5", "0.9")
+    }
     page = report.path.read_text()
     assert "<svg" in page
     assert "val_acc after one-shot compression" in page

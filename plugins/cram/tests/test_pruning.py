@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groundwire import PluginError
-from groundwire_cram import prune, recalibrate_batchnorm
+from groundwire_cram import Magnitude, prune, recalibrate_batchnorm
 from groundwire_cram.functional import exact_masks, published_masks
-from groundwire_cram import Magnitude
 from groundwire_cram.pruning import compressed
 
 sparsities = st.floats(0, 1, exclude_max=True)

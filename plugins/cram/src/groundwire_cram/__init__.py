@@ -1,15 +1,19 @@
 """CrAM, the compression-aware minimizer (Peste, Vladu, Kurtic, Lampert, Alistarh, 2022), for PyTorch Lightning."""
 
+from groundwire_cram.acdc import ACDC
 from groundwire_cram.callback import CrAM
 from groundwire_cram.masks import freeze_masks
 from groundwire_cram.operators import NM, Chain, Magnitude, Operator, Quantize
+from groundwire_cram.optimizer import CrAMOptimizer
 from groundwire_cram.pruning import compress, prune, quantize
 from groundwire_cram.recalibration import recalibrate_batchnorm
 
 __all__ = [
+    "ACDC",
     "NM",
     "Chain",
     "CrAM",
+    "CrAMOptimizer",
     "Magnitude",
     "Operator",
     "Quantize",

@@ -178,7 +178,7 @@ class CrAM(Plugin):
         """The backend, and what each compressed version reaches in what the validation step logs, when it is due."""
         fitting = run.trainer.state.fn == "fit"
         if run.stage == "train":
-            return self._of_training()
+            return self.method.findings()
         due = not fitting or not (run.trainer.current_epoch + 1) % (self.evaluate_every or 1)
         if run.stage != "validate" or not self.evaluate_every or not due:
             return []
@@ -189,16 +189,6 @@ class CrAM(Plugin):
             for metric, value in evaluation.metrics.items():
                 message = f"{metric} of the {described(label)}."
                 found.append(Finding(self.name, f"{metric}@{label}", "info", value, message))
-        return found
-
-    def _of_training(self) -> list[Finding]:
-        found = []
-        if self.method.kernels is not None:
-            message = f"Kernels: {self.method.kernels.name}, because {self.method.why}."
-            found.append(Finding(self.name, "backend", "info", self.method.kernels.name, message, "train"))
-        if self.method.overflows:
-            message = f"In {self.method.overflows} steps a moved weight was not finite, so the model's gradient was used."
-            found.append(Finding(self.name, "overflows", "warn", self.method.overflows, message, "train"))
         return found
 
     @hookimpl

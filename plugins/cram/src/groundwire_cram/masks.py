@@ -22,20 +22,20 @@ Packed = tuple[list[int], bytes]
 
 
 def pack(mask: Tensor) -> Packed:
-    """A bool mask in a form for checkpoints: one bit an entry, and no tensor.
+    r"""A bool mask in a form for checkpoints: one bit an entry, and no tensor.
 
     Example:
         >>> pack(torch.tensor([[True, False, True]]))
-        ([1, 3], b'\\xa0')
+        ([1, 3], b'\xa0')
     """
     return list(mask.shape), np.packbits(mask.cpu().numpy()).tobytes()
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The mask that :func:`pack` was given.
+    r"""The mask that :func:`pack` was given.
 
     Example:
-        >>> unpack(([1, 3], b"\\xa0"))
+        >>> unpack(([1, 3], b"\xa0"))
         tensor([[ True, False,  True]])
     """
     shape, data = packed
@@ -113,7 +113,7 @@ class Frozen:
         self._undo.append(lambda: _frozen.pop(key, None))
         if parameter.requires_grad:
             # Gradients of zeros count neither in momentum nor in a clipped norm.
-            self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)
+            self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Let the zeros change again."""
@@ -181,4 +181,3 @@ def _zero_again(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 register_optimizer_step_post_hook(_zero_again)
-

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from groundwire import Finding
 from groundwire.seeds import derive_seed
 from groundwire_cram.functional import check_sparsity
 from groundwire_cram.gradient import Gradients, Move, compression_aware_gradient
@@ -133,6 +134,17 @@ class Method:
         for periodic, saved in zip(self.periodic, state.get("periodic", []), strict=False):
             periodic.load_state_dict(saved)
 
+    def findings(self, plugin: str = "cram") -> list[Finding]:
+        """Which kernels were used and why, and steps in which a moved weight was not finite."""
+        found = []
+        if self.kernels is not None:
+            message = f"Kernels: {self.kernels.name}, because {self.why}."
+            found.append(Finding(plugin, "backend", "info", self.kernels.name, message, "train"))
+        if self.overflows:
+            message = f"In {self.overflows} steps the compressed model was not finite; the model's gradient was used."
+            found.append(Finding(plugin, "overflows", "warn", self.overflows, message, "train"))
+        return found
+
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says of how it was trained."""
         names = [str(operator) for operator in self.operators]
@@ -178,7 +190,7 @@ def at_least_zero(name: str, value: Any) -> float:
         >>> at_least_zero("rho", 1)
         1.0
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+    number = -1.0 if isinstance(value, bool) or not isinstance(value, Real) else float(value)
     if not number >= 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
     return number

@@ -109,7 +109,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class NM:
-    """Keep the N entries of largest magnitude of every M consecutive input channels (:func:`~groundwire_cram.nm.nm_mask`).
+    """Keep the N largest magnitudes of every M consecutive input channels (:func:`~groundwire_cram.nm.nm_mask`).
 
     A tensor whose number of entries M does not divide stays dense.
 
@@ -149,7 +149,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Round to ``bits``-bit integers with one scale per output channel (:func:`~groundwire_cram.quantization.quantized`).
+    """Round to ``bits``-bit integers, one scale per channel (:func:`~groundwire_cram.quantization.quantized`).
 
     Args:
         bits: 2 to 8.

@@ -41,7 +41,8 @@ def quantized(weight: Tensor, bits: int) -> Tensor:
     largest = 2 ** (check_bits(bits) - 1) - 1
     scale = wide.abs().amax(dim=tuple(range(1, wide.dim())), keepdim=True) / largest
     steps = torch.where(scale > 0, wide / scale, 0).round().clamp(-largest, largest)
-    return (steps * scale).to(weight.dtype)
+    nearest: Tensor = steps * scale
+    return nearest.to(weight.dtype)
 
 
 def residual(weight: Tensor, bits: int) -> Tensor:

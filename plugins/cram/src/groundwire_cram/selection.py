@@ -61,7 +61,9 @@ def check_selection(parameters: Mapping[str, Tensor], skip: Skip = ()) -> list[s
         )
     for rule in _rules(skip):
         if isinstance(rule, str) and not any(_named(name, rule) for name in names):
-            raise ValueError(f"skip={rule!r} names no prunable parameter -> use the name of one or of its module: {names}")
+            raise ValueError(
+                f"skip={rule!r} names no prunable parameter -> use the name of one or of its module: {names}"
+            )
     chosen = selected(parameters, skip)
     if not chosen:
         raise ValueError(f"skip={skip!r} leaves nothing to prune of {names} -> skip less")

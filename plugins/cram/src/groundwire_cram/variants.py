@@ -74,9 +74,8 @@ def described(label: str) -> str:
     """A variant's name, or "dense", in words.
 
     Example:
-        >>> described("0.9"), described("0.5 (not recalibrated)"), described("2:4")
-        ('model with 90 % of its weights set to zero', 'model with 50 % of its weights set to zero (not recalibrated)', \
-'model compressed to 2:4')
+        >>> described("0.5 (not recalibrated)"), described("2:4")
+        ('model with 50 % of its weights set to zero (not recalibrated)', 'model compressed to 2:4')
     """
     if label == "dense":
         return "model as trained"

@@ -1,0 +1,232 @@
+"""AC/DC: alternating compressed and decompressed training (Peste, Iofinova, Vladu, Alistarh, 2021), in Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groundwire import Finding, Plugin, Problem, RunContext, Section, hookimpl
+from groundwire_cram.functional import check_sparsity
+from groundwire_cram.masks import Frozen, pack, unpack
+from groundwire_cram.operators import operators_of
+from groundwire_cram.selection import Skip, check_selection, selected
+
+
+def schedule(
+    epochs: int,
+    warmup: int | None = None,
+    phase: int | None = None,
+    final_dense: int | None = None,
+    final_sparse: int | None = None,
+) -> list[bool]:
+    """Which epochs are compressed.
+
+    A dense warm-up; then compressed and dense phases in turn; a last dense and a last compressed phase. What is left
+    out takes the share of the published 100-epoch schedule: 10, 5, 10 and 15 % of the epochs, at least one.
+
+    Args:
+        epochs: Length of the training.
+        warmup: Dense epochs at the start.
+        phase: Epochs of each phase in between.
+        final_dense: Epochs of the last dense phase.
+        final_sparse: Epochs of the last compressed phase.
+
+    Returns:
+        For each epoch True if it is compressed.
+
+    Raises:
+        ValueError: A length is below 1, or they do not fit into ``epochs``.
+
+    Example:
+        >>> "".join("dS"[sparse] for sparse in schedule(20))
+        'ddSdSdSdSdSdSdSddSSS'
+    """
+    shares = {"warmup": (warmup, 0.10), "phase": (phase, 0.05), "final_dense": (final_dense, 0.10)}
+    shares["final_sparse"] = (final_sparse, 0.15)
+    lengths = {name: max(1, round(share * epochs)) if n is None else n for name, (n, share) in shares.items()}
+    for name, n in lengths.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} must be a whole number of epochs, at least 1, got {n!r}")
+    between = epochs - lengths["warmup"] - lengths["final_dense"] - lengths["final_sparse"]
+    if between < 0:
+        raise ValueError(f"{epochs} epochs are too few for {lengths} -> train longer, or give shorter phases")
+    alternating = [(epoch // lengths["phase"]) % 2 == 0 for epoch in range(between)]
+    final = [False] * lengths["final_dense"] + [True] * lengths["final_sparse"]
+    return [False] * lengths["warmup"] + alternating + final
+
+
+class ACDC(Plugin):
+    """Train a sparse model and a dense one together, by compressed and dense phases in turn.
+
+    When a compressed phase begins, masks are taken from the magnitudes; pruned weights stay zero until it ends. A
+    dense phase lets them grow again from zero. At the end the model is sparse; the dense model of the pair is the
+    checkpoint that is written when the last dense phase ends. Costs nothing beside the masks: no second pass.
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Without effect for an N:M pattern.
+        pattern: "global", "layerwise", or an N:M such as "2:4".
+        skip: Layers that are never pruned: patterns of names, or a predicate of name and tensor.
+        warmup: Dense epochs at the start; by default 10 % of the Trainer's ``max_epochs``.
+        phase: Epochs of each further phase; by default 5 %.
+        final_dense: Epochs of the last dense phase; by default 10 %.
+        final_sparse: Epochs of the last compressed phase; by default 15 %.
+        reset_momentum: Set the optimizers' momentum to zero when a dense phase begins.
+
+    Raises:
+        ValueError: ``sparsity`` or ``pattern`` is out of its range.
+
+    Example:
+        >>> ACDC(0.9).sparsity
+        0.9
+    """
+
+    name = "acdc"
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        pattern: str = "global",
+        *,
+        skip: Skip = (),
+        warmup: int | None = None,
+        phase: int | None = None,
+        final_dense: int | None = None,
+        final_sparse: int | None = None,
+        reset_momentum: bool = False,
+    ) -> None:
+        self.sparsity = check_sparsity(sparsity)
+        if pattern == "n:m mix":
+            raise ValueError('the masks of a phase are of one kind -> pattern="2:4" or "4:8"')
+        [self.operator] = operators_of((self.sparsity,), pattern)
+        self.skip, self.reset_momentum = skip, reset_momentum
+        self.lengths = (warmup, phase, final_dense, final_sparse)
+        self.dense_checkpoint: Path | None = None
+        self._phases: list[bool] = []
+        self._packed: Mapping[str, Any] = {}
+        self._frozen: Frozen | None = None
+        self._directory: Path | None = None
+
+    @hookimpl
+    def gw_check(self, run: RunContext) -> list[Problem]:
+        """The schedule needs a number of epochs, and something must be prunable."""
+        if not run.ready or run.trainer.state.fn != "fit":
+            return []
+        self._directory = run.directory
+        epochs = run.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            return [Problem(self.name, f"phases are counted in epochs, and max_epochs is {epochs}", "set max_epochs")]
+        try:
+            self._phases = schedule(epochs, *self.lengths)
+            check_selection(dict(run.module.named_parameters()), self.skip)
+        except ValueError as error:
+            message, _, hint = str(error).partition(" -> ")
+            return [Problem(self.name, message, hint)]
+        return []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A training that continues within a compressed phase has its masks from the first batch on."""
+        if self._packed:
+            self._freeze(pl_module, {name: unpack(packed) for name, packed in self._packed.items()})
+            self._packed = {}
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the phase of this epoch, if it is another one."""
+        compressed = self._phases[trainer.current_epoch]
+        if compressed and self._frozen is None:
+            weights = dict(pl_module.named_parameters())
+            chosen = {name: weights[name] for name in selected(weights, self.skip)}
+            self._freeze(pl_module, self.operator.apply(chosen))
+        elif not compressed and self._frozen is not None:
+            self._release()
+            if self.reset_momentum:
+                _forget_momentum(trainer.optimizers)
+
+    def _freeze(self, module: Any, masks: Mapping[str, torch.Tensor]) -> None:
+        weights = dict(module.named_parameters())
+        masks = {name: mask.to(weights[name].device) for name, mask in masks.items()}
+        with torch.no_grad():
+            for name, mask in masks.items():
+                weights[name].masked_fill_(~mask, 0)
+        self._frozen = Frozen(module, masks)
+
+    def _release(self) -> None:
+        if self._frozen is not None:
+            self._frozen.remove()
+            self._frozen = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the dense model of the pair when a dense phase ends."""
+        now, following = [*self._phases, False][trainer.current_epoch :][:2]
+        if not now and following and self._directory is not None:
+            self.dense_checkpoint = self._directory / "acdc-dense.ckpt"
+            trainer.save_checkpoint(self.dense_checkpoint, weights_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks of a compressed phase, one bit a weight, as bytes; no tensor."""
+        return {} if self._frozen is None else {"masks": {name: pack(m) for name, m in self._frozen.masks.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a compressed phase with its masks."""
+        self._packed = state_dict.get("masks", {})
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let the zeros go."""
+        self._release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let the zeros go."""
+        self._release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies do not hold the masks of the model that is trained."""
+        return {**vars(self), "_frozen": None}
+
+    @hookimpl
+    def gw_findings(self, run: RunContext) -> list[Finding]:
+        """What the pair is and where."""
+        if run.stage != "train" or not self._phases:
+            return []
+        weights = dict(run.module.named_parameters())
+        chosen = [weights[name] for name in selected(weights, self.skip)]
+        zeros = sum(int((w == 0).sum()) for w in chosen) / max(1, sum(w.numel() for w in chosen))
+        text = f"{100 * zeros:.2f} % of the weights are zero."
+        found = [Finding(self.name, "sparsity", "info", zeros, text, "train")]
+        if self.dense_checkpoint is not None:
+            text = f"The dense model of the pair is {self.dense_checkpoint.name}, of the end of the last dense phase."
+            found.append(Finding(self.name, "dense_checkpoint", "info", self.dense_checkpoint.name, text, "train"))
+        return found
+
+    @hookimpl
+    def gw_section(self) -> Section | None:
+        """The phases as a picture."""
+        if not self._phases:
+            return None
+        count = f"{sum(self._phases)} of {len(self._phases)} epochs compressed"
+        text = f"Compressed ({self.operator}) and dense phases in turn; {count}."
+        return Section("AC/DC: compressed and dense phases", text, (), [lambda: _picture(self._phases)])
+
+    @hookimpl
+    def gw_provenance(self) -> dict[str, Any]:
+        """What was pruned, and whether the weights are those of a compressed phase."""
+        return {"compress": str(self.operator), "compressed": self._frozen is not None}
+
+
+def _forget_momentum(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for key in ("momentum_buffer", "exp_avg"):
+                if isinstance(state.get(key), torch.Tensor):
+                    state[key].zero_()
+
+
+def _picture(phases: Sequence[bool]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(range(len(phases) + 1), [*phases, phases[-1]], where="post")
+    axes.set(xlabel="epoch", yticks=[0, 1], yticklabels=["dense", "compressed"], ylim=(-0.2, 1.2))
+    return figure
