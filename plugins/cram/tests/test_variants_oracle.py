@@ -1,4 +1,4 @@
-"""Each variant of CrAM through Lightning equals a loop written from the paper's and the published code's description."""
+"""Each variant of CrAM through Lightning equals a loop written from the published description."""
 
 import math
 

@@ -107,14 +107,14 @@ class ACDC(Plugin):
         self._phases: list[bool] = []
         self._packed: Mapping[str, Any] = {}
         self._frozen: Frozen | None = None
-        self._directory: Path | None = None
+        self._run: RunContext | None = None
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
         """The schedule needs a number of epochs, and something must be prunable."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
-        self._directory = run.directory
+        self._run = run
         epochs = run.trainer.max_epochs
         if epochs is None or epochs < 1:
             return [Problem(self.name, f"phases are counted in epochs, and max_epochs is {epochs}", "set max_epochs")]
@@ -160,8 +160,9 @@ class ACDC(Plugin):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the dense model of the pair when a dense phase ends."""
         now, following = [*self._phases, False][trainer.current_epoch :][:2]
-        if not now and following and self._directory is not None:
-            self.dense_checkpoint = self._directory / "acdc-dense.ckpt"
+        if not now and following and not trainer.fast_dev_run and self._run is not None:
+            folder = self._run.directory or Path(trainer.default_root_dir)
+            self.dense_checkpoint = folder / "acdc-dense.ckpt"
             trainer.save_checkpoint(self.dense_checkpoint, weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,6 +176,7 @@ class ACDC(Plugin):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let the zeros go."""
         self._release()
+        self._run = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let the zeros go."""
@@ -182,7 +184,7 @@ class ACDC(Plugin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies do not hold the masks of the model that is trained."""
-        return {**vars(self), "_frozen": None}
+        return {**vars(self), "_frozen": None, "_run": None}
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
