@@ -54,7 +54,7 @@ class FindingsService:
             self.directory = _folders[trainer]
 
     def collect(self) -> None:
-        """Ask every plugin, on every rank; numbers also go to the loggers."""
+        """Ask every plugin, on every rank; numbers are also logged, for checkpoints and schedules to monitor."""
         stage = self._host.stage
         # Findings at the end of training are about the whole of it.
         epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
@@ -64,12 +64,15 @@ class FindingsService:
         found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
         self._by_key |= {(f.plugin, f.code, f.stage, f.epoch): f for f in found}
         numbers = {f"{f.plugin}/{f.code}": float(f.value) for f in found if _is_number(f.value)}
-        if numbers:
+        if stage == "train":  # Lightning's own logging is over by then
             self.send(numbers)
+            return
+        for key, value in numbers.items():
+            self._host.log(key, value, sync_dist=True)
 
     def send(self, metrics: Mapping[str, float]) -> None:
         """Give ``metrics`` to the Trainer's loggers, which write on rank 0 only."""
-        for logger in self._host.trainer.loggers:
+        for logger in self._host.trainer.loggers if metrics else ():
             logger.log_metrics(dict(metrics), step=self._host.trainer.global_step)
 
     def write(self) -> None:
