@@ -26,7 +26,7 @@ def choose(
     if reason is not None:
         return replace(row, reason=reason), None
     try:
-        candidates = _candidates(layer, max(batch(layer, layout) for layout in met.inputs))
+        candidates = _candidates(layer, [batch(layer, layout) for layout in met.inputs])
     except RuntimeError as error:
         return replace(row, reason=f"torch cannot hold this weight sparse: {error}"), None
     measured = [(_slowest(layer, sparse, met.inputs, measure), sparse) for sparse in candidates]
@@ -79,13 +79,21 @@ def _no_gather(layer: Dense) -> str | None:
     return f"batch 1: {kernel}" if isinstance(kernel, str) else None
 
 
-def _candidates(layer: Dense, largest: int) -> list[nn.Module]:
+def _candidates(layer: Dense, batches: Sequence[int]) -> Sequence[nn.Module]:
     if isinstance(layer, nn.Linear) and layer.weight.device.type == "cuda":
         return [semi_structured.converted(layer)]
-    tiles: Sequence[int | None] = (TILE,) if largest <= TILE else (TILE, None)
+    tiles: Sequence[int | None] = (TILE,) if max(batches) <= TILE else (TILE, None)
+    candidates = [_sparse(layer, tile).eval() for tile in tiles]
+    if 1 in batches:
+        for candidate in candidates:
+            candidate.take_single_rows()
+    return candidates
+
+
+def _sparse(layer: Dense, tile: int | None) -> SparseLayer:
     if isinstance(layer, nn.Linear):
-        return [SparseLinear(layer.weight, layer.bias, tile).eval() for tile in tiles]
-    return [SparseConv(layer.weight, layer.bias, tuple(layer.stride), tile).eval() for tile in tiles]
+        return SparseLinear(layer.weight, layer.bias, tile)
+    return SparseConv(layer.weight, layer.bias, tuple(layer.stride), tile)
 
 
 def _slowest(layer: Dense, sparse: nn.Module, layouts: Sequence[Layout], measure: Measure) -> tuple[Timing, Layout]:

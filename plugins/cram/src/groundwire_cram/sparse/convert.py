@@ -35,7 +35,7 @@ def sparsify(
 
     One forward of ``example_input`` tells what each Linear layer and 1x1 convolution (any stride, no padding, groups 1)
     gets; each pruned one is then timed dense and sparse, in turn, with inputs of that shape and torch's current number
-    of threads. It becomes sparse only if it is faster in three of four rounds by a margin of 5 %. The result is for
+    of threads. It becomes sparse only if it is faster by more than 5 %, with 99 % certainty. The result is for
     inference: same outputs up to the order of summation, no gradients. A batch of another size than the example's is
     computed rightly too, but how fast was not measured: give the example the size that will be served.
 

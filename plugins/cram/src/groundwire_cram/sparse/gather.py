@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from groundwire_cram.sparse import compiler
-from groundwire_cram.sparse.csr import CSR
+from groundwire_cram.sparse.csr import CSR, encode
 
 #: Column indices are uint16: the kernel reads 6 bytes for a nonzero entry, not 8.
 MOST_COLUMNS = 2**16
@@ -38,14 +37,8 @@ void gather_product(const float *values, const uint16_t *columns, const int32_t 
 """
 
 
-class Kernel(NamedTuple):
-    """The compiled function. A call through ctypes releases the GIL."""
-
-    function: ctypes._NamedFuncPointer
-
-
 def suits(columns: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel can hold a matrix of that many columns and that type.
+    """Whether the kernel can take a matrix of that many columns and that type.
 
     Example:
         >>> suits(4096, torch.float32), suits(4096, torch.float64), suits(100_000, torch.float32)
@@ -55,40 +48,56 @@ def suits(columns: int, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def load() -> Kernel | str:
-    """The kernel, compiled at the first call on this machine; or why there is none."""
+def load() -> Callable[..., None] | str:
+    """The C function, compiled at the first call on this machine; or why there is none. Its calls release the GIL."""
     library = compiler.library("gather_product", SOURCE)
     if isinstance(library, str):
         return library
     function = library.gather_product
     function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] + [ctypes.c_void_p] * 3
     function.restype = None
-    return Kernel(function)
+    return function if _correct(function) else "the compiled kernel computes wrongly -> try another compiler with CC"
 
 
-class Vector:
-    """``W @ x + bias`` for one float32 vector x (in,)."""
+def ready() -> bool:
+    """Whether there is a kernel."""
+    return not isinstance(load(), str)
 
-    def __init__(self, csr: CSR) -> None:
-        kernel = load()
-        if isinstance(kernel, str):
-            raise RuntimeError(kernel)
-        self._function = kernel.function
-        self._columns = csr.columns.numpy().astype(np.uint16)
-        self._values, self._rows = csr.values.contiguous(), csr.rows.contiguous()
-        self._out = len(csr.rows) - 1
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """From x (in,) to (out,). It asks for the pointers anew: sharing a tensor between processes moves it."""
-        x, y = x.contiguous(), torch.empty(self._out)
-        bias = None if bias is None else bias.contiguous()
-        self._function(
-            self._values.data_ptr(),
-            self._columns.ctypes.data,
-            self._rows.data_ptr(),
-            self._out,
-            None if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-        )
-        return y
+def narrowed(columns: Tensor) -> Tensor:
+    """Column indices as the kernel takes them, uint16."""
+    return columns.to(torch.uint16)
+
+
+def product(csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """``x @ W.T + bias`` for one row, in float32.
+
+    Args:
+        csr: W (out, in), in float32 and with at most 65536 columns.
+        narrow: Its columns as :func:`narrowed`.
+        bias: (out,) or None.
+        x: (1, in).
+
+    Returns:
+        (1, out).
+    """
+    function = load()
+    if isinstance(function, str):
+        raise RuntimeError(function)
+    return _call(function, csr, narrow, bias, x)
+
+
+def _call(function: Callable[..., None], csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    out = len(csr.rows) - 1
+    y = torch.empty(1, out)
+    shift = None if bias is None else bias.data_ptr()
+    function(csr.values.data_ptr(), narrow.data_ptr(), csr.rows.data_ptr(), out, shift, x.data_ptr(), y.data_ptr())
+    return y
+
+
+def _correct(function: Callable[..., None]) -> bool:
+    """A compiler with a fault must not decide what a model says: small integers have one exact answer."""
+    weight = (torch.arange(7 * 45) % 5).view(7, 45).float()
+    csr, x, bias = encode(weight), torch.arange(45.0), torch.arange(7.0)
+    return torch.equal(_call(function, csr, narrowed(csr.columns), bias, x[None])[0], (weight * x).sum(1) + bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,18 @@ from torch import Tensor, nn
 
 from groundwire_cram.sparse import csr as formats
 from groundwire_cram.sparse import gather
+from groundwire_cram.sparse.operator import sparse_linear
 
 #: A loaded weight with this many times the nonzero entries of the measured one gets a warning.
 _DENSER = 1.1
+
+
+_BUFFERS = ("values", "columns", "row_starts", "bias", "narrow")
+
+
+def _recorded() -> bool:
+    """Whether this call is only taken down, to be run later."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class SparseLayer(nn.Module):
@@ -27,6 +37,7 @@ class SparseLayer(nn.Module):
     columns: Tensor
     row_starts: Tensor
     bias: Tensor | None
+    narrow: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tile: int | None = formats.TILE) -> None:
         super().__init__()
@@ -37,7 +48,8 @@ class SparseLayer(nn.Module):
         self.register_buffer("row_starts", encoded.rows)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.tile = tile
-        self._prepared: tuple[Tensor, Tensor, gather.Vector | None] | None = None
+        self.register_buffer("narrow", None, persistent=False)
+        self._made: tuple[tuple[Tensor | None, ...], Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -52,8 +64,8 @@ class SparseLayer(nn.Module):
     @property
     def bytes(self) -> int:
         """Memory of the weight with its indices, those of the gather kernel included where it is in use."""
-        kept = sum(t.numel() * t.element_size() for t in self._csr())
-        return kept + (2 * len(self.columns) if self._prepared is not None and self._prepared[2] is not None else 0)
+        kept = (*self._csr(), *([] if self.narrow is None else [self.narrow]))
+        return sum(t.numel() * t.element_size() for t in kept)
 
     def extra_repr(self) -> str:
         """Shape and density."""
@@ -62,31 +74,28 @@ class SparseLayer(nn.Module):
     def _csr(self) -> formats.CSR:
         return formats.CSR(self.values, self.columns, self.row_starts)
 
-    def _prepare(self) -> tuple[Tensor, Tensor, gather.Vector | None]:
-        """The values these were made from, the sparse matrix, and once a single row came by, the product for it."""
-        if self._prepared is None or self._prepared[0] is not self._buffers["values"]:
-            self._prepared = (self.values, formats.matrix(self._csr(), self.shape[1]), None)
-        return self._prepared
+    def take_single_rows(self) -> None:
+        """Make the index that the gather kernel needs, where it can be used."""
+        if gather.suits(self.shape[1], self.values.dtype) and gather.ready():
+            self.narrow = gather.narrowed(self.columns)
 
-    def _vector(self, x: Tensor) -> Tensor:
-        """``W @ x + bias`` for x (in,): compiled where that is possible, else as any batch."""
-        values, matrix, vector = self._prepare()
-        if vector is None and gather.suits(self.shape[1], values.dtype) and isinstance(gather.load(), gather.Kernel):
-            vector = gather.Vector(self._csr())
-            self._prepared = (values, matrix, vector)
-        if vector is None:
-            return formats.times_columns(matrix, self.bias, x[:, None])[:, 0]
-        return vector(x, self.bias)
+    def _sparse(self) -> Tensor:
+        """The sparse matrix on the buffers that there are now; something may have exchanged them."""
+        buffers = tuple(self._buffers[name] for name in ("values", "columns", "row_starts"))
+        if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers, strict=True)):
+            self._made = (buffers, formats.matrix(self._csr(), self.shape[1]))
+        return self._made[1]
 
     def _rows(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
-            return self._vector(x[0])[None]
-        return formats.times_rows(self._prepare()[1], self.bias, x, self.tile)
-
-    def _columns(self, x: Tensor) -> Tensor:
-        if x.shape[1] == 1:
-            return self._vector(x[:, 0])[:, None]
-        return formats.times_columns(self._prepare()[1], self.bias, x, self.tile)
+        """From x (B, in) to (B, out)."""
+        # One look-up each: an attribute of a module that is a buffer takes as long as a small product.
+        values, columns, row_starts, bias, narrow = (self._buffers[name] for name in _BUFFERS)
+        if _recorded():
+            found: Tensor = sparse_linear(x, values, columns, row_starts, narrow, bias, self.tile)
+            return found
+        if narrow is not None and x.shape[0] == 1 and x.dtype == torch.float32 and gather.ready():
+            return gather.product(formats.CSR(values, columns, row_starts), narrow, bias, x)
+        return formats.times_rows(self._sparse(), bias, x, self.tile)
 
     def _call(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``product(x)`` after the refusals, in the layer's dtype; under autocast the result has autocast's."""
@@ -95,12 +104,13 @@ class SparseLayer(nn.Module):
             raise RuntimeError(f"{name} is for inference -> call .eval(), or densify(module) to train again")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} has no gradient -> use torch.no_grad(), or densify(module) to train again")
+        values: Any = self._buffers["values"]
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return product(x.to(self.values.dtype)).to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype != self.values.dtype or x.device != self.values.device:
+                return product(x.to(values.dtype)).to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype != values.dtype or x.device != values.device:
             raise RuntimeError(
-                f"{name} holds {self.values.dtype} on {self.values.device}, got an input of {x.dtype} on {x.device} "
+                f"{name} holds {values.dtype} on {values.device}, got an input of {x.dtype} on {x.device} "
                 "-> convert the input, or sparsify a module of the wanted dtype"
             )
         return product(x)
@@ -144,10 +154,12 @@ class SparseLayer(nn.Module):
         self.values = self.values.new_empty(loaded.values.shape)
         self.columns = self.columns.new_empty(loaded.columns.shape)
         self.row_starts = self.row_starts.new_empty(loaded.rows.shape)
+        if self.narrow is not None:
+            self.narrow = gather.narrowed(loaded.columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made on demand, part of which cannot be pickled."""
-        return {**self.__dict__, "_prepared": None}
+        """Without what is made on demand."""
+        return {**self.__dict__, "_made": None}
 
 
 class SparseLinear(SparseLayer):
@@ -234,5 +246,10 @@ class SparseConv(SparseLayer):
         if max(self.stride) > 1:
             steps: list[Any] = [slice(None, None, step) for step in self.stride]
             x = x[(..., *steps)]
-        y = self._columns(x.transpose(0, 1).reshape(self.in_channels, -1))
+        columns = len(x) * math.prod(x.shape[2:])
+        if columns == 1 or _recorded():
+            y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
+            return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()
+        x2 = x.transpose(0, 1).reshape(self.in_channels, columns)
+        y = formats.times_columns(self._sparse(), self.bias, x2, self.tile)
         return y.view(self.out_channels, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
