@@ -12,8 +12,15 @@ from groundwire_cram.kernels.reference import Reference
 
 __all__ = ["BACKENDS", "Kernels", "Pattern", "Selection", "select"]
 
+
+def _numba() -> Kernels:
+    from groundwire_cram.kernels.numba import Numba
+
+    return Numba()
+
+
 #: What ``select`` can be asked for by name.
-BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": Reference, "aten": Aten}
+BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": Reference, "aten": Aten, "numba": _numba}
 
 
 def select(name: str = "auto", tensors: Sequence[Tensor] = ()) -> tuple[Kernels, str]:

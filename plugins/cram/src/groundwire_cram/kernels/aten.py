@@ -24,7 +24,8 @@ from groundwire_cram.kernels.layout import channels_last, pieces
 #: Entries of one piece on a CPU: four of them in f32 fill 2 MB.
 PIECE = 1 << 17
 
-_Pairs = list[tuple[Tensor, Tensor | None]]
+#: Weights, each with its gradient.
+Pairs = list[tuple[Tensor, Tensor | None]]
 
 
 class Aten:
@@ -48,7 +49,7 @@ class Aten:
         pairs = list(zip(weights, gradients(weights, grads), strict=True))
         if any(w.device.type != "cpu" or w.dtype == torch.float64 for w in weights):
             return _by_kthvalue(pairs, scale, ranks)
-        return radix.select(ranks, _high(pairs, scale), partial(_low, pairs, scale))
+        return radix.select(ranks, high_counts(pairs, scale), partial(low_counts, pairs, scale))
 
     @torch.no_grad()
     def perturb(
@@ -65,7 +66,7 @@ class Aten:
                 save.copy_(w)
                 _move(save, g, scale, out=w)
                 if threshold is not None:
-                    torch.hardshrink(w, _within(threshold, w.dtype), out=w)
+                    torch.hardshrink(w, within(threshold, w.dtype), out=w)
 
     @torch.no_grad()
     def perturb_nm(
@@ -82,7 +83,7 @@ class Aten:
             check_nm(w, n, m)
         self.perturb(weights, grads, scale, None, saved)
         for w in weights:
-            w.masked_fill_(_smallest(w, n, m), 0)
+            w.masked_fill_(smallest(w, n, m), 0)
 
     @torch.no_grad()
     def combine(
@@ -99,23 +100,16 @@ class Aten:
         """See :meth:`~groundwire_cram.kernels.interface.Kernels.combine`."""
         for tensors in zip(weights, saved, gradients(weights, first), second, strict=True):
             if isinstance(pattern, tuple) and tensors[3] is not None:
-                self._mask_groups(*tensors[:3], tensors[3], scale, *pattern)
+                save_moved(*tensors[:3], scale)
+                tensors[3].masked_fill_(smallest(tensors[0], *pattern), 0)
             for w, save, one, two in _pieces(*tensors):
                 w.copy_(save)
                 if two is not None and isinstance(pattern, float | int):
                     v = save if one is None else _move(save, one, scale, out=torch.empty_like(w))
-                    limit = _within(pattern, w.dtype)
+                    limit = within(pattern, w.dtype)
                     torch.ops.aten.hardshrink_backward.grad_input(two, v, limit, grad_input=two)
                 if two is not None and one is not None and plus:
                     two.add_(one)
-
-    def _mask_groups(
-        self, w: Tensor, save: Tensor, one: Tensor | None, two: Tensor, scale: float, n: int, m: int
-    ) -> None:
-        """Zeros in ``two``; uses ``w``, which is restored afterwards, as memory for the moved weights."""
-        for target, source, g in _pieces(w, save, one):
-            _move(source, g, scale, out=target)
-        two.masked_fill_(_smallest(w, n, m), 0)
 
 
 def _pieces(*tensors: Tensor | None) -> Any:
@@ -130,13 +124,19 @@ def _move(weight: Tensor, grad: Tensor | None, scale: float, out: Tensor) -> Ten
     return torch.add(weight, grad * scale, out=out)
 
 
-def _by_kthvalue(pairs: _Pairs, scale: float, ranks: Sequence[int]) -> Selection:
+def save_moved(weight: Tensor, saved: Tensor, grad: Tensor | None, scale: float) -> None:
+    """``weight <- saved + scale * grad``, for a weight that is restored afterwards."""
+    for w, save, g in _pieces(weight, saved, grad):
+        _move(save, g, scale, out=w)
+
+
+def _by_kthvalue(pairs: Pairs, scale: float, ranks: Sequence[int]) -> Selection:
     magnitudes = torch.cat([torch.abs(w if g is None else w + g * scale).flatten() for w, g in pairs])
     finite = bool(magnitudes.isfinite().all())
     return Selection(tuple(magnitudes.kthvalue(m).values.item() if finite else math.nan for m in ranks), finite)
 
 
-def _magnitude_bits(pairs: _Pairs, scale: float) -> Iterator[Any]:
+def _magnitude_bits(pairs: Pairs, scale: float) -> Iterator[Any]:
     """``|v|`` as f32 bits, piece by piece. NumPy's integer operations are several times faster than torch's."""
     for w, g in pairs:
         for w_piece, g_piece in _pieces(w.detach(), g):
@@ -144,23 +144,26 @@ def _magnitude_bits(pairs: _Pairs, scale: float) -> Iterator[Any]:
             yield v.float().abs().numpy().reshape(-1).view(np.int32)
 
 
-def _high(pairs: _Pairs, scale: float) -> radix.Counts:
+def high_counts(pairs: Pairs, scale: float) -> radix.Counts:
+    """How many magnitudes of ``w + scale * g`` have each upper half, for weights and gradients on the CPU."""
     counts = torch.zeros(radix.HIGH_BINS, dtype=torch.int64)
     for bits in _magnitude_bits(pairs, scale):
         counts += torch.bincount(torch.from_numpy(bits >> 16), minlength=radix.HIGH_BINS)
     return counts.numpy()
 
 
-def _low(pairs: _Pairs, scale: float, bins: list[int]) -> list[radix.Counts]:
-    found: dict[int, list[Any]] = {b: [] for b in bins}
+def low_counts(pairs: Pairs, scale: float, bins: list[int]) -> radix.Counts:
+    """How many of those with each of the upper halves ``bins`` have each lower half."""
+    found: dict[int, list[Any]] = {b: [np.empty(0, np.int32)] for b in bins}
     for bits in _magnitude_bits(pairs, scale):
         upper = bits >> 16
         for b, parts in found.items():
             parts.append(bits[np.flatnonzero(upper == b)] & 0xFFFF)
-    return [np.bincount(np.concatenate(parts), minlength=radix.LOW_BINS) for parts in found.values()]
+    counts = (np.bincount(np.concatenate(parts), minlength=radix.LOW_BINS) for parts in found.values())
+    return np.stack(list(counts))
 
 
-def _within(threshold: float, dtype: torch.dtype) -> float:
+def within(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` that is not above ``threshold``: hardshrink would round to the nearest."""
     nearest = torch.tensor(threshold, dtype=dtype)
     if nearest.double() > threshold:
@@ -168,7 +171,7 @@ def _within(threshold: float, dtype: torch.dtype) -> float:
     return nearest.item()
 
 
-def _smallest(v: Tensor, n: int, m: int) -> Tensor:
+def smallest(v: Tensor, n: int, m: int) -> Tensor:
     """True for all but the n largest of each group, by counting for each entry how many of its group are smaller."""
     check_nm(v, n, m)
     last = channels_last(v)

@@ -58,5 +58,21 @@ def channels_last(t: Tensor) -> Tensor:
     return t.movedim(1, -1) if t.dim() > 2 else t
 
 
+def groups_in_memory(t: Tensor) -> tuple[int, int] | None:
+    """Input channels and positions, if memory is in the order (output, input channel, position); else None.
+
+    A tensor in channels_last format counts as one of a single position: there, groups are consecutive in memory.
+
+    Example:
+        >>> groups_in_memory(torch.empty(8, 4, 3, 2)), groups_in_memory(torch.empty(8, 4))
+        ((4, 6), (4, 1))
+        >>> groups_in_memory(torch.empty(8, 4, 3, 2).to(memory_format=torch.channels_last))
+        (4, 1)
+    """
+    if channels_last(t).is_contiguous():
+        return t.shape[1], 1
+    return (t.shape[1], t[0, 0].numel()) if t.is_contiguous() else None
+
+
 def _memory_order(t: Tensor) -> list[int]:
     return sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d]), reverse=True)

@@ -1,0 +1,187 @@
+"""The inner loops of the numba backend, over flat arrays. They release the GIL and never call Python.
+
+f32 comes as float32 arrays, bf16 as uint16 arrays of its bits. Nothing is compiled with fastmath: every product is
+rounded before it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+#: Entries in a block that stays in the innermost cache between two loops over it.
+BLOCK = 1024
+#: Entries that are looked at together for one of a rare kind.
+GLANCE = 64
+#: Bits of a magnitude that is not a number, for one that counts as largest.
+_NAN = 0x7F800001
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile when first called; keep what was compiled on disk where there is a place to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # Neither the package's folder nor the user's cache folder can be written to.
+        return numba.njit(**options)(function)
+
+
+@intrinsic
+def _bits(typing_context: Any, value: Any) -> Any:
+    """The bits of an f32."""
+    return types.uint32(types.float32), lambda _context, builder, _type, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _f32(typing_context: Any, bits: Any) -> Any:
+    """The f32 with these bits."""
+    return types.float32(types.uint32), lambda _context, builder, _type, args: builder.bitcast(args[0], ir.FloatType())
+
+
+def _number(entry: Any) -> Any:
+    """An entry as f32."""
+
+
+def _entry(number: Any, like: Any) -> Any:
+    """An f32 as an entry of the type of ``like``, rounded to nearest, ties to even."""
+
+
+@overload(_number, strict=False)
+def _typed_number(entry: Any) -> Any:
+    if entry == types.float32:
+        return lambda entry: entry
+    return lambda entry: _f32(np.uint32(entry) << np.uint32(16))
+
+
+@overload(_entry, strict=False)
+def _typed_entry(number: Any, like: Any) -> Any:
+    if like == types.float32:
+        return lambda number, like: number
+    return lambda number, like: _bf16(number)
+
+
+@jit
+def _bf16(number: Any) -> Any:
+    bits = _bits(number)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)) if number == number else np.uint16(0x7FC0)
+
+
+@jit
+def _sum(a: Any, b: Any) -> Any:
+    return _entry(_number(a) + _number(b), a)
+
+
+@jit
+def _moved(w: Any, g: Any, scale: Any) -> Any:
+    """An entry of ``w + scale * g``, product and sum each rounded to the type of the entries."""
+    return _sum(w, _entry(_number(g) * scale, g))
+
+
+@jit
+def _magnitude(v: Any) -> Any:
+    return _bits(_number(v)) & np.uint32(0x7FFFFFFF)
+
+
+@jit
+def _masked(entry: Any, v: Any, threshold: Any) -> Any:
+    """``entry``, or zero where ``|v| <= threshold``, so not where v is NaN."""
+    return _entry(np.float32(0), entry) if abs(_number(v)) <= threshold else entry
+
+
+@jit
+def perturb(w: Any, g: Any, scale: Any, threshold: Any, saved: Any) -> None:
+    """``saved <- w``, ``w <- v if |v| > threshold else 0``."""
+    for i in range(len(w)):
+        v = _moved(w[i], g[i], scale)
+        saved[i] = w[i]
+        w[i] = _masked(v, v, threshold)
+
+
+@jit
+def combine(w: Any, saved: Any, first: Any, second: Any, scale: Any, threshold: Any, plus: bool) -> None:
+    """``w <- saved``, ``second <- second * mask (+ first)``."""
+    if plus:
+        for i in range(len(w)):
+            masked = _masked(second[i], _moved(saved[i], first[i], scale), threshold)
+            w[i] = saved[i]
+            second[i] = _sum(masked, first[i])
+    else:
+        for i in range(len(w)):
+            second[i] = _masked(second[i], _moved(saved[i], first[i], scale), threshold)
+            w[i] = saved[i]
+
+
+@jit
+def count_high(w: Any, g: Any, scale: Any, counts: Any) -> None:
+    """Add to ``counts`` how many magnitudes have each upper half."""
+    upper = np.empty(BLOCK, np.uint16)
+    for start in range(0, len(w), BLOCK):
+        # A slice has no negative indices, which the compiler would otherwise have to allow for.
+        w_block, g_block = w[start : start + BLOCK], g[start : start + BLOCK]
+        for i in range(len(w_block)):
+            upper[i] = _magnitude(_moved(w_block[i], g_block[i], scale)) >> np.uint32(16)
+        for i in range(len(w_block)):
+            counts[upper[i]] += 1
+
+
+@jit
+def count_low(w: Any, g: Any, scale: Any, uppers: Any, counts: Any) -> None:
+    """Add to ``counts[j]`` how many magnitudes with the upper half ``uppers[j]`` have each lower half."""
+    block = np.empty(GLANCE, np.uint32)
+    for start in range(0, len(w), GLANCE):
+        w_block, g_block = w[start : start + GLANCE], g[start : start + GLANCE]
+        for i in range(len(w_block)):
+            block[i] = _magnitude(_moved(w_block[i], g_block[i], scale))
+        for j in range(len(uppers)):
+            _count_rare(block[: len(w_block)], uppers[j], counts[j])
+
+
+@jit
+def _count_rare(magnitudes: Any, upper: Any, counts: Any) -> None:
+    found = np.uint32(0)
+    for i in range(len(magnitudes)):
+        found += np.uint32(magnitudes[i] >> np.uint32(16) == upper)
+    if found:
+        for i in range(len(magnitudes)):
+            if magnitudes[i] >> np.uint32(16) == upper:
+                counts[magnitudes[i] & np.uint32(0xFFFF)] += 1
+
+
+@jit
+def mask_groups(v: Any, target: Any, channels: int, positions: int, n: int, m: int, start: int, stop: int) -> None:
+    """Zeros in ``target`` at all but the n largest magnitudes of each of the groups ``start`` to ``stop`` of ``v``.
+
+    Groups are counted in the order (output, position, input channel), memory is (output, input channel, position).
+    Ranks come from comparing each pair; an earlier entry of the same magnitude ranks lower.
+    """
+    zero = _entry(np.float32(0), target[0])
+    at, magnitudes, ranks = np.empty(m, np.int64), np.empty(m, np.uint32), np.empty(m, np.int64)
+    row, channel = divmod(start * m, channels)
+    output, position = divmod(row, positions)
+    for _ in range(start, stop):
+        for j in range(m):
+            at[j] = (output * channels + channel) * positions + position
+            magnitudes[j] = min(_magnitude(v[at[j]]), np.uint32(_NAN))
+            ranks[j] = 0
+            channel += 1
+            if channel == channels:
+                channel = 0
+                position += 1
+                if position == positions:
+                    position = 0
+                    output += 1
+        for late in range(1, m):
+            for early in range(late):
+                smaller = magnitudes[early] <= magnitudes[late]
+                ranks[late] += smaller
+                ranks[early] += not smaller
+        for j in range(m):
+            if ranks[j] < m - n:
+                target[at[j]] = zero

@@ -1,0 +1,52 @@
+"""The sparse product as an operator of torch, so that ``torch.compile`` and ``torch.export`` take it as one step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from groundwire_cram.sparse import csr as formats
+from groundwire_cram.sparse import gather
+
+
+@torch.library.custom_op("groundwire_cram::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_starts: Tensor,
+    narrow: Tensor | None,
+    bias: Tensor | None,
+    tile: int | None,
+) -> Tensor:
+    """``x @ W.T + bias`` as :class:`~groundwire_cram.sparse.SparseLinear` computes it.
+
+    Args:
+        x: (B, in).
+        values: Nonzero weights, row by row.
+        columns: Their columns, int32.
+        row_starts: Where each row starts, int32 (out + 1,).
+        narrow: The columns as uint16, for the gather kernel; None for a layer that was not measured with one row.
+        bias: (out,) or None.
+        tile: Rows per product, None for all at once.
+
+    Returns:
+        (B, out).
+    """
+    csr = formats.CSR(values, columns, row_starts)
+    if narrow is not None and len(x) == 1 and gather.suits(x.shape[1], values.dtype) and gather.ready():
+        return gather.product(csr, narrow, bias, x)
+    return formats.times_rows(formats.matrix(csr, x.shape[1]), bias, x, tile)
+
+
+@sparse_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_starts: Tensor,
+    narrow: Tensor | None,
+    bias: Tensor | None,
+    tile: int | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], row_starts.shape[0] - 1)
