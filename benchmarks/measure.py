@@ -20,20 +20,29 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One result: its values, one per repeat, and what the median should be at most."""
+    """One result: its values, one per repeat or seed, and what their median (or mean) should be at most (or least)."""
 
     what: str
     unit: str
     values: Sequence[float]
     target: float | None = None
+    at_least: bool = False
+    of_mean: bool = False
 
     @property
     def median(self) -> float:
         return statistics.median(self.values)
 
     @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
     def met(self) -> bool | None:
-        return None if self.target is None else self.median <= self.target
+        if self.target is None:
+            return None
+        value = self.mean if self.of_mean else self.median
+        return value >= self.target if self.at_least else value <= self.target
 
 
 def interleaved(what: str, repeats: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -49,14 +58,17 @@ def interleaved(what: str, repeats: int, ways: Mapping[str, Callable[[], float]]
 
 
 def show(rows: Iterable[Row]) -> None:
-    table = Table("measured", "median", "min", "max", "unit", "target", "met")
-    for column in table.columns[1:4]:
+    table = Table("measured", "median", "mean", "min", "max", "unit", "target", "met")
+    for column in table.columns[1:5]:
         column.justify = "right"
     for row in rows:
-        numbers = map(short, (row.median, min(row.values), max(row.values)))
-        target = "" if row.target is None else f"<= {row.target:g}"
+        numbers = map(short, (row.median, row.mean, min(row.values), max(row.values)))
+        sign = (">=" if row.at_least else "<=") + (" mean" if row.of_mean else "")
+        target = "" if row.target is None else f"{sign} {row.target:g}"
         table.add_row(row.what, *numbers, row.unit, target, {None: "", True: "yes", False: "NO"}[row.met])
-    Console().print(table)
+    console = Console()
+    # A file or a pipe has no width, and rich would then wrap every name.
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 def short(value: float) -> str:
@@ -71,5 +83,5 @@ def write(path: Path, rows: Iterable[Row], **settings: Any) -> None:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    results = [asdict(row) | {"median": row.median, "met": row.met} for row in rows]
+    results = [asdict(row) | {"median": row.median, "mean": row.mean, "met": row.met} for row in rows]
     path.write_text(json.dumps({"settings": settings, "machine": machine, "results": results}, indent=2) + "\n")
