@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from groundwire_cram.sparse import gather, semi_structured
+from groundwire_cram.sparse import semi_structured
 from groundwire_cram.sparse.csr import TILE
 from groundwire_cram.sparse.fitness import Dense
 from groundwire_cram.sparse.layers import SparseConv, SparseLayer, SparseLinear
@@ -28,7 +28,7 @@ def choose(
     try:
         candidates = _candidates(layer, [batch(layer, layout) for layout in met.inputs])
     except RuntimeError as error:
-        return replace(row, reason=f"torch cannot hold this weight sparse: {error}"), None
+        return replace(row, reason=str(error)), None
     measured = [(_slowest(layer, sparse, met.inputs, measure), sparse) for sparse in candidates]
     (time, layout), best = max(measured, key=lambda found: found[0][0].certain)
     row = replace(
@@ -66,34 +66,31 @@ def _refusal(layer: Dense, met: Watched) -> str | None:
     if any(layout.dtype != layer.weight.dtype for layout in met.inputs):
         return f"its input is not {layer.weight.dtype}"
     batches = [batch(layer, layout) for layout in met.inputs]
-    if 0 in batches:
-        return "its input is empty"
-    return _no_gather(layer) if 1 in batches and layer.weight.device.type == "cpu" else None
+    return "its input is empty" if 0 in batches else None
 
 
-def _no_gather(layer: Dense) -> str | None:
-    columns, dtype = layer.weight.shape[1], layer.weight.dtype
-    if not gather.suits(columns, dtype):
-        return f"batch 1: the gather kernel needs float32 and at most {gather.MOST_COLUMNS} inputs"
-    kernel = gather.load()
-    return f"batch 1: {kernel}" if isinstance(kernel, str) else None
-
-
-def _candidates(layer: Dense, batches: Sequence[int]) -> Sequence[nn.Module]:
+def _candidates(layer: Dense, batches: Sequence[int]) -> list[nn.Module]:
+    """What could take the layer's place; an error tells why there is nothing."""
     if isinstance(layer, nn.Linear) and layer.weight.device.type == "cuda":
         return [semi_structured.converted(layer)]
-    tiles: Sequence[int | None] = (TILE,) if max(batches) <= TILE else (TILE, None)
-    candidates = [_sparse(layer, tile).eval() for tile in tiles]
-    if 1 in batches:
-        for candidate in candidates:
-            candidate.take_single_rows()
+    fused = _sparse(layer, TILE)
+    candidates: list[nn.Module] = []
+    try:
+        fused.use_compiled()
+        candidates.append(fused)
+    except RuntimeError as error:
+        if 1 in batches:  # Where the product of MKL is no match for a dense one.
+            raise RuntimeError(f"batch 1: {error}") from error
+    if 1 not in batches:
+        tiles: Sequence[int | None] = (TILE,) if max(batches) <= TILE else (TILE, None)
+        candidates += [_sparse(layer, tile) for tile in tiles]
     return candidates
 
 
 def _sparse(layer: Dense, tile: int | None) -> SparseLayer:
     if isinstance(layer, nn.Linear):
-        return SparseLinear(layer.weight, layer.bias, tile)
-    return SparseConv(layer.weight, layer.bias, tuple(layer.stride), tile)
+        return SparseLinear(layer.weight, layer.bias, tile).eval()
+    return SparseConv(layer.weight, layer.bias, tuple(layer.stride), tile).eval()
 
 
 def _slowest(layer: Dense, sparse: nn.Module, layouts: Sequence[Layout], measure: Measure) -> tuple[Timing, Layout]:
@@ -114,4 +111,6 @@ def _bytes(sparse: nn.Module) -> int:
 def _name(sparse: nn.Module, rows: int | None) -> str:
     if not isinstance(sparse, SparseLayer):
         return "2:4"
-    return "gather" if rows == 1 else "csr"
+    if sparse.narrow is None:
+        return "csr"
+    return "gather" if rows == 1 else "compiled"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from groundwire_cram.sparse import fitness, semi_structured, timing, watch
+from groundwire_cram.sparse import compiled, fitness, semi_structured, timing, watch
 from groundwire_cram.sparse.choice import choose
 from groundwire_cram.sparse.layers import SparseConv, SparseLayer
 from groundwire_cram.sparse.report import LayerRow, SparsityReport
@@ -79,7 +79,9 @@ def sparsify(
         rows[name], sparse = choose(rows[name], layer, met[id(layer)], min_speedup, measure)
         if sparse is not None:
             new[id(layer)] = sparse
-    report = SparsityReport(tuple(rows.values()), torch.get_num_threads())
+    kernels = compiled.load() if any(layer.weight.device.type == "cpu" for layer in fit.values()) else None
+    note = kernels if isinstance(kernels, str) else ""
+    report = SparsityReport(tuple(rows.values()), torch.get_num_threads(), note)
     _tell(module, report, fit)
     module = _replaced(module, new)
     setattr(module, _REPORT, report)

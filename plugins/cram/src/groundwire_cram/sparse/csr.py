@@ -96,10 +96,9 @@ def times_columns(weight: Tensor, bias: Tensor | None, x: Tensor, tile: int | No
     Returns:
         (out, B), contiguous.
     """
-    if tile is None or x.shape[1] <= tile:
-        return _product(weight, bias, x.contiguous())
-    parts = x.chunk(-(-x.shape[1] // tile), dim=1)
-    return torch.cat([_product(weight, bias, part.contiguous()) for part in parts], dim=1)
+    parts = [weight @ part.contiguous() for part in _parts(x, 1, tile)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y if bias is None else y.add_(bias[:, None])
 
 
 def times_rows(weight: Tensor, bias: Tensor | None, x: Tensor, tile: int | None = TILE) -> Tensor:
@@ -108,11 +107,9 @@ def times_rows(weight: Tensor, bias: Tensor | None, x: Tensor, tile: int | None 
     Returns:
         (B, out), contiguous as that of ``F.linear``.
     """
-    if tile is None or len(x) <= tile:
-        return _product(weight, bias, x.t().contiguous()).t().contiguous()
-    parts = x.chunk(-(-len(x) // tile))
-    return torch.cat([_product(weight, bias, part.t().contiguous()).t() for part in parts])
+    y = torch.cat([(weight @ part.t().contiguous()).t() for part in _parts(x, 0, tile)])
+    return y if bias is None else y.add_(bias)
 
 
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)
+def _parts(x: Tensor, dim: int, tile: int | None) -> tuple[Tensor, ...]:
+    return (x,) if tile is None else x.chunk(max(1, -(-x.shape[dim] // tile)), dim)

@@ -13,7 +13,7 @@ from groundwire_cram.sparse import semi_structured
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Above this density nothing was measured to be faster than dense, so measuring would be waste.
-DENSEST = 0.5
+DENSEST = 0.7
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -42,7 +42,7 @@ def obstacles(module: nn.Module) -> dict[str, str]:
 
     Example:
         >>> obstacles(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)).eval())
-        {'0': 'density above 0.5', '1': 'kernel (3, 3), only 1x1 is supported'}
+        {'0': 'density above 0.7', '1': 'kernel (3, 3), only 1x1 is supported'}
     """
     tied, compiled = _tied(module), set(_compiled(module))
     found: dict[str, str] = {}

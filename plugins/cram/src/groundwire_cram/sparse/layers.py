@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groundwire_cram.sparse import compiled
 from groundwire_cram.sparse import csr as formats
-from groundwire_cram.sparse import gather
 from groundwire_cram.sparse.operator import sparse_linear
 
 #: A loaded weight with this many times the nonzero entries of the measured one gets a warning.
@@ -49,6 +49,7 @@ class SparseLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.tile = tile
         self.register_buffer("narrow", None, persistent=False)
+        self._indexed: Tensor | None = None
         self._made: tuple[tuple[Tensor | None, ...], Tensor] | None = None
 
     @property
@@ -74,10 +75,27 @@ class SparseLayer(nn.Module):
     def _csr(self) -> formats.CSR:
         return formats.CSR(self.values, self.columns, self.row_starts)
 
-    def take_single_rows(self) -> None:
-        """Make the index that the gather kernel needs, where it can be used."""
-        if gather.suits(self.shape[1], self.values.dtype) and gather.ready():
-            self.narrow = gather.narrowed(self.columns)
+    def use_compiled(self) -> None:
+        """Make the index that the compiled kernels need, and take them from now on.
+
+        Raises:
+            RuntimeError: They cannot be compiled here, or cannot take this weight.
+        """
+        if not compiled.suits(self.shape[1], self.values.dtype):
+            raise RuntimeError(f"the kernels need float32 and at most {compiled.MOST_COLUMNS} inputs")
+        kernels = compiled.load()
+        if isinstance(kernels, str):
+            raise RuntimeError(kernels)
+        self._index()
+
+    def _index(self) -> None:
+        self.narrow = compiled.narrowed(self.columns)
+        self._indexed = self.columns
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the compiled kernels take ``x``. Not if someone exchanged the columns since the index was made."""
+        current = self.narrow is not None and self._indexed is self._buffers["columns"]
+        return current and x.dtype == torch.float32 and compiled.ready()
 
     def _sparse(self) -> Tensor:
         """The sparse matrix on the buffers that there are now; something may have exchanged them."""
@@ -89,12 +107,13 @@ class SparseLayer(nn.Module):
     def _rows(self, x: Tensor) -> Tensor:
         """From x (B, in) to (B, out)."""
         # One look-up each: an attribute of a module that is a buffer takes as long as a small product.
-        values, columns, row_starts, bias, narrow = (self._buffers[name] for name in _BUFFERS)
+        buffers: Any = self._buffers
+        values, columns, row_starts, bias, narrow = (buffers[name] for name in _BUFFERS)
         if _recorded():
-            found: Tensor = sparse_linear(x, values, columns, row_starts, narrow, bias, self.tile)
+            found: Tensor = sparse_linear(x, values, columns, row_starts, bias, narrow, self.tile)
             return found
-        if narrow is not None and x.shape[0] == 1 and x.dtype == torch.float32 and gather.ready():
-            return gather.product(formats.CSR(values, columns, row_starts), narrow, bias, x)
+        if narrow is not None and self._fused(x):
+            return compiled.times_rows(formats.CSR(values, columns, row_starts), narrow, bias, x)
         return formats.times_rows(self._sparse(), bias, x, self.tile)
 
     def _call(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -143,6 +162,8 @@ class SparseLayer(nn.Module):
                 return
             self._make_room(prefix, loaded)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
+        if self.narrow is not None:
+            self._index()
 
     def _make_room(self, prefix: str, loaded: formats.CSR) -> None:
         if len(loaded.values) > _DENSER * len(self.values):
@@ -154,8 +175,6 @@ class SparseLayer(nn.Module):
         self.values = self.values.new_empty(loaded.values.shape)
         self.columns = self.columns.new_empty(loaded.columns.shape)
         self.row_starts = self.row_starts.new_empty(loaded.rows.shape)
-        if self.narrow is not None:
-            self.narrow = gather.narrowed(loaded.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made on demand."""
@@ -165,8 +184,8 @@ class SparseLayer(nn.Module):
 class SparseLinear(SparseLayer):
     """``y = x W^T + b`` for a pruned W, on the CPU, without gradients.
 
-    One row takes the compiled gather product where there is a C compiler, more rows the CSR product. Differs from
-    ``F.linear`` by the order of summation; where x is infinite or NaN, a weight of zero gives 0 instead of NaN.
+    The product is MKL's, or after :meth:`use_compiled` that of a kernel compiled here. Differs from ``F.linear`` by the
+    order of summation; where x is infinite or NaN, a weight of zero gives 0 instead of NaN.
 
     Args:
         weight: (out, in), float32 or float64.
@@ -246,10 +265,14 @@ class SparseConv(SparseLayer):
         if max(self.stride) > 1:
             steps: list[Any] = [slice(None, None, step) for step in self.stride]
             x = x[(..., *steps)]
-        columns = len(x) * math.prod(x.shape[2:])
-        if columns == 1 or _recorded():
+        positions, narrow = math.prod(x.shape[2:]), self.narrow
+        fused = narrow is not None and self._fused(x)
+        if _recorded() or (fused and positions < compiled.LANES):
             y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
             return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()
-        x2 = x.transpose(0, 1).reshape(self.in_channels, columns)
-        y = formats.times_columns(self._sparse(), self.bias, x2, self.tile)
+        if fused and narrow is not None:
+            y = compiled.times_columns(self._csr(), narrow, self.bias, x.reshape(*x.shape[:2], positions))
+            return y.view(len(x), self.out_channels, *x.shape[2:])
+        flat = x.transpose(0, 1).reshape(self.in_channels, len(x) * positions)
+        y = formats.times_columns(self._sparse(), self.bias, flat, self.tile)
         return y.view(self.out_channels, len(x), *x.shape[2:]).transpose(0, 1).contiguous()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from groundwire_cram.sparse import compiled
 from groundwire_cram.sparse import csr as formats
-from groundwire_cram.sparse import gather
 
 
 @torch.library.custom_op("groundwire_cram::sparse_linear", mutates_args=())
@@ -15,8 +15,8 @@ def sparse_linear(
     values: Tensor,
     columns: Tensor,
     row_starts: Tensor,
-    narrow: Tensor | None,
     bias: Tensor | None,
+    narrow: Tensor | None,
     tile: int | None,
 ) -> Tensor:
     """``x @ W.T + bias`` as :class:`~groundwire_cram.sparse.SparseLinear` computes it.
@@ -26,16 +26,16 @@ def sparse_linear(
         values: Nonzero weights, row by row.
         columns: Their columns, int32.
         row_starts: Where each row starts, int32 (out + 1,).
-        narrow: The columns as uint16, for the gather kernel; None for a layer that was not measured with one row.
         bias: (out,) or None.
-        tile: Rows per product, None for all at once.
+        narrow: The columns as uint16, to use the compiled product; None for that of MKL.
+        tile: Rows per product of MKL, None for all at once.
 
     Returns:
         (B, out).
     """
     csr = formats.CSR(values, columns, row_starts)
-    if narrow is not None and len(x) == 1 and gather.suits(x.shape[1], values.dtype) and gather.ready():
-        return gather.product(csr, narrow, bias, x)
+    if narrow is not None and x.dtype == torch.float32 and compiled.ready():
+        return compiled.times_rows(csr, narrow, bias, x)
     return formats.times_rows(formats.matrix(csr, x.shape[1]), bias, x, tile)
 
 
@@ -45,8 +45,8 @@ def _(
     values: Tensor,
     columns: Tensor,
     row_starts: Tensor,
-    narrow: Tensor | None,
     bias: Tensor | None,
+    narrow: Tensor | None,
     tile: int | None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], row_starts.shape[0] - 1)

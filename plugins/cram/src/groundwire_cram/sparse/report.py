@@ -24,7 +24,7 @@ class LayerRow:
         dense_seconds: Median time of a call of the dense layer.
         sparse_seconds: Median time of a call of the sparse layer.
         speedup: Median over the rounds of dense time divided by sparse time.
-        decision: ``"dense"``, ``"csr"``, ``"gather"`` or ``"2:4"``.
+        decision: ``"dense"``, ``"csr"`` (MKL), ``"compiled"``, ``"gather"`` (compiled, batch 1) or ``"2:4"``.
         reason: Why.
     """
 
@@ -44,10 +44,17 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All Linear layers and convolutions of a module; ``threads`` are torch's at the time of measuring."""
+    """All Linear layers and convolutions of a module.
+
+    Attributes:
+        rows: One a layer.
+        threads: Those of torch at the time of measuring.
+        note: Why there were no compiled kernels, if so.
+    """
 
     rows: tuple[LayerRow, ...]
     threads: int
+    note: str = ""
 
     @property
     def sparse(self) -> tuple[LayerRow, ...]:
@@ -64,7 +71,8 @@ class SparsityReport:
     def __rich__(self) -> Table:
         """For ``rich.print``."""
         title = f"{len(self.sparse)} of {len(self.rows)} layers sparse ({self.threads} thread(s))"
-        table = Table("layer", "shape", "density", "MB dense", "MB sparse", "batch", title=title)
+        caption = f"without compiled kernels: {self.note}" if self.note else None
+        table = Table("layer", "shape", "density", "MB dense", "MB sparse", "batch", title=title, caption=caption)
         for heading in ("ms dense", "ms sparse", "speed-up", "now", "why"):
             table.add_column(heading)
         for column in [*table.columns[2:9]]:
