@@ -74,7 +74,6 @@ def test_checkpoints_have_no_tensor_more(kit):
     [plugin] = checkpoint["groundwire"]["plugins"]
     assert plugin["facts"] == {
         "compress": ["0.5", "0.7", "0.9"],
-        "sparsities": [0.5, 0.7, 0.9],
         "rho": 0.05,
         "plus": True,
     }
@@ -301,3 +300,16 @@ def test_an_exception_inside_crams_replay_leaves_the_weights_of_before_the_step(
         kit.fit(module, CrAM())
     assert kit.difference(module.weights, dict(module.named_parameters())) == 0.0
     assert "log" not in vars(module)
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "2:4", "grad_norm": True}, {"skip": ["net.3"], "interval": 2}])
+def test_a_checkpoint_knows_its_arguments_and_makes_the_same_plugin_again(kit, options):
+    trainer = kit.fit(kit.Net(), CrAM(**options))
+    trainer.save_checkpoint(kit.path / "x.ckpt", weights_only=True)
+    [entry] = torch.load(kit.path / "x.ckpt", weights_only=True)["groundwire"]["plugins"]
+    again = CrAM(**entry["init"])
+    assert list(map(str, again.method.operators)) == list(map(str, CrAM(**options).method.operators))
+    assert again.skip == list(options.get("skip", []))
+    assert again.interval == options.get("interval", 1)
+    with pytest.raises(AttributeError, match="no attribute 'speed'"):
+        again.speed  # noqa: B018

@@ -7,6 +7,7 @@ from groundwire_cram.operators import NM, Chain, Magnitude, Operator, Quantize
 from groundwire_cram.optimizer import CrAMOptimizer
 from groundwire_cram.pruning import compress, prune, quantize
 from groundwire_cram.recalibration import recalibrate_batchnorm
+from groundwire_cram.sparse import SparsityReport, densify, sparsify, sparsity_report
 
 __all__ = [
     "ACDC",
@@ -17,9 +18,13 @@ __all__ = [
     "Magnitude",
     "Operator",
     "Quantize",
+    "SparsityReport",
     "compress",
+    "densify",
     "freeze_masks",
     "prune",
     "quantize",
     "recalibrate_batchnorm",
+    "sparsify",
+    "sparsity_report",
 ]

@@ -101,8 +101,8 @@ class ACDC(Plugin):
         if pattern == "n:m mix":
             raise ValueError('the masks of a phase are of one kind -> pattern="2:4" or "4:8"')
         [self.operator] = operators_of((self.sparsity,), pattern)
-        self.skip, self.reset_momentum = skip, reset_momentum
-        self.lengths = (warmup, phase, final_dense, final_sparse)
+        self.pattern, self.skip, self.reset_momentum = pattern, skip, reset_momentum
+        self.warmup, self.phase, self.final_dense, self.final_sparse = warmup, phase, final_dense, final_sparse
         self.dense_checkpoint: Path | None = None
         self._phases: list[bool] = []
         self._packed: Mapping[str, Any] = {}
@@ -119,7 +119,7 @@ class ACDC(Plugin):
         if epochs is None or epochs < 1:
             return [Problem(self.name, f"phases are counted in epochs, and max_epochs is {epochs}", "set max_epochs")]
         try:
-            self._phases = schedule(epochs, *self.lengths)
+            self._phases = schedule(epochs, self.warmup, self.phase, self.final_dense, self.final_sparse)
             check_selection(dict(run.module.named_parameters()), self.skip)
         except ValueError as error:
             message, _, hint = str(error).partition(" -> ")

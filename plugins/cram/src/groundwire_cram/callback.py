@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
-from groundwire_cram.method import Method, at_least_zero
+from groundwire_cram.method import SHARED, Method, at_least_zero
 from groundwire_cram.operators import Operator
 from groundwire_cram.report import section
 from groundwire_cram.selection import Skip
@@ -110,10 +110,11 @@ class CrAM(Plugin):
         self._recent: deque[Any] = deque(maxlen=calibration_batches)
         self._calibrated = Calibrated()
 
-    @property
-    def sparsities(self) -> tuple[float, ...]:
-        """The fractions that are drawn from; empty where a pattern or an operator decides."""
-        return self.method.sparsities
+    def __getattr__(self, name: str) -> Any:
+        """The arguments that the optimizer has too are kept in ``method``."""
+        if name in SHARED and "method" in self.__dict__:
+            return getattr(self.method, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -47,6 +48,7 @@ class Method:
         seed: int = 0,
     ) -> None:
         self.sparsities, self.operators = _operators(sparsities, pattern, compress)
+        self.pattern, self.compress = pattern, compress
         self.rho = at_least_zero("rho", rho)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f"interval must be a whole number of uses, at least 1, got {interval!r}")
@@ -148,16 +150,20 @@ class Method:
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says of how it was trained."""
         names = [str(operator) for operator in self.operators]
-        return {"compress": names, "sparsities": list(self.sparsities), "rho": self.rho, "plus": self.plus}
+        return {"compress": names, "rho": self.rho, "plus": self.plus}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles choose their own backend and memory."""
         return {**vars(self), "kernels": None, "_buffers": {}}
 
 
+#: The names of these arguments.
+SHARED = frozenset(inspect.signature(Method).parameters)
+
+
 def _operators(
     sparsities: float | Sequence[float] | None, pattern: str, compress: Operator | Sequence[Operator] | None
-) -> tuple[tuple[float, ...], tuple[Operator, ...]]:
+) -> tuple[tuple[float, ...] | None, tuple[Operator, ...]]:
     """The sparsities, if any, and what is drawn from."""
     if compress is not None:
         if sparsities is not None or pattern != "global":
@@ -168,11 +174,11 @@ def _operators(
                 raise ValueError(f"an operator has a method apply(params), which {operator!r} lacks")
         if not found:
             raise ValueError("compress is empty -> give at least one operator, such as Quantize(8)")
-        return (), found
+        return None, found
     if pattern not in ("global", "layerwise"):
         if sparsities is not None:
             raise ValueError(f"pattern={pattern!r} fixes the sparsity -> leave sparsities out")
-        return (), operators_of((), pattern)
+        return None, operators_of((), pattern)
     levels = DEFAULT_SPARSITIES if sparsities is None else sparsities
     checked = tuple(check_sparsity(s) for s in ([levels] if isinstance(levels, Real) else levels))  # type: ignore[union-attr]
     if not checked:
