@@ -195,6 +195,16 @@ def test_lightning_cli_takes_a_plugin_from_the_command_line(tmp_path):
     assert "'CrAM'" in done.stdout
 
 
+def test_operators_and_layers_to_skip_come_from_yaml(tmp_path):
+    chain = "{class_path: groundwire_cram.Chain, init_args: {operators: [{class_path: groundwire_cram.Magnitude, "
+    chain += "init_args: {sparsity: 0.5}}, {class_path: groundwire_cram.Quantize, init_args: {bits: 4}}]}}"
+    (tmp_path / "operators.yaml").write_text(
+        YAML.replace("{sparsities: [0.5, 0.9], rho: 0.1}", f"{{compress: {chain}, skip: [net.0]}}")
+    )
+    done = run_cli(tmp_path, "fit", "--config", "operators.yaml")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_help_of_a_plugin_reads_well(tmp_path):
     done = run_cli(tmp_path, "fit", "--trainer.callbacks.help=groundwire_cram.CrAM")
     assert "Fractions of weights to prune" in done.stdout

@@ -216,3 +216,21 @@ def test_any_operator_and_any_base_optimizer_train():
         train(net, optimizer, 30)
     assert nn.functional.cross_entropy(net(X), Y).item() < 0.9
     assert "int4" in repr(optimizer)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_a_gradient_scaler_the_trainers_steps_are_those_without_one(kit, fused):
+    """fp16 needs a GPU; the scaler is real, the autocast is bf16."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def run(scaled):
+        module = in_lightning(
+            kit, lambda m: CrAMOptimizer(torch.optim.SGD(m.parameters(), lr=0.1, fused=fused), 0.5, module=m)
+        )
+        plugin = MixedPrecision("bf16-mixed", "cpu")
+        if scaled:
+            plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        kit.fit(module, Plugins(), plugins=[plugin])
+        return module.state_dict()
+
+    assert kit.difference(run(True), run(False)) < 1e-6

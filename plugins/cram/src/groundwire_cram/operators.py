@@ -97,7 +97,7 @@ class Magnitude:
         if self.scope not in ("global", "layerwise"):
             raise ValueError(f'scope must be "global" or "layerwise", got {self.scope!r}')
 
-    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Masks of what stays."""
         if self.scope == "global":
             return published_masks(params, self.sparsity)
@@ -138,7 +138,7 @@ class NM:
         """Names of the tensors that M does not divide."""
         return [name for name, p in params.items() if p.numel() % self.sizes[1]]
 
-    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Masks of what stays."""
         undivided = self.undivided(params)
         return {name: nm_mask(p, *self.sizes) for name, p in params.items() if name not in undivided}
@@ -167,7 +167,7 @@ class Quantize:
     def __post_init__(self) -> None:
         check_bits(self.bits)
 
-    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Residuals to the nearest grid point."""
         return {name: residual(p, self.bits) for name, p in params.items()}
 
@@ -194,7 +194,7 @@ class Chain:
             raise ValueError("a Chain needs at least one operator")
         object.__setattr__(self, "operators", tuple(_flat(self.operators)))
 
-    def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The sum of all changes, as residuals (:func:`apply_operator` keeps the masks apart)."""
         copies = {name: p.detach().clone() for name, p in params.items()}
         apply_operator(copies, self)

@@ -22,6 +22,22 @@ from groundwire_cram.selection import Skip
 Closure = Callable[[], Any]
 
 
+class _OfTheBase:
+    """An attribute that somebody sets on the optimizer for its step, and that has to reach the base optimizer."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: CrAMOptimizer, owner: type) -> Any:
+        return getattr(instance.base_optimizer, self.name)
+
+    def __set__(self, instance: CrAMOptimizer, value: Any) -> None:
+        setattr(instance.base_optimizer, self.name, value)
+
+    def __delete__(self, instance: CrAMOptimizer) -> None:
+        delattr(instance.base_optimizer, self.name)
+
+
 class CrAMOptimizer(Optimizer):
     """CrAM for a plain PyTorch loop: gives ``base_optimizer`` the compression-aware gradient, and lets it step.
 
@@ -77,6 +93,8 @@ class CrAMOptimizer(Optimizer):
     #: A step whose gradient is not finite changes nothing.
     skips_nonfinite = True
     name = "cram"
+    #: Set by a gradient scaler on fused optimizers, which unscale inside their step.
+    grad_scale, found_inf = _OfTheBase(), _OfTheBase()
 
     def __init__(
         self,
