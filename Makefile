@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.dev
 	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 # Without build isolation: the pinned setuptools is used. A build folder of an earlier time would end up in the wheel.
@@ -71,10 +71,4 @@ $(VENV)/.demo: $(VENV)/.torch core/pyproject.toml plugins/cram/pyproject.toml
 $(VENV)/.dev: $(VENV)/.demo requirements-dev.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@echo 'Installing all plugins and what the tests need'
 	@$(INSTALL) -r requirements-dev.txt $(addprefix -e ./,$(PLUGINS))
-	@touch $@
-
-# The peers that benchmarks compare with; neither the packages nor their tests need them.
-$(VENV)/.bench: $(VENV)/.dev requirements-bench.txt
-	@echo 'Installing the peers of the benchmarks'
-	@$(INSTALL) -r requirements-bench.txt
 	@touch $@

@@ -18,7 +18,7 @@ def quiet() -> None:
     for name in (pl.__name__, "lightning.fabric"):  # importing Lightning sets their levels
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|GPU available).*")
-    warnings.filterwarnings("ignore", ".*number of training batches.*")
+    warnings.filterwarnings("ignore", ".*(number of training batches|no `val_dataloader`).*")
 
 
 def measurements(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Row]]]:
