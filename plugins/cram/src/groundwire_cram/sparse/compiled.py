@@ -65,8 +65,8 @@ def ready() -> bool:
 
 
 def narrowed(columns: Tensor) -> Tensor:
-    """Column indices as the kernels take them, uint16."""
-    return columns.to(torch.uint16)
+    """Column indices as the kernels take them: uint16, seen as int16 because torch cannot pickle the former."""
+    return columns.to(torch.uint16).view(torch.int16)
 
 
 def times_rows(csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from groundwire_cram.sparse import csr as formats
 from groundwire_cram.sparse.operator import sparse_linear
 
 #: A loaded weight with this many times the nonzero entries of the measured one gets a warning.
-_DENSER = 1.1
+_DENSER = 1.5
 
 
 _BUFFERS = ("values", "columns", "row_starts", "bias", "narrow")
@@ -265,14 +265,18 @@ class SparseConv(SparseLayer):
         if max(self.stride) > 1:
             steps: list[Any] = [slice(None, None, step) for step in self.stride]
             x = x[(..., *steps)]
+        if _recorded():
+            return self._by_position(x)
         positions, narrow = math.prod(x.shape[2:]), self.narrow
-        fused = narrow is not None and self._fused(x)
-        if _recorded() or (fused and positions < compiled.LANES):
-            y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
-            return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()
-        if fused and narrow is not None:
+        if narrow is not None and self._fused(x):
+            if positions < compiled.LANES:
+                return self._by_position(x)
             y = compiled.times_columns(self._csr(), narrow, self.bias, x.reshape(*x.shape[:2], positions))
             return y.view(len(x), self.out_channels, *x.shape[2:])
         flat = x.transpose(0, 1).reshape(self.in_channels, len(x) * positions)
         y = formats.times_columns(self._sparse(), self.bias, flat, self.tile)
         return y.view(self.out_channels, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
+
+    def _by_position(self, x: Tensor) -> Tensor:
+        y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
+        return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()

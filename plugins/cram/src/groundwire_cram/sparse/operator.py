@@ -27,7 +27,7 @@ def sparse_linear(
         columns: Their columns, int32.
         row_starts: Where each row starts, int32 (out + 1,).
         bias: (out,) or None.
-        narrow: The columns as uint16, to use the compiled product; None for that of MKL.
+        narrow: The columns as :func:`~groundwire_cram.sparse.compiled.narrowed`, to use the compiled product; None for that of MKL.
         tile: Rows per product of MKL, None for all at once.
 
     Returns:
