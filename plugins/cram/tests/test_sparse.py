@@ -154,7 +154,7 @@ def test_the_fastest_way_is_taken_and_all_of_them_are_timed_with_the_shapes_that
     assert seen == [((5, 20, 40),) * 2] * 3 + [((5, 20, 48),) * 2] * 3
     assert [row.decision for row in sparsity_report(ours).rows] == ["csr", "csr"]
     assert [row.batch for row in sparsity_report(ours).rows] == [100, 100]
-    assert ours[0].narrow is None
+    assert not ours[0].is_compiled
 
 
 def test_a_layer_called_with_two_shapes_must_be_faster_with_both():
@@ -368,6 +368,32 @@ def test_state_dicts_go_both_ways(batch):
     assert set(other.state_dict()) == {f"{i}.{k}" for i in (0, 2) for k in ("values", "columns", "row_starts", "bias")}
 
 
+def test_state_dicts_go_between_compiled_and_mkl(no_compiler):
+    module, x = pruned(seed=1), torch.randn(8, 48)
+    mkl = fast(pruned(seed=2), x)
+    compiled.load.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "find", lambda: ["cc"])
+        ours = fast(module, x)
+        mkl.load_state_dict(ours.state_dict())
+        assert [ours[0].columns.dtype, mkl[0].columns.dtype] == [torch.int16, torch.int32]
+        torch.testing.assert_close(mkl(x), module(x).detach())
+        ours.load_state_dict(mkl.state_dict())
+        torch.testing.assert_close(ours(x), module(x).detach())
+
+
+@pytest.mark.parametrize(("inputs", "decision"), [(65536, "compiled"), (65537, "csr")])
+def test_very_wide_layers_are_right(inputs, decision):
+    layer = nn.Linear(inputs, 3).eval()
+    with torch.no_grad():
+        layer.weight[:, 5:-5] = 0
+    x = torch.randn(4, inputs)
+    ours = fast(layer, x)
+    assert sparsity_report(ours)[""].decision == decision
+    torch.testing.assert_close(ours(x), layer(x).detach())
+    assert torch.equal(ours.weight, layer.weight)
+
+
 def test_convolutions_load_dense_state_dicts():
     one, two = (prune(nn.Conv2d(20, 30, 1), 0.9).eval() for _ in range(2))
     x = torch.randn(2, 20, 5, 5)
@@ -388,9 +414,9 @@ def test_a_denser_weight_loads_with_a_warning():
     ("key", "change", "message"),
     [
         ("columns", lambda t: t + 48, r"outside \[0, 48\)"),
-        ("columns", lambda t: t - 48, r"outside \[0, 48\)"),
+        ("columns", lambda t: t.int() - 48, r"outside \[0, 48\)"),
         ("columns", lambda t: t[:-1], "values but"),
-        ("columns", lambda t: t.long(), "must be int32"),
+        ("columns", lambda t: t.long(), "columns must be int32 or int16"),
         ("row_starts", lambda t: t[:-1], "39 rows where 40 are needed"),
         ("row_starts", lambda t: t.flip(0), "do not rise"),
         ("row_starts", lambda t: t + 1, "do not rise"),

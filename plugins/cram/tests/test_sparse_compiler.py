@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from groundwire_cram.sparse import compiled, compiler
+from groundwire_cram.sparse.csr import encode, narrowed
 from groundwire_cram.sparse.source import SOURCE
 
 TINY = "int answer(void) { return 42; }"
@@ -105,9 +106,9 @@ def test_importing_builds_nothing_and_needs_no_lightning(cache):
 
 def test_kernels_run_without_the_gil():
     weight = torch.ones(2000, 2000)
-    layer = compiled.encode(weight)
-    narrow, x = compiled.narrowed(layer.columns), torch.ones(64, 2000)
-    compiled.times_rows(layer, narrow, None, x[:1])
+    csr, x = encode(weight), torch.ones(64, 2000)
+    csr = csr._replace(columns=narrowed(csr.columns))
+    compiled.times_rows(csr, None, x[:1])
     ticks, done = [], threading.Event()
 
     def tick():
@@ -118,7 +119,7 @@ def test_kernels_run_without_the_gil():
     thread = threading.Thread(target=tick)
     thread.start()
     start = time.perf_counter()
-    compiled.times_rows(layer, narrow, None, x)
+    compiled.times_rows(csr, None, x)
     end = time.perf_counter()
     done.set()
     thread.join()
