@@ -85,10 +85,11 @@ def in_turn(ways: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 
 def seconds_of(way: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
+    """Of this thread, the only one; its time stands still while other programs have the processor."""
+    start = time.thread_time()
     for _ in range(calls):
         way()
-    return (time.perf_counter() - start) / calls
+    return (time.thread_time() - start) / calls
 
 
 def show(rows: Sequence[Row]) -> None:
