@@ -6,7 +6,8 @@ differ between a weight and its gradient) go through stock ATen, entry by entry 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,18 @@ from groundwire_cram.kernels import loops, radix
 from groundwire_cram.kernels.aten import Aten, high_counts, low_counts, save_moved, smallest, within
 from groundwire_cram.kernels.interface import Pattern, Selection, check_nm, check_ranks, gradients
 from groundwire_cram.kernels.layout import flat, groups_in_memory
-from groundwire_cram.kernels.threads import Slice, cut, in_parallel
+from groundwire_cram.kernels.threads import cut, in_parallel
 
 #: A threshold that masks nothing.
 _NONE = np.float32(-1)
+#: What the loops can work on, each with an entry as they see it.
+_LIKE: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+#: Subclasses may keep their entries elsewhere.
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 _Tensors = tuple[Tensor | None, ...]
-_Arrays = list[tuple[Any, ...]]
+#: For each dtype the rows of a table.
+_Rows = dict[torch.dtype, list[tuple[int, ...]]]
 
 
 class Numba:
@@ -48,14 +54,13 @@ class Numba:
         if any(w.dtype == torch.float64 for w in weights):
             return self._aten.thresholds(weights, grads, scale, ranks)
         check_ranks(ranks, sum(w.numel() for w in weights))
-        arrays, others = _arrays(zip(weights, gradients(weights, grads), strict=True))
+        rows, others = _rows(zip(weights, gradients(weights, grads), strict=True))
         s = np.float32(scale)
-        high = _counted(lambda w, g, counts: loops.count_high(w, g, s, counts), arrays, radix.HIGH_BINS)
+        high = _counted(partial(loops.count_high, scale=s), rows, radix.HIGH_BINS)
 
         def low(bins: list[int]) -> radix.Counts:
-            uppers, shape = np.array(bins, np.uint32), (len(bins), radix.LOW_BINS)
-            counts = _counted(lambda w, g, counts: loops.count_low(w, g, s, uppers, counts), arrays, shape)
-            return counts + low_counts(others, scale, bins)
+            loop = partial(loops.count_low, scale=s, uppers=np.array(bins, np.uint32))
+            return _counted(loop, rows, (len(bins), radix.LOW_BINS)) + low_counts(others, scale, bins)
 
         return radix.select(ranks, high + high_counts(others, scale), low)
 
@@ -68,9 +73,8 @@ class Numba:
         saved: Sequence[Tensor],
     ) -> None:
         """See :meth:`~groundwire_cram.kernels.interface.Kernels.perturb`."""
-        arrays, others = _arrays(zip(weights, gradients(weights, grads), saved, strict=True))
-        s, limit = np.float32(scale), _limit(threshold)
-        _run(lambda w, g, save: loops.perturb(w, g, s, limit, save), arrays)
+        rows, others = _rows(zip(weights, gradients(weights, grads), saved, strict=True))
+        _run(partial(loops.perturb, scale=np.float32(scale), threshold=_limit(threshold)), rows)
         for w, g, save in others:
             self._aten.perturb([w], [g], scale, threshold, [save])
         increment_version(weights)
@@ -106,9 +110,8 @@ class Numba:
         if isinstance(pattern, tuple):
             self._mask_second(weights, saved, first, second, scale, *pattern)
             pattern = None
-        arrays, others = _arrays(zip(weights, saved, first, second, strict=True))
-        s, limit = np.float32(scale), _limit(pattern)
-        _run(lambda w, save, one, two: loops.combine(w, save, one, two, s, limit, plus), arrays)
+        rows, others = _rows(zip(weights, saved, first, second, strict=True))
+        _run(partial(loops.combine, scale=np.float32(scale), threshold=_limit(pattern), plus=plus), rows)
         for w, save, one, two in others:
             self._aten.combine([w], [save], [one], [two], scale, pattern, plus=plus)
         increment_version([*weights, *(two for two in second if two is not None)])
@@ -133,67 +136,74 @@ class Numba:
     def _mask_groups(self, moved: Sequence[Tensor], targets: Sequence[Tensor], n: int, m: int) -> None:
         """Zeros in ``targets`` at all but the n largest of each group of m in ``moved``."""
         for v, target in zip(moved, targets, strict=True):
-            arrays, others = _arrays([(v, target)])
-            geometry = groups_in_memory(v)
-            if others or geometry is None:
+            row, geometry = _row((v, target)), groups_in_memory(v)
+            if row is None or geometry is None:
                 target.detach().masked_fill_(smallest(v.detach(), n, m), 0)
                 continue
-            for flat_v, flat_target in arrays:
-                _run_groups(flat_v, flat_target, geometry, n, m)
+            tables = [
+                np.array([(*row[:2], *geometry, start, stop - start) for _, start, stop in part], np.int64)
+                for part in cut([row[-1] // m], m)
+            ]
+            in_parallel(lambda table, like=_LIKE[v.dtype]: loops.mask_groups(table, like, n, m), tables)
 
 
-def _arrays(tensors: Iterable[_Tensors]) -> tuple[_Arrays, list[Any]]:
-    """As flat arrays those that the loops can work on, and the others as they are."""
-    arrays, others = [], []
+def _rows(tensors: Iterable[_Tensors]) -> tuple[_Rows, list[Any]]:
+    """Of those that the loops can work on the addresses and sizes, and the others as they are."""
+    rows: _Rows = {}
+    others = []
     for together in tensors:
-        views = _flat_arrays(together)
-        others.append(together) if views is None else arrays.append(views)
-    return arrays, others
+        row = _row(together)
+        if row is None:
+            others.append(together)
+        elif row[-1]:
+            rows.setdefault(together[0].dtype, []).append(row)  # type: ignore[union-attr]
+    return rows, others
 
 
-def _flat_arrays(tensors: _Tensors) -> tuple[Any, ...] | None:
-    kinds = {None if t is None else (t.dtype, t.device.type) for t in tensors}
-    if kinds not in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")}):
+def _row(tensors: _Tensors) -> tuple[int, ...] | None:
+    weight = tensors[0]
+    dtype, size = weight.dtype, weight.numel()  # type: ignore[union-attr]
+    contiguous = True
+    for t in tensors:
+        if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided or t.is_neg():
+            return None
+        if t.numel() != size:
+            raise ValueError(f"a tensor of {t.numel()} entries goes with a weight of {size}; they must match")
+        contiguous = contiguous and t.is_contiguous()
+    if dtype not in _LIKE or not (contiguous or flat(tensors)):
         return None
-    views = flat([t if t is None else t.detach() for t in tensors])
-    if views is None:
-        return None
-    # NumPy has no bf16.
-    return tuple((v.view(torch.uint16) if v.dtype == torch.bfloat16 else v).numpy() for v in views if v is not None)
+    addresses = [t.data_ptr() for t in tensors]
+    # Zeros that autograd never wrote down have no address.
+    return (*addresses, size) if all(addresses) or not size else None
 
 
 def _limit(threshold: float | None) -> Any:
     return _NONE if threshold is None else np.float32(within(threshold, torch.float32))
 
 
-def _slices(arrays: _Arrays, part: list[Slice]) -> Iterator[tuple[Any, ...]]:
-    for index, start, stop in part:
-        yield tuple(array[start:stop] for array in arrays[index])
+def _tables(rows: _Rows) -> list[tuple[Any, Any]]:
+    """For each thread a table, and the type of its entries; tensors are cut where one is too large for a thread."""
+    tables = []
+    for dtype, of_dtype in rows.items():
+        for part in cut([row[-1] for row in of_dtype]):
+            table = [
+                (*(address + start * dtype.itemsize for address in of_dtype[index][:-1]), stop - start)
+                for index, start, stop in part
+            ]
+            tables.append((np.array(table, np.int64), _LIKE[dtype]))
+    return tables
 
 
-def _run(loop: Callable[..., None], arrays: _Arrays) -> None:
-    def work(part: list[Slice]) -> None:
-        for pieces in _slices(arrays, part):
-            loop(*pieces)
-
-    in_parallel(work, cut([len(a[0]) for a in arrays]))
+def _run(loop: Callable[..., None], rows: _Rows) -> None:
+    in_parallel(lambda table: loop(*table), _tables(rows))
 
 
-def _counted(loop: Callable[..., None], arrays: _Arrays, shape: Any) -> radix.Counts:
+def _counted(loop: Callable[..., None], rows: _Rows, shape: Any) -> radix.Counts:
     """The sum of what ``loop`` adds to counts of that shape."""
 
-    def work(part: list[Slice]) -> Any:
+    def work(table: tuple[Any, Any]) -> Any:
         counts = np.zeros(shape, np.uint32)
-        for pieces in _slices(arrays, part):
-            loop(*pieces, counts)
+        loop(*table, counts=counts)
         return counts
 
-    return sum(in_parallel(work, cut([len(a[0]) for a in arrays])), np.zeros(shape, np.int64))
-
-
-def _run_groups(v: Any, target: Any, geometry: tuple[int, int], n: int, m: int) -> None:
-    def work(part: list[Slice]) -> None:
-        for _, start, stop in part:
-            loops.mask_groups(v, target, *geometry, n, m, start, stop)
-
-    in_parallel(work, cut([len(v) // m], m))
+    return sum(in_parallel(work, _tables(rows)), np.zeros(shape, np.int64))
