@@ -13,9 +13,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic, overload
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending, types
+
+carray: Any = numba.carray  # type: ignore[attr-defined]
+_njit: Any = numba.njit
 
 #: Entries in a block that stays in the innermost cache between two loops over it.
 BLOCK = 1024
@@ -29,9 +31,19 @@ def jit(function: Callable[..., Any]) -> Any:
     """Compile when first called; keep what was compiled on disk where there is a place to."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return _njit(cache=True, **options)(function)
     except RuntimeError:  # Neither the package's folder nor the user's cache folder can be written to.
-        return numba.njit(**options)(function)
+        return _njit(**options)(function)
+
+
+def intrinsic(generator: Callable[..., Any]) -> Any:
+    """A function of compiled code, which calls it otherwise than Numba's type hints of its generator say."""
+    return extending.intrinsic(generator)
+
+
+def overload(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """What compiled code calls for ``function``, by the types of its arguments."""
+    return extending.overload(function, strict=False)
 
 
 @intrinsic
@@ -53,7 +65,8 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(address, like), generate
+    pointer: Any = types.CPointer(like)  # type: ignore[no-untyped-call]
+    return pointer(address, like), generate
 
 
 @jit
@@ -69,14 +82,14 @@ def _entry(number: Any, like: Any) -> Any:
     """An f32 as an entry of the type of ``like``, rounded to nearest, ties to even."""
 
 
-@overload(_number, strict=False)
+@overload(_number)
 def _typed_number(entry: Any) -> Any:
     if entry == types.float32:
         return lambda entry: entry
     return lambda entry: _f32(np.uint32(entry) << np.uint32(16))
 
 
-@overload(_entry, strict=False)
+@overload(_entry)
 def _typed_entry(number: Any, like: Any) -> Any:
     if like == types.float32:
         return lambda number, like: number
