@@ -19,8 +19,14 @@ def _numba() -> Kernels:
     return Numba()
 
 
+def _triton() -> Kernels:
+    from groundwire_cram.kernels.triton import Triton
+
+    return Triton()
+
+
 #: What ``select`` can be asked for by name.
-BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": Reference, "aten": Aten, "numba": _numba}
+BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": Reference, "aten": Aten, "numba": _numba, "triton": _triton}
 
 
 def select(name: str = "auto", tensors: Sequence[Tensor] = ()) -> tuple[Kernels, str]:

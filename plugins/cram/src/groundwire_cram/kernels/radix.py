@@ -25,7 +25,7 @@ NOT_FINITE = 0x7F80
 Counts = npt.NDArray[np.int64]
 
 
-def select(ranks: Sequence[int], high: Counts, low: Callable[[list[int]], Sequence[Any]]) -> Selection:
+def select(ranks: Sequence[int], high: Counts, low: Callable[[list[int]], Counts]) -> Selection:
     """The entries of ``ranks`` (1-based, ascending order of magnitude).
 
     Args:
@@ -36,7 +36,7 @@ def select(ranks: Sequence[int], high: Counts, low: Callable[[list[int]], Sequen
     Example:
         >>> high, low = np.zeros(HIGH_BINS, np.int64), np.zeros(LOW_BINS, np.int64)
         >>> high[0x3F80] = low[0] = 1  # the number 1.0
-        >>> select([1], high, lambda bins: [low])
+        >>> select([1], high, lambda bins: low[None])
         Selection(values=(1.0,), finite=True)
     """
     if high[NOT_FINITE:].any():

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+_Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 #: Entries below which another thread costs more than it brings.
 WORTHWHILE = 1 << 17
@@ -61,7 +62,7 @@ def cut(sizes: Sequence[int], entries_each: int = 1) -> list[list[Slice]]:
     return parts
 
 
-def in_parallel(work: Callable[[list[Slice]], _Result], parts: Sequence[list[Slice]]) -> list[_Result]:
+def in_parallel(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
     """What ``work`` returns for each part; the calling thread does the first.
 
     Example:

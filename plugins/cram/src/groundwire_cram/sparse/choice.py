@@ -111,6 +111,6 @@ def _bytes(sparse: nn.Module) -> int:
 def _name(sparse: nn.Module, rows: int | None) -> str:
     if not isinstance(sparse, SparseLayer):
         return "2:4"
-    if sparse.narrow is None:
+    if not sparse.is_compiled:
         return "csr"
     return "gather" if rows == 1 else "compiled"

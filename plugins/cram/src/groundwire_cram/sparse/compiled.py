@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groundwire_cram.sparse import compiler
-from groundwire_cram.sparse.csr import CSR, encode
+from groundwire_cram.sparse.csr import CSR, encode, narrowed
 from groundwire_cram.sparse.source import SOURCE
 
 MOST_COLUMNS = 2**16
@@ -64,39 +64,32 @@ def ready() -> bool:
     return not isinstance(load(), str)
 
 
-def narrowed(columns: Tensor) -> Tensor:
-    """Column indices as the kernels take them, uint16."""
-    return columns.to(torch.uint16)
-
-
-def times_rows(csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def times_rows(csr: CSR, bias: Tensor | None, x: Tensor) -> Tensor:
     """``x @ W.T + bias`` for a float32 W (out, in) of at most 65536 columns.
 
     Args:
-        csr: W.
-        narrow: Its columns as :func:`narrowed`.
+        csr: W, its columns narrowed.
         bias: (out,) or None.
         x: (B, in), float32.
 
     Returns:
         (B, out), contiguous.
     """
-    return _rows(_kernels(), csr, narrow, bias, x)
+    return _rows(_kernels(), csr, bias, x)
 
 
-def times_columns(csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def times_columns(csr: CSR, bias: Tensor | None, x: Tensor) -> Tensor:
     """``W @ x[n] + bias[:, None]`` for each image n.
 
     Args:
-        csr: W (out, in).
-        narrow: Its columns as :func:`narrowed`.
+        csr: W (out, in), its columns narrowed.
         bias: (out,) or None.
         x: (N, in, B), float32, B at least 16.
 
     Returns:
         (N, out, B), contiguous.
     """
-    return _columns(_kernels(), csr, narrow, bias, x)
+    return _columns(_kernels(), csr, bias, x)
 
 
 def _kernels() -> Kernels:
@@ -106,40 +99,44 @@ def _kernels() -> Kernels:
     return kernels
 
 
-def _rows(kernels: Kernels, csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+def _rows(kernels: Kernels, csr: CSR, bias: Tensor | None, x: Tensor) -> Tensor:
+    csr, x, bias = _flat(csr), x.contiguous(), None if bias is None else bias.contiguous()
     batch, into = x.shape
     y = torch.empty(batch, csr.rows.shape[0] - 1)
     if batch == 1:
-        kernels.gather(*_weight(csr, narrow, bias), x.data_ptr(), y.data_ptr())
+        kernels.gather(*_weight(csr, bias), x.data_ptr(), y.data_ptr())
     else:
         work = torch.empty(LANES * into)
-        kernels.rows(*_weight(csr, narrow, bias), x.data_ptr(), y.data_ptr(), into, batch, work.data_ptr())
+        kernels.rows(*_weight(csr, bias), x.data_ptr(), y.data_ptr(), into, batch, work.data_ptr())
     return y
 
 
-def _columns(kernels: Kernels, csr: CSR, narrow: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+def _columns(kernels: Kernels, csr: CSR, bias: Tensor | None, x: Tensor) -> Tensor:
+    csr, x, bias = _flat(csr), x.contiguous(), None if bias is None else bias.contiguous()
     count, _, batch = x.shape
     y = torch.empty(count, csr.rows.shape[0] - 1, batch)
     for image, result in zip(x.unbind(), y.unbind(), strict=True):
-        kernels.columns(*_weight(csr, narrow, bias), image.data_ptr(), result.data_ptr(), batch)
+        kernels.columns(*_weight(csr, bias), image.data_ptr(), result.data_ptr(), batch)
     return y
 
 
-def _weight(csr: CSR, narrow: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _flat(csr: CSR) -> CSR:
+    return CSR(csr.values.contiguous(), csr.columns.contiguous(), csr.rows.contiguous())
+
+
+def _weight(csr: CSR, bias: Tensor | None) -> tuple[Any, ...]:
     shift = None if bias is None else bias.data_ptr()
-    return csr.values.data_ptr(), narrow.data_ptr(), csr.rows.data_ptr(), csr.rows.shape[0] - 1, shift
+    return csr.values.data_ptr(), csr.columns.data_ptr(), csr.rows.data_ptr(), csr.rows.shape[0] - 1, shift
 
 
 def _correct(kernels: Kernels) -> bool:
     """A compiler with a fault must not decide what a model says: small integers have one exact answer."""
     weight = (torch.arange(21 * 45) % 5).view(21, 45).float()
     csr, bias = encode(weight), torch.arange(21.0)
-    narrow = narrowed(csr.columns)
+    csr = csr._replace(columns=narrowed(csr.columns))
     for batch in (1, 5, 30):
         x = (torch.arange(batch * 45.0) % 7).view(batch, 45)
         wanted = (weight[None] * x[:, None]).sum(2) + bias
-        if not torch.equal(_rows(kernels, csr, narrow, bias, x), wanted):
+        if not torch.equal(_rows(kernels, csr, bias, x), wanted):
             return False
-    return torch.equal(_columns(kernels, csr, narrow, bias, x.t()[None])[0], wanted.t())
+    return torch.equal(_columns(kernels, csr, bias, x.t()[None])[0], wanted.t())

@@ -48,7 +48,7 @@ def sparsify(
         example_input: One batch as it will be served: a tensor, a tuple of positional arguments or a dict by name.
         min_speedup: What a layer must gain to become sparse, at least 1.
         inplace: Replace layers in ``module`` itself instead of a copy.
-        progress: Show a progress bar while measuring.
+        progress: Show a progress bar while measuring, if there is a terminal.
         measure: ``measure(dense, sparse)`` returns the seconds of a call of each, for some rounds.
 
     Returns:
@@ -75,7 +75,9 @@ def sparsify(
     rows: dict[str, LayerRow] = {name: _row(name, layer, obstacles.get(name)) for name, layer in layers.items()}
     new: dict[int, nn.Module] = {}
     bar = Console(stderr=True)
-    for name, layer in track(fit.items(), "sparsify", console=bar, transient=True, disable=not progress):
+    for name, layer in track(
+        fit.items(), "sparsify", console=bar, transient=True, disable=not (progress and bar.is_terminal)
+    ):
         rows[name], sparse = choose(rows[name], layer, met[id(layer)], min_speedup, measure)
         if sparse is not None:
             new[id(layer)] = sparse

@@ -18,7 +18,10 @@ TILE = 32
 
 
 class CSR(NamedTuple):
-    """A matrix as its nonzero ``values`` row by row, their int32 ``columns``, and where each row starts (int32)."""
+    """A matrix as its nonzero ``values`` row by row, their ``columns``, and where each row starts (int32).
+
+    The columns are int32, or uint16 for the compiled products (:func:`narrowed`).
+    """
 
     values: Tensor
     columns: Tensor
@@ -40,6 +43,26 @@ def encode(weight: Tensor) -> CSR:
     return CSR(weight.detach()[nonzero].contiguous(), columns.contiguous(), rows)
 
 
+def narrowed(columns: Tensor) -> Tensor:
+    """Int32 columns below 65536 as uint16, seen as int16 because torch cannot pickle the former.
+
+    Example:
+        >>> narrowed(torch.tensor([1, 40000], dtype=torch.int32))
+        tensor([     1, -25536], dtype=torch.int16)
+    """
+    return columns.to(torch.uint16).view(torch.int16)
+
+
+def widened(columns: Tensor) -> Tensor:
+    """Columns as int32, from either form.
+
+    Example:
+        >>> widened(torch.tensor([1, -25536], dtype=torch.int16))
+        tensor([    1, 40000], dtype=torch.int32)
+    """
+    return columns.view(torch.uint16).to(torch.int32) if columns.dtype == torch.int16 else columns
+
+
 def decode(csr: CSR, columns: int) -> Tensor:
     """The dense matrix (out, columns).
 
@@ -50,16 +73,16 @@ def decode(csr: CSR, columns: int) -> Tensor:
     """
     dense = csr.values.new_zeros(len(csr.rows) - 1, columns)
     row = torch.repeat_interleave(torch.arange(len(dense)), csr.rows.diff().long())
-    dense[row, csr.columns.long()] = csr.values
+    dense[row, widened(csr.columns).long()] = csr.values
     return dense
 
 
 def matrix(csr: CSR, columns: int) -> Tensor:
-    """A torch sparse CSR tensor on the same memory. The caller vouches for the invariants."""
+    """A torch sparse CSR tensor, on the same memory if the columns are int32. The caller vouches for the invariants."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            csr.rows, csr.columns, csr.values, (len(csr.rows) - 1, columns), check_invariants=False
+            csr.rows, widened(csr.columns), csr.values, (len(csr.rows) - 1, columns), check_invariants=False
         )
 
 
@@ -71,8 +94,9 @@ def problem(csr: CSR, out_features: int, in_features: int) -> str | None:
         'a column index is outside [0, 1)'
     """
     values, columns, rows = csr
-    if rows.dtype != torch.int32 or columns.dtype != torch.int32:
-        return f"indices must be int32, got {columns.dtype} and {rows.dtype}"
+    if rows.dtype != torch.int32 or columns.dtype not in (torch.int32, torch.int16):
+        return f"columns must be int32 or int16 and row starts int32, got {columns.dtype} and {rows.dtype}"
+    columns = widened(columns)
     if rows.shape != (out_features + 1,):
         return f"{len(rows) - 1} rows where {out_features} are needed"
     if values.dim() != 1 or values.shape != columns.shape:

@@ -15,10 +15,7 @@ from groundwire_cram.sparse import csr as formats
 from groundwire_cram.sparse.operator import sparse_linear
 
 #: A loaded weight with this many times the nonzero entries of the measured one gets a warning.
-_DENSER = 1.1
-
-
-_BUFFERS = ("values", "columns", "row_starts", "bias", "narrow")
+_DENSER = 1.5
 
 
 def _recorded() -> bool:
@@ -29,15 +26,15 @@ def _recorded() -> bool:
 class SparseLayer(nn.Module):
     """What the sparse layers share: a weight (out, in) in CSR, moves, state and refusals.
 
-    The state dict has ``values``, ``columns`` (int32), ``row_starts`` (int32) and ``bias``; a state dict with a dense
-    ``weight`` in their place loads too. There are no parameters, so an optimizer finds nothing to change by mistake.
+    The state dict has ``values``, ``columns`` (int32, or uint16 seen as int16 for the compiled kernels; either loads),
+    ``row_starts`` (int32) and ``bias``; a state dict with a dense ``weight`` in their place loads too. There are no
+    parameters, so an optimizer finds nothing to change by mistake.
     """
 
     values: Tensor
     columns: Tensor
     row_starts: Tensor
     bias: Tensor | None
-    narrow: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tile: int | None = formats.TILE) -> None:
         super().__init__()
@@ -48,9 +45,7 @@ class SparseLayer(nn.Module):
         self.register_buffer("row_starts", encoded.rows)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.tile = tile
-        self.register_buffer("narrow", None, persistent=False)
-        self._indexed: Tensor | None = None
-        self._made: tuple[tuple[Tensor | None, ...], Tensor] | None = None
+        self._made: tuple[formats.CSR, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -64,19 +59,20 @@ class SparseLayer(nn.Module):
 
     @property
     def bytes(self) -> int:
-        """Memory of the weight with its indices, those of the gather kernel included where it is in use."""
-        kept = (*self._csr(), *([] if self.narrow is None else [self.narrow]))
-        return sum(t.numel() * t.element_size() for t in kept)
+        """Memory of the weight with its indices."""
+        return sum(t.numel() * t.element_size() for t in self._csr())
 
     def extra_repr(self) -> str:
         """Shape and density."""
         return f"{self.shape[1]}, {self.shape[0]}, density={self.density:.3g}, bias={self.bias is not None}"
 
     def _csr(self) -> formats.CSR:
-        return formats.CSR(self.values, self.columns, self.row_starts)
+        # Not as attributes: those of a module that are buffers take as long as a small product.
+        buffers: Any = self._buffers
+        return formats.CSR(buffers["values"], buffers["columns"], buffers["row_starts"])
 
     def use_compiled(self) -> None:
-        """Make the index that the compiled kernels need, and take them from now on.
+        """Take the compiled kernels from now on, with the columns in the form that they need.
 
         Raises:
             RuntimeError: They cannot be compiled here, or cannot take this weight.
@@ -86,35 +82,33 @@ class SparseLayer(nn.Module):
         kernels = compiled.load()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
-        self._index()
+        if not self.is_compiled:
+            self.columns = formats.narrowed(self.columns)
 
-    def _index(self) -> None:
-        self.narrow = compiled.narrowed(self.columns)
-        self._indexed = self.columns
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layer takes the compiled kernels, wherever there are some, and not the product of MKL."""
+        return self.columns.dtype == torch.int16
 
-    def _fused(self, x: Tensor) -> bool:
-        """Whether the compiled kernels take ``x``. Not if someone exchanged the columns since the index was made."""
-        current = self.narrow is not None and self._indexed is self._buffers["columns"]
-        return current and x.dtype == torch.float32 and compiled.ready()
-
-    def _sparse(self) -> Tensor:
-        """The sparse matrix on the buffers that there are now; something may have exchanged them."""
-        buffers = tuple(self._buffers[name] for name in ("values", "columns", "row_starts"))
+    def _matrix(self) -> Tensor:
+        """The sparse matrix of the buffers that there are now; something may have exchanged them."""
+        buffers = self._csr()
         if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers, strict=True)):
-            self._made = (buffers, formats.matrix(self._csr(), self.shape[1]))
+            self._made = (buffers, formats.matrix(buffers, self.shape[1]))
         return self._made[1]
+
+    def _fused(self, csr: formats.CSR, x: Tensor) -> bool:
+        return csr.columns.dtype == torch.int16 and x.dtype == torch.float32 and compiled.ready()
 
     def _rows(self, x: Tensor) -> Tensor:
         """From x (B, in) to (B, out)."""
-        # One look-up each: an attribute of a module that is a buffer takes as long as a small product.
-        buffers: Any = self._buffers
-        values, columns, row_starts, bias, narrow = (buffers[name] for name in _BUFFERS)
+        csr, bias = self._csr(), self._buffers["bias"]
         if _recorded():
-            found: Tensor = sparse_linear(x, values, columns, row_starts, bias, narrow, self.tile)
+            found: Tensor = sparse_linear(x, *csr, bias, self.tile)
             return found
-        if narrow is not None and self._fused(x):
-            return compiled.times_rows(formats.CSR(values, columns, row_starts), narrow, bias, x)
-        return formats.times_rows(self._sparse(), bias, x, self.tile)
+        if self._fused(csr, x):
+            return compiled.times_rows(csr, bias, x)
+        return formats.times_rows(self._matrix(), bias, x, self.tile)
 
     def _call(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``product(x)`` after the refusals, in the layer's dtype; under autocast the result has autocast's."""
@@ -160,10 +154,10 @@ class SparseLayer(nn.Module):
             if found is not None:
                 reports[-1].append(f"{prefix}values, columns, row_starts: {found}")
                 return
+            columns = formats.widened(loaded.columns)
+            state_dict[names[1]] = formats.narrowed(columns) if self.is_compiled else columns
             self._make_room(prefix, loaded)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
-        if self.narrow is not None:
-            self._index()
 
     def _make_room(self, prefix: str, loaded: formats.CSR) -> None:
         if len(loaded.values) > _DENSER * len(self.values):
@@ -265,14 +259,18 @@ class SparseConv(SparseLayer):
         if max(self.stride) > 1:
             steps: list[Any] = [slice(None, None, step) for step in self.stride]
             x = x[(..., *steps)]
-        positions, narrow = math.prod(x.shape[2:]), self.narrow
-        fused = narrow is not None and self._fused(x)
-        if _recorded() or (fused and positions < compiled.LANES):
-            y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
-            return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()
-        if fused and narrow is not None:
-            y = compiled.times_columns(self._csr(), narrow, self.bias, x.reshape(*x.shape[:2], positions))
+        if _recorded():
+            return self._by_position(x)
+        positions, csr = math.prod(x.shape[2:]), self._csr()
+        if self._fused(csr, x):
+            if positions < compiled.LANES:
+                return self._by_position(x)
+            y = compiled.times_columns(csr, self.bias, x.reshape(*x.shape[:2], positions))
             return y.view(len(x), self.out_channels, *x.shape[2:])
         flat = x.transpose(0, 1).reshape(self.in_channels, len(x) * positions)
-        y = formats.times_columns(self._sparse(), self.bias, flat, self.tile)
+        y = formats.times_columns(self._matrix(), self.bias, flat, self.tile)
         return y.view(self.out_channels, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
+
+    def _by_position(self, x: Tensor) -> Tensor:
+        y = self._rows(x.movedim(1, -1).reshape(-1, self.in_channels))
+        return y.view(len(x), *x.shape[2:], self.out_channels).movedim(-1, 1).contiguous()

@@ -16,7 +16,6 @@ def sparse_linear(
     columns: Tensor,
     row_starts: Tensor,
     bias: Tensor | None,
-    narrow: Tensor | None,
     tile: int | None,
 ) -> Tensor:
     """``x @ W.T + bias`` as :class:`~groundwire_cram.sparse.SparseLinear` computes it.
@@ -24,18 +23,17 @@ def sparse_linear(
     Args:
         x: (B, in).
         values: Nonzero weights, row by row.
-        columns: Their columns, int32.
+        columns: Their columns: narrowed to take the compiled product, int32 for that of MKL.
         row_starts: Where each row starts, int32 (out + 1,).
         bias: (out,) or None.
-        narrow: The columns as uint16, to use the compiled product; None for that of MKL.
         tile: Rows per product of MKL, None for all at once.
 
     Returns:
         (B, out).
     """
     csr = formats.CSR(values, columns, row_starts)
-    if narrow is not None and x.dtype == torch.float32 and compiled.ready():
-        return compiled.times_rows(csr, narrow, bias, x)
+    if columns.dtype == torch.int16 and x.dtype == values.dtype == torch.float32 and compiled.ready():
+        return compiled.times_rows(csr, bias, x)
     return formats.times_rows(formats.matrix(csr, x.shape[1]), bias, x, tile)
 
 
@@ -46,7 +44,6 @@ def _(
     columns: Tensor,
     row_starts: Tensor,
     bias: Tensor | None,
-    narrow: Tensor | None,
     tile: int | None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], row_starts.shape[0] - 1)

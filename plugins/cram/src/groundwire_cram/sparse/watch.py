@@ -20,8 +20,10 @@ class Layout(NamedTuple):
     device: torch.device
 
     def random(self) -> Tensor:
-        """An input like it."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).normal_()
+        """An input like it, without a draw from the generator that the user seeded."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return empty.normal_(generator=generator)
 
 
 @dataclass
