@@ -62,7 +62,8 @@ class Method:
         self.why = ""
         self.overflows = 0
         self._buffers: dict[str, Tensor] = {}
-        select(backend, [])
+        if backend != "auto":  # which looks at the tensors first
+            select(backend)
 
     @property
     def neutral(self) -> bool:
