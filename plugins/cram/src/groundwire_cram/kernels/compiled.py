@@ -52,7 +52,9 @@ class Compiled(ABC):
             return self._aten.thresholds(weights, grads, scale, ranks)
         check_ranks(ranks, sum(w.numel() for w in weights))
         ours, others = self._sorted_out(zip(weights, gradients(weights, grads), strict=True))
-        high = self._high(ours, scale) + self._other_high(others, scale)
+        high = self._high(ours, scale)
+        if others:
+            high = high + self._other_high(others, scale)
         return radix.select(ranks, high, partial(self._all_low, ours, others, scale))
 
     def perturb(
@@ -124,7 +126,8 @@ class Compiled(ABC):
             self._mask_groups(v, target, *geometry, n, m)
 
     def _all_low(self, ours: list[Together], others: list[Any], scale: float, bins: list[int]) -> radix.Counts:
-        return self._low(ours, scale, bins) + self._other_low(others, scale, bins)
+        counts = self._low(ours, scale, bins)
+        return counts + self._other_low(others, scale, bins) if others else counts
 
     def _sorted_out(self, tensors: Iterable[tuple[Tensor | None, ...]]) -> tuple[list[Any], list[Any]]:
         """Those that the loops take, and the others."""

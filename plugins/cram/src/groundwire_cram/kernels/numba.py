@@ -91,4 +91,5 @@ def _counted(loop: Callable[..., None], tensors: Sequence[Together], shape: Any)
         loop(*table, counts=counts)
         return counts
 
-    return sum(in_parallel(work, _tables(tensors)), np.zeros(shape, np.int64))
+    counts = in_parallel(work, _tables(tensors)) or [np.zeros(shape, np.uint32)]
+    return counts[0].astype(np.int64) if len(counts) == 1 else sum(counts, np.zeros(shape, np.int64))

@@ -22,10 +22,19 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 @jit
+def _rounded(v, like):
+    """An f32 as one of those that the type of ``like`` has, the nearest, ties to even."""
+    if like.dtype == tl.bfloat16:  # Triton's interpreter truncates to bf16.
+        bits = v.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        v = tl.where(v == v, nearest.to(tl.float32, bitcast=True), v)
+    return v.to(like.dtype).to(tl.float32)
+
+
+@jit
 def _moved(w, g, scale):
     """``w + scale * g`` as f32, product and sum each rounded to the type of ``w``."""
-    product = (g.to(tl.float32) * scale).to(w.dtype)
-    return (w.to(tl.float32) + product.to(tl.float32)).to(w.dtype).to(tl.float32)
+    return _rounded(w.to(tl.float32) + _rounded(g.to(tl.float32) * scale, w), w)
 
 
 @jit
@@ -56,7 +65,7 @@ def combine(w_at, saved_at, first_at, second_at, size, scale, threshold, PLUS: t
     if PLUS:
         result += first.to(tl.float32)
     tl.store(w_at + i, saved, inside)
-    tl.store(second_at + i, result.to(saved.dtype), inside)
+    tl.store(second_at + i, _rounded(result, saved).to(saved.dtype), inside)
 
 
 @jit

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +40,19 @@ def select(ranks: Sequence[int], high: Counts, low: Callable[[list[int]], Counts
     """
     if high[NOT_FINITE:].any():
         return Selection((math.nan,) * len(ranks), False)
-    below = high.cumsum()
-    of_rank = [int(below.searchsorted(rank)) for rank in ranks]
-    bins = sorted(set(of_rank))
-    lower = {b: counts.cumsum() for b, counts in zip(bins, low(bins) if bins else [], strict=True)}
-    found = (_value(b, lower[b], m - int(below[b] - high[b])) for m, b in zip(ranks, of_rank, strict=True))
-    return Selection(tuple(found), True)
+    places = [_place(high, rank) for rank in ranks]
+    bins = sorted({upper for upper, _ in places})
+    lower = dict(zip(bins, low(bins), strict=True)) if bins else {}
+    return Selection(tuple(_value(upper, _place(lower[upper], rank)[0]) for upper, rank in places), True)
 
 
-def _value(upper: int, lower: Any, rank: int) -> float:
-    return float(np.uint32(upper << 16 | int(lower.searchsorted(rank))).view(np.float32))
+def _place(counts: Counts, rank: int) -> tuple[int, int]:
+    """The bin with the entry of this rank, and the entry's rank among those in the bin."""
+    used = counts.nonzero()[0]
+    below = counts[used].cumsum()
+    at = below.searchsorted(rank)
+    return int(used[at]), int(rank - below[at] + counts[used[at]])
+
+
+def _value(upper: int, lower: int) -> float:
+    return float(np.uint32(upper << 16 | lower).view(np.float32))

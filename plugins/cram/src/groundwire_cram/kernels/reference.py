@@ -64,6 +64,9 @@ class Reference:
         pattern: Pattern,
         saved: Sequence[Tensor],
     ) -> None:
+        if isinstance(pattern, tuple):
+            for w in weights:
+                check_nm(w, *pattern)
         for w, g, save in zip(weights, gradients(weights, grads), saved, strict=True):
             v = moved(w, g, scale)
             v = v.masked_fill(pruned(v, pattern), 0)

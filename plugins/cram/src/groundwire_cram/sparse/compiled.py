@@ -19,7 +19,7 @@ from groundwire_cram.sparse.csr import CSR, encode, narrowed
 from groundwire_cram.sparse.source import SOURCE
 
 MOST_COLUMNS = 2**16
-#: Neighbouring columns that a kernel takes at once.
+#: Neighbouring columns that a kernel takes at once, at most.
 LANES = 16
 _Call = Callable[..., None]
 
@@ -134,7 +134,7 @@ def _correct(kernels: Kernels) -> bool:
     weight = (torch.arange(21 * 45) % 5).view(21, 45).float()
     csr, bias = encode(weight), torch.arange(21.0)
     csr = csr._replace(columns=narrowed(csr.columns))
-    for batch in (1, 5, 30):
+    for batch in (1, 3, 5, 30):
         x = (torch.arange(batch * 45.0) % 7).view(batch, 45)
         wanted = (weight[None] * x[:, None]).sum(2) + bias
         if not torch.equal(_rows(kernels, csr, bias, x), wanted):
