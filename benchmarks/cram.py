@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,35 +22,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*(number of training batches|no `val_dataloader`).*")
 
 
-def measurements(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Row]]]:
-    """Imported when they run: one part's peers need not be there for another."""
-
-    def kernels():
-        import cram_kernels
-
-        return cram_kernels.measure(options.quick)
-
-    def steps():
-        import cram_steps
-
-        return cram_steps.measure(options.quick)
-
-    def sparse():
-        import cram_sparse
-
-        return cram_sparse.measure(options.quick)
-
-    def accuracy():
-        import cram_accuracy
-
-        return cram_accuracy.measure(options.quick, options.data, options.seeds)
-
-    def text():
-        import cram_text
-
-        return cram_text.measure(options.quick, options.seeds)
-
-    return {"kernels": kernels, "steps": steps, "sparse": sparse, "accuracy": accuracy, "text": text}
+def measured(part: str, options: argparse.Namespace) -> tuple[Sequence[Row], Callable[[Sequence[Row]], None]]:
+    """A part's rows and what shows them. Imported when it runs: one part's peers need not be there for another."""
+    module = importlib.import_module(f"cram_{part}")
+    arguments = {"accuracy": (options.data, options.seeds), "text": (options.seeds,)}.get(part, ())
+    return module.measure(options.quick, *arguments), getattr(module, "show", show)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quiet()
     rows: list[Row] = []
-    for part, run in measurements(options).items():
+    for part in PARTS:
         if part in options.only:
-            found = list(run())
-            show(found)
+            found, shown = measured(part, options)
+            shown(found)
             rows += found
     if options.json:
         write(options.json, rows, quick=options.quick, parts=list(options.only), seeds=options.seeds)
