@@ -217,6 +217,10 @@ def test_triton_programs_equal_the_reference_in_the_interpreter():
     run(Path(__file__).with_name("triton_in_interpreter.py").read_text(), TRITON_INTERPRET="1")
 
 
+def test_triton_programs_compile_for_a_gpu_without_fusing_product_and_sum():
+    run(Path(__file__).with_name("triton_for_cuda.py").read_text(), TRITON_INTERPRET="0")
+
+
 def test_triton_is_refused_on_a_cpu_without_the_interpreter():
     run(
         "import torch\n"
