@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from groundwire_cram.functional import combine, perturb, published_rank
 from groundwire_cram.interrupts import uninterrupted
 from groundwire_cram.kernels import Kernels, Pattern
+from groundwire_cram.memory import Copies
 from groundwire_cram.operators import NM, Magnitude, Operator, apply_operator
 
 Gradients = dict[str, Tensor]
@@ -56,7 +57,7 @@ def compression_aware_gradient(
     move: Move,
     kernels: Kernels,
     saved: dict[str, Tensor],
-    buffers: dict[str, Tensor],
+    buffers: Copies,
 ) -> Gradients | None:
     """The gradient of CrAM for one step; ``weights`` are afterwards as before.
 
@@ -79,9 +80,10 @@ def compression_aware_gradient(
     parts = _parts(weights, first, move, scale, kernels)
     if parts is None:
         return None
+    spare = buffers.like({name: weights[name] for name in first})
     with uninterrupted():
         for names, pattern in parts:
-            copies = [_buffer(buffers, name, weights[name]) for name in names]
+            copies = _pick(spare, names)
             _perturb(kernels, _pick(weights, names), _pick(first, names), scale, pattern, copies)
             saved.update(zip(names, copies, strict=True))
     masks = {} if fused(move.operator) else _compress(weights, move)
@@ -180,13 +182,6 @@ def _where_unreached(second: Tensor | None, first: Tensor, plus: bool) -> Tensor
     if second is not None:
         return second
     return first if plus else torch.zeros_like(first)
-
-
-def _buffer(buffers: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
-    known = buffers.get(name)
-    if known is None or known.shape != weight.shape or known.dtype != weight.dtype or known.device != weight.device:
-        known = buffers[name] = torch.empty_like(weight, requires_grad=False)
-    return known
 
 
 def _pick(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:

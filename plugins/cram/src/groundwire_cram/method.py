@@ -17,6 +17,7 @@ from groundwire_cram.functional import check_sparsity
 from groundwire_cram.gradient import Gradients, Move, compression_aware_gradient
 from groundwire_cram.kernels import Kernels, select
 from groundwire_cram.masks import Periodic
+from groundwire_cram.memory import Copies
 from groundwire_cram.operators import NM, Magnitude, Operator, operators_of
 from groundwire_cram.selection import Skip, check_selection, selected
 
@@ -61,7 +62,7 @@ class Method:
         self.kernels: Kernels | None = None
         self.why = ""
         self.overflows = 0
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = Copies()
         if backend != "auto":  # which looks at the tensors first
             select(backend)
 
@@ -155,7 +156,7 @@ class Method:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles choose their own backend and memory."""
-        return {**vars(self), "kernels": None, "_buffers": {}}
+        return {**vars(self), "kernels": None, "_buffers": Copies()}
 
 
 #: The names of these arguments.
