@@ -19,6 +19,7 @@ from measure import Row, interleaved, show, write
 from torch import Tensor
 
 from groundwire_cram import kernels
+from groundwire_cram.memory import Copies
 
 SPARSITY, RHO = 0.9, 0.05
 #: Target for the median, by backend and part of the step; for ATen only the sum has one.
@@ -61,7 +62,7 @@ class Step:
         self.backend = backend
         tensors = [[torch.randn(s, device=device) * 0.02 for s in resnet50_shapes()] for _ in range(3)]
         self.weights, self.first, self.second = tensors
-        self.saved = [torch.empty_like(w) for w in self.weights]
+        self.saved = list(Copies().like({str(i): w for i, w in enumerate(self.weights)}).values())
         self.prunable = [i for i, w in enumerate(self.weights) if w.dim() > 1]
         self.others = [i for i, w in enumerate(self.weights) if w.dim() == 1]
         size = sum(self.weights[i].numel() for i in self.prunable)
