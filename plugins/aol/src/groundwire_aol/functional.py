@@ -93,7 +93,7 @@ def rescale(
     """
     geometry = _complete(weight, geometry)
     if compat == "reference":
-        geometry, side, steps = _published(geometry), "in", 1
+        geometry, side, steps = published(geometry), "in", 1
     side = chosen_side(weight, geometry, side)
     sums = squared_scale(weight, geometry, steps=steps, side=side, eps=eps)
     return apply_scale(weight, sums.rsqrt(), geometry, side)
@@ -185,6 +185,7 @@ def _complete(weight: Tensor, geometry: Geometry | None) -> Geometry:
     return geometry
 
 
-def _published(geometry: Geometry) -> Geometry:
+def published(geometry: Geometry) -> Geometry:
+    """The geometry as the published rule sees it: without phases."""
     ones = (1,) * len(geometry.stride)
     return Geometry(ones, ones, geometry.groups, geometry.transposed)
