@@ -149,7 +149,7 @@ class ScaledConcat(nn.Module):
 
     Example:
         >>> ScaledConcat()([torch.ones(1, 1), torch.ones(1, 1)]).norm().item()
-        1.0
+        0.99999...
     """
 
     def __init__(self, dim: int = 1) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from groundwire_aol.functional import Geometry, Side, chosen_side
+
 
 def _centre(weight: Tensor) -> tuple[int, ...]:
     return tuple((size - 1) // 2 for size in weight.shape[2:])
@@ -49,23 +51,51 @@ def orthogonal_centre_(weight: Tensor, groups: int = 1, generator: torch.Generat
 
 
 @torch.no_grad()
-def polar_centre_(weight: Tensor, groups: int = 1) -> Tensor:
-    """Zero everywhere, at the centre tap the orthogonal matrix nearest to the one that is there.
+def nearest_orthogonal_(weight: Tensor, geometry: Geometry | None = None, side: Side = "auto") -> Tensor:
+    """Orthogonal on the smallest window of taps that meets every phase, zero elsewhere: the rescale then changes nothing.
 
-    It draws nothing, so a model that is converted in several processes, or built late, begins with equal weights.
+    Without stride that is the centre tap. The matrix is the orthogonal one nearest to what the weight holds there, so
+    nothing is drawn: a model converted in several processes, or built late, begins with equal weights. Where more columns
+    than rows are scaled, neighbouring columns share a direction, as in :func:`repeated_orthogonal_`.
+
+    Args:
+        weight: Of a Linear or convolution layer, changed in place. Not all zero.
+        geometry: Of the layer; dense or stride 1 when left out.
+        side: As for the rescale.
 
     Example:
-        >>> polar_centre_(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
+        >>> nearest_orthogonal_(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
-    for matrix in _matrices(weight, groups):
-        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        matrix.copy_(left @ right)
-    kept = weight[(..., *_centre(weight))].clone()
+    ones = (1,) * (weight.dim() - 2)
+    geometry = geometry or Geometry(ones, ones)
+    scales_columns = (chosen_side(weight, geometry, side) == "in") != geometry.transposed
+    window = tuple(
+        slice((k - min(k, p)) // 2, (k - min(k, p)) // 2 + min(k, p))
+        for k, p in zip(weight.shape[2:], geometry.phases, strict=True)
+    )
+    kept = []
+    for block in weight.unflatten(0, (geometry.groups, -1)):
+        part = block[(slice(None), slice(None), *window)]
+        kept.append(_orthogonal(part.flatten(1), block.flatten(1), scales_columns).reshape(part.shape))
     weight.zero_()
-    weight[(..., *_centre(weight))] = kept
+    weight[(slice(None), slice(None), *window)] = torch.cat(kept)
     return weight
+
+
+def _orthogonal(matrix: Tensor, source: Tensor, scales_columns: bool) -> Tensor:
+    rows, columns = matrix.shape
+    if columns <= rows or not scales_columns:
+        return _polar(matrix)
+    order = torch.arange(columns, device=matrix.device) * rows // columns
+    basis = _polar(source[:, :rows] if source.shape[1] >= rows else matrix[:, :rows])
+    return basis[:, order] / torch.bincount(order, minlength=rows)[order].to(matrix.dtype).sqrt()
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (left @ right).to(matrix.dtype)
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from groundwire_aol.constraint import constrain
+from groundwire_aol.constraint import constrain, geometry_of
 from groundwire_aol.functional import Side
-from groundwire_aol.initialisers import orthogonal_centre_
+from groundwire_aol.initialisers import nearest_orthogonal_
+from groundwire_aol.parametrization import aol_of
 
 
 class _Orthogonal:
-    """Begins with an orthogonal matrix at the centre tap and no bias: the rescale then changes nothing."""
+    """Begins with a random orthogonal matrix and no bias: the rescale then changes nothing."""
 
     bias: Tensor | None
     weight: Tensor
@@ -23,7 +24,9 @@ class _Orthogonal:
         """Draw the raw weight anew."""
         layer: Any = self
         raw = layer.parametrizations.weight.original if parametrize.is_parametrized(layer) else layer.weight
-        orthogonal_centre_(raw, getattr(layer, "groups", 1))
+        rule = aol_of(layer)
+        nn.init.normal_(raw)
+        nearest_orthogonal_(raw, geometry_of(layer), rule.side if rule is not None and not rule.compat else "auto")
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
