@@ -119,8 +119,8 @@ class NActivation(nn.Module):
         ValueError: ``init`` is unknown or not an even number of knots, or ``lr_factor`` is not positive.
 
     Example:
-        >>> NActivation(1, init="abs")(torch.tensor([[-2.0], [3.0]])).flatten()
-        tensor([2., 3.])
+        >>> NActivation(1, init="abs")(torch.tensor([[-2.0], [3.0]])).flatten().tolist()
+        [2.0, 3.0]
     """
 
     groundwire_aol: Tensor

@@ -332,6 +332,16 @@ def _is_lightning(module: nn.Module) -> bool:
     return hasattr(module, "training_step") and hasattr(module, "configure_optimizers")
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether there is anything that could be converted.
+
+    Example:
+        >>> has_weights(nn.Sequential(nn.ReLU()))
+        False
+    """
+    return any(isinstance(part, nn.Linear | nn.modules.conv._ConvNd) for part in module.modules())
+
+
 def core_of(module: nn.Module) -> tuple[str, nn.Module]:
     """The part that computes scores: ``module``, or the only child with weights of a LightningModule without forward.
 

@@ -123,6 +123,11 @@ class AOLParametrization(nn.Module):
         if pairs:
             torch.autograd.backward([w for w, _ in pairs], [g for _, g in pairs])
 
+    def zero_grad_of_window(self) -> None:
+        """What ``zero_grad`` is for raw weights."""
+        for _, _, leaf in self._memory.window:
+            leaf.grad = None
+
     def forget(self) -> None:
         """Drop everything that is kept, also a window's gradient."""
         self._memory = _Memory()
