@@ -83,12 +83,13 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
         >>> round(float(lipschitz_bound(model, torch.zeros(1, 2))), 6)
         3.0
     """
-    example = rows_of(example_input)
+    with torch.inference_mode(False):
+        example = rows_of(example_input)
     module = nn.Sequential(module) if is_leaf(module) else module
     squares = _squared_scales(module)
     twin = plain_copy(module)
     example = example.to(next((p.device for p in twin.parameters()), example.device))
-    with torch.no_grad(), torch.inference_mode(False), torch.autocast(example.device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
         walk = _Walk(twin, trace(twin), squares)
         lipschitz = walk.through(example)
         _refuse_other_results(twin, example, walk.result)

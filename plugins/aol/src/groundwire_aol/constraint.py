@@ -125,6 +125,8 @@ def bake(module: _Layer) -> _Layer:
             _own_class(layer)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             _drop_hook(layer)
+            for name in [name for name in layer._parameters if name != "weight"]:
+                layer._parameters[name] = layer._parameters.pop(name)  # the order of a plain layer
     return module
 
 

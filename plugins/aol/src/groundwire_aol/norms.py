@@ -132,8 +132,8 @@ def nonnegative_norm(function: Callable[[Tensor], Tensor], shape: tuple[int, ...
         >>> nonnegative_norm(torch.nn.AvgPool1d(4), (1, 8))
         0.5000...
     """
-    ones = torch.ones(2, *shape, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.enable_grad():
+        ones = torch.ones(2, *shape, dtype=torch.float64, requires_grad=True)
         rows = function(ones)
         if not isinstance(rows, Tensor) or rows.dim() < 1 or rows.shape[0] != 2:
             raise ValueError("it moves the batch dimension")

@@ -107,7 +107,9 @@ def refuse_hooks(module: nn.Module) -> None:
                 "computes",
                 "remove it, such as by torch.nn.utils.remove_spectral_norm, or use torch.nn.utils.parametrizations",
             )
-        if "forward" in vars(layer) and not isinstance(layer, fx.GraphModule):
+        own = vars(layer).get("forward")
+        # Lightning leaves the class's own method on the instance.
+        if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise UnknownLipschitzError(path, "forward was replaced on the instance", "give the class this forward")
         if hasattr(layer, "_orig_mod"):
             raise UnknownLipschitzError(path, "a compiled module hides its graph", "pass module._orig_mod")
@@ -130,4 +132,4 @@ def rows_of(example: Any) -> Tensor:
             f"the input is {example.dtype}: distances between integers are no certificate -> convert images to float in "
             "[0, 1], and certify embeddings instead of token numbers"
         )
-    return example[:1].detach().repeat(2, *(1 for _ in example.shape[1:]))
+    return example[:1].detach().clone().repeat(2, *(1 for _ in example.shape[1:]))
