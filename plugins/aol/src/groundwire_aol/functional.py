@@ -151,9 +151,11 @@ def chosen_side(weight: Tensor, geometry: Geometry, side: Side = "auto") -> Side
     if side != "auto":
         raise ValueError(f"side must be 'auto', 'in' or 'out', got {side!r}")
     rows, columns = weight.shape[0] // geometry.groups, weight.shape[1]
+    phases = math.prod(geometry.phases)
+    if all(k <= p for k, p in zip(weight.shape[2:], geometry.phases, strict=True)):
+        columns *= phases  # No two windows overlap: a dense matrix of that many columns.
     # Of two equal sides, phases make the columns the looser one.
-    preferred = not geometry.transposed and max(geometry.phases, default=1) == 1
-    fewer_columns = columns < rows or (columns == rows and preferred)
+    fewer_columns = columns < rows or (columns == rows and phases == 1 and not geometry.transposed)
     return "in" if fewer_columns != geometry.transposed else "out"
 
 
