@@ -68,8 +68,8 @@ def stock(side: int, width: int = 16) -> nn.Sequential:
 
     layers = block(1, width, 3, 1)
     for wide in (width, 2 * width):
-        layers += block(wide, 2 * wide, 2, 2) + block(2 * wide, 2 * wide, 3, 1) + block(2 * wide, 2 * wide, 3, 1)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * (side // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 10))
+        layers += block(wide, 2 * wide, 2, 2) + block(2 * wide, 2 * wide, 3, 1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def aol(steps: int = 1, activation: Callable[[int], nn.Module] = lambda _: MaxMin()) -> Callable[[int], nn.Module]:
@@ -98,7 +98,7 @@ WAYS: dict[str, tuple[Callable[[int], nn.Module], float]] = {
     "AOL": (aol(), 0.1),
     "AOL, steps=2": (aol(2), 0.1),
     "AOL, N-activation": (aol(activation=NActivation), 0.1),
-    "converted stock CNN": (lambda side: lipschitz(stock(side), torch.rand(1, 1, side, side))[0], 0.1),
+    "converted stock CNN": (lambda side: lipschitz(stock(side), torch.rand(1, 1, side, side))[0], 0.3),
     "orthogonium AOC": (orthogonium_aoc, 0.02),
     "torchlip spectral": (torchlip_spectral, 0.1),
 }

@@ -3,6 +3,7 @@
 import torch
 
 
+@torch.no_grad()
 def matrix(function, shape):
     """The matrix of a linear ``function`` of one sample of ``shape``, by applying it to every unit vector."""
     size = torch.Size(shape).numel()

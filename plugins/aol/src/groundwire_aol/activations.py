@@ -169,5 +169,5 @@ def _knots(features: int, init: Any) -> Tensor:
 
 def _fill_in_theta(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A checkpoint of the plain model, which has neither knots nor mark, keeps the knots as they are."""
-    if not any(key.startswith(prefix) for key in state):
+    if f"{prefix}theta" not in state and f"{prefix}groundwire_aol" not in state:
         state.update({f"{prefix}{key}": value for key, value in module.state_dict().items()})

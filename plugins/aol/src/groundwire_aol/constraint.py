@@ -88,7 +88,8 @@ def constrain(
         rule = AOLParametrization(geometry_of(layer), steps, side, compat)
         rule.to(device=layer.weight.device)  # type: ignore[union-attr,arg-type]
         rule.train(layer.training)
-        parametrize.register_parametrization(layer, "weight", rule)
+        # "unsafe" only skips torch's trial runs of the rule, which keeps shape and dtype.
+        parametrize.register_parametrization(layer, "weight", rule, unsafe=True)
         layer.register_load_state_dict_pre_hook(_take_plain_weight)
     return layer
 

@@ -105,7 +105,10 @@ class CertifiedPass:
 
     def compute(self) -> Result | None:
         """Of all ranks; None if there was nothing to certify."""
-        values = self.metric.compute().tolist()
+        with warnings.catch_warnings():
+            # A rank without batches, or targets that are no classes: told elsewhere, and the others wait for this one.
+            warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+            values = self.metric.compute().tolist()
         samples = int(self.metric.total)
         if not samples or any(map(math.isnan, values)):
             return None
