@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from aol_rows import Figure
-from groundwire_aol import AOLConv2d, MaxMin
-from groundwire_aol.parametrization import parametrizations
 from measure import interleaved
 from torch import nn
+
+from groundwire_aol import AOLConv2d, MaxMin
+from groundwire_aol.parametrization import parametrizations
 
 Make = Callable[..., nn.Module]
 
@@ -26,7 +27,7 @@ class FirstChannels(nn.Module):
 
 
 def lipconvnet(conv: Make, width: int = 32) -> nn.Sequential:
-    """Five blocks of two convolutions, the last 1 x 1, on 32 x 32 pixels; each block halves the side and doubles channels."""
+    """Five blocks of two convolutions, the last 1 x 1; each halves the side of 32 pixels and doubles the channels."""
     layers: list[nn.Module] = [conv(3, width, 1)]
     for block in range(5):
         size = 1 if block == 4 else 3
@@ -79,7 +80,9 @@ def steps(quick: bool) -> list[Figure]:
         x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
         nets = {name: lipconvnet(make) for name, make in makers().items()}
         repeats = 2 if quick else 9
-        found = interleaved(f"Training step, batch {batch}", repeats, {n: training(net.train(), x, y) for n, net in nets.items()})
+        found = interleaved(
+            f"Training step, batch {batch}", repeats, {n: training(net.train(), x, y) for n, net in nets.items()}
+        )
         for name in found:
             if name != "plain":
                 goal = target if name == "AOL" else None

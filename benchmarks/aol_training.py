@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from aol_rows import Figure
 from aol_timing import FirstChannels
+from rich.progress import track
+from torch import Tensor, nn
+
 from groundwire_aol import (
     AOLConv2d,
     AOLLinear,
@@ -23,8 +26,6 @@ from groundwire_aol import (
     lipschitz_bound,
 )
 from groundwire_aol.audit import max_jacobian_norm
-from rich.progress import track
-from torch import Tensor, nn
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 0.5, 1.0)
 OFFSET = math.sqrt(2) / 4
@@ -49,7 +50,9 @@ class Trained:
     mean: float
 
 
-def native(conv: Callable[..., nn.Module], dense: Callable[..., nn.Module], activation: Callable[[int], nn.Module], side: int) -> nn.Sequential:
+def native(
+    conv: Callable[..., nn.Module], dense: Callable[..., nn.Module], activation: Callable[[int], nn.Module], side: int
+) -> nn.Sequential:
     """A 1 x 1 convolution and three blocks of three 3 x 3 ones, width 16 to 128."""
     width, layers = 16, [conv(1, 16, 1)]
     for _ in range(3):
@@ -69,7 +72,9 @@ def stock(side: int, width: int = 16) -> nn.Sequential:
     layers = block(1, width, 3, 1)
     for wide in (width, 2 * width):
         layers += block(wide, 2 * wide, 2, 2) + block(2 * wide, 2 * wide, 3, 1)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(4 * width * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 def aol(steps: int = 1, activation: Callable[[int], nn.Module] = lambda _: MaxMin()) -> Callable[[int], nn.Module]:
@@ -158,13 +163,22 @@ def attacks(results: list[Trained], data: Split, samples: int) -> list[Figure]:
         successes.append(audit.successes)
         jacobian.append(audit.jacobian / audit.bound)
     return [
-        Figure("attacks that succeed inside the certified radius", "count", successes, 0, by="max", note=f"{sum(attacked)} points"),
+        Figure(
+            "attacks that succeed inside the certified radius",
+            "count",
+            successes,
+            0,
+            by="max",
+            note=f"{sum(attacked)} points",
+        ),
         Figure("attacked points, per net", "count", attacked),
         Figure("Jacobian norm / bound of trained nets", "ratio", jacobian, 1.0, by="max"),
     ]
 
 
-def table(name: str, data: Split, seeds: int, epochs: int, ways: list[str]) -> tuple[list[Figure], dict[str, list[Trained]]]:
+def table(
+    name: str, data: Split, seeds: int, epochs: int, ways: list[str]
+) -> tuple[list[Figure], dict[str, list[Trained]]]:
     """Every way with every seed."""
     results: dict[str, list[Trained]] = {}
     figures = []
@@ -174,7 +188,9 @@ def table(name: str, data: Split, seeds: int, epochs: int, ways: list[str]) -> t
         note = "" if all(t.bound is not None for t in results[way]) else "bound of 1 is the peer's own promise"
         for column, radius in enumerate(("clean", "36/255", "72/255", "108/255", "0.5", "1.0")):
             values = [t.accuracies[column] for t in results[way]]
-            figures.append(Figure(f"{name}, {way}: {radius}", "accuracy", values, by="mean", note=note if not column else ""))
+            figures.append(
+                Figure(f"{name}, {way}: {radius}", "accuracy", values, by="mean", note=note if not column else "")
+            )
         figures.append(Figure(f"{name}, {way}: training", "CPU s", [t.seconds for t in results[way]], by="mean"))
     return figures, results
 

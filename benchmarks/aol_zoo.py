@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from aol_rows import Figure
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from groundwire_aol import (
     AOLConv1d,
     AOLConv2d,
@@ -26,9 +30,6 @@ from groundwire_aol import (
 )
 from groundwire_aol.audit import max_jacobian_norm
 from groundwire_aol.functional import Geometry, rescale
-from rich.progress import track
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 KERNELS = 13
 
@@ -99,15 +100,26 @@ def zoo() -> list[Entry]:
 
     for rows, columns in ((6, 6), (3, 9), (9, 3)):
         for steps in (1, 2):
-            add(f"AOLLinear {columns}->{rows} steps {steps}", lambda r=rows, c=columns, s=steps: AOLLinear(c, r, steps=s), (columns,))
-    for k, s, p, d in ((1, 1, 0, 1), (3, 1, 0, 1), (3, 1, 1, 1), (3, 1, 2, 1), (5, 1, 2, 1), (2, 1, 1, 1), (3, 2, 1, 1), (3, 2, 0, 1),
-                       (2, 2, 0, 1), (3, 3, 1, 1), (3, 1, 2, 2), (3, 2, 2, 2), (3, 2, 3, 3), (3, 3, 2, 2), (4, 2, 1, 1), (1, 2, 0, 1)):  # fmt: skip
+            add(
+                f"AOLLinear {columns}->{rows} steps {steps}",
+                lambda r=rows, c=columns, s=steps: AOLLinear(c, r, steps=s),
+                (columns,),
+            )
+    for k, s, p, d in ((1, 1, 0, 1), (3, 1, 0, 1), (3, 1, 1, 1), (3, 1, 2, 1), (5, 1, 2, 1), (2, 1, 1, 1), (3, 2, 1,
+    1), (3, 2, 0, 1),
+                       (2, 2, 0, 1), (3, 3, 1, 1), (3, 1, 2, 2), (3, 2, 2, 2), (3, 2, 3, 3), (3, 3, 2, 2), (4, 2, 1,
+                       1), (1, 2, 0, 1)):  # fmt: skip
         add(f"AOLConv2d k{k} s{s} p{p} d{d}", lambda k=k, s=s, p=p, d=d: AOLConv2d(4, 6, k, s, p, d))
-    for options in ({"groups": 2}, {"groups": 4, "stride": 2}, {"steps": 2}, {"steps": 2, "stride": 2}, {"compat": "reference"},
+    for options in ({"groups": 2}, {"groups": 4, "stride": 2}, {"steps": 2}, {"steps": 2, "stride": 2}, {"compat":
+    "reference"},
                     {"compat": "reference", "stride": 2}, {"side": "in"}, {"side": "out", "stride": 2}):  # fmt: skip
         add(f"AOLConv2d k3 {options}", lambda o=options: AOLConv2d(4, 8, 3, padding=1, **o))
     for k, s, p, d in ((3, 1, 1, 1), (3, 2, 1, 1), (5, 1, 2, 1), (3, 1, 2, 2), (3, 1, "same", 1), (2, 1, "same", 1)):
-        add(f"AOLConv2d circular k{k} s{s} p{p} d{d}", lambda k=k, s=s, p=p, d=d: AOLConv2d(4, 4, k, s, p, d, padding_mode="circular"), (4, 7, 7))
+        add(
+            f"AOLConv2d circular k{k} s{s} p{p} d{d}",
+            lambda k=k, s=s, p=p, d=d: AOLConv2d(4, 4, k, s, p, d, padding_mode="circular"),
+            (4, 7, 7),
+        )
     add("AOLConv2d reflect", lambda: AOLConv2d(4, 4, 3, padding=1, padding_mode="reflect"))
     add("AOLConv2d replicate", lambda: AOLConv2d(4, 4, 3, padding=1, padding_mode="replicate"))
     add("AOLConv2d circular, twice", lambda: AOLConv2d(4, 4, 3, padding=2, padding_mode="circular"))
@@ -117,9 +129,16 @@ def zoo() -> list[Entry]:
     add("AOLConv3d k3", lambda: AOLConv3d(2, 3, 3, padding=1), (2, 4, 4, 4))
     add("AOLConv3d k2 s2", lambda: AOLConv3d(2, 4, 2, 2), (2, 4, 4, 4))
     for k, s, p, o, g in ((3, 1, 1, 0, 1), (3, 2, 1, 1, 1), (2, 2, 0, 0, 1), (4, 2, 1, 0, 2), (3, 3, 0, 1, 1)):
-        add(f"AOLConvTranspose2d k{k} s{s}", lambda k=k, s=s, p=p, o=o, g=g: AOLConvTranspose2d(4, 6, k, s, p, o, g), (4, 4, 4))
+        add(
+            f"AOLConvTranspose2d k{k} s{s}",
+            lambda k=k, s=s, p=p, o=o, g=g: AOLConvTranspose2d(4, 6, k, s, p, o, g),
+            (4, 4, 4),
+        )
     conv = lambda **o: AOLConv2d(4, 4, 3, padding=1, **o)  # noqa: E731
-    add("chain with MaxMin", lambda: nn.Sequential(conv(), MaxMin(), conv(stride=2), MaxMin("halves"), nn.Flatten(), AOLLinear(36, 5)))
+    add(
+        "chain with MaxMin",
+        lambda: nn.Sequential(conv(), MaxMin(), conv(stride=2), MaxMin("halves"), nn.Flatten(), AOLLinear(36, 5)),
+    )
     add("chain with GroupSort", lambda: nn.Sequential(conv(), GroupSort(4), conv(), GroupSort(None)))
     add("chain with NActivation", lambda: nn.Sequential(conv(), NActivation(4), conv(), NActivation(4, "log_uniform")))
     add("BatchCentering", lambda: nn.Sequential(conv(), BatchCentering(4), conv()))
@@ -131,11 +150,26 @@ def zoo() -> list[Entry]:
     add("plain Conv2d", lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=1)))
     add("plain Conv2d, large", lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=1)), (4, 17, 17))
     add("plain Conv2d reflect", lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")))
-    add("plain Conv2d reflect, large", lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=2, padding_mode="reflect")), (4, 17, 17))
-    add("plain Conv2d replicate, large", lambda: nn.Sequential(nn.Conv2d(4, 2, 3, padding=2, padding_mode="replicate")), (4, 17, 17))
-    add("plain Conv2d circular, large", lambda: nn.Sequential(nn.Conv2d(4, 2, 3, padding=2, padding_mode="circular")), (4, 17, 17))
+    add(
+        "plain Conv2d reflect, large",
+        lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=2, padding_mode="reflect")),
+        (4, 17, 17),
+    )
+    add(
+        "plain Conv2d replicate, large",
+        lambda: nn.Sequential(nn.Conv2d(4, 2, 3, padding=2, padding_mode="replicate")),
+        (4, 17, 17),
+    )
+    add(
+        "plain Conv2d circular, large",
+        lambda: nn.Sequential(nn.Conv2d(4, 2, 3, padding=2, padding_mode="circular")),
+        (4, 17, 17),
+    )
     add("plain ConvTranspose2d", lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3, 2, 1)))
-    add("spectral_norm Conv2d", lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))))
+    add(
+        "spectral_norm Conv2d",
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))),
+    )
     add("weight_norm Linear", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))), (6,))
     add("BatchNorm", lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()))
     add("BatchNorm of the batch", lambda: nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)))
@@ -150,15 +184,29 @@ def zoo() -> list[Entry]:
     add("ReplicationPad2d", lambda: nn.Sequential(nn.ReplicationPad2d(2)))
     add("ReflectionPad2d", lambda: nn.Sequential(nn.ReflectionPad2d(3)))
     add("F.pad circular", lambda: Apply(lambda x: F.pad(x, (3, 3, 2, 2), mode="circular")))
-    for activation in (nn.GELU(), nn.SiLU(), nn.Mish(), nn.SELU(), nn.Hardswish(), nn.PReLU(4), nn.Softplus(3.0), nn.ELU(2.0), nn.Sigmoid()):
+    for activation in (
+        nn.GELU(),
+        nn.SiLU(),
+        nn.Mish(),
+        nn.SELU(),
+        nn.Hardswish(),
+        nn.PReLU(4),
+        nn.Softplus(3.0),
+        nn.ELU(2.0),
+        nn.Sigmoid(),
+    ):
         add(f"{type(activation).__name__}", lambda a=activation: nn.Sequential(copy.deepcopy(a)), (4, 2, 2))
-    add("mean and multiply", lambda: Apply(lambda x: 3.0 * x.mean(1) - x.sum(2)[:, :, :1].flatten(1).mean(1)[:, None, None]))
+    add(
+        "mean and multiply",
+        lambda: Apply(lambda x: 3.0 * x.mean(1) - x.sum(2)[:, :, :1].flatten(1).mean(1)[:, None, None]),
+    )
     add("expand and add", lambda: Apply(lambda x: x + x.mean((2, 3), keepdim=True)))
     add("x / norm", lambda: Apply(lambda x: x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)))
     add("softmax", lambda: nn.Sequential(nn.Softmax(1)))
     add("statistics of the batch", lambda: Apply(lambda x: x - 2 * x.mean(0, keepdim=True)))
     add("converted stock CNN", lambda: lipschitz(nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1),
+        nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))[0])  # fmt: skip
     return entries
 
@@ -171,7 +219,9 @@ def audit(entry: Entry, kind: int) -> tuple[str, float, float]:
     except (UnsoundError, UnknownLipschitzError):
         return "refused", 0.0, 0.0
     generator = torch.Generator().manual_seed(kind)
-    points = torch.cat([torch.randn(2, *entry.shape, generator=generator), 3 * torch.rand(1, *entry.shape, generator=generator)])
+    points = torch.cat(
+        [torch.randn(2, *entry.shape, generator=generator), 3 * torch.rand(1, *entry.shape, generator=generator)]
+    )
     return "accepted", bound, max_jacobian_norm(module, points)
 
 

@@ -13,7 +13,15 @@ from groundwire_aol.initialisers import (
     repeated_orthogonal_,
 )
 
-ACTIVATIONS = [MaxMin(), MaxMin("halves"), GroupSort(2), GroupSort(4), GroupSort(None), NActivation(8), NActivation(8, "log_uniform")]
+ACTIVATIONS = [
+    MaxMin(),
+    MaxMin("halves"),
+    GroupSort(2),
+    GroupSort(4),
+    GroupSort(None),
+    NActivation(8),
+    NActivation(8, "log_uniform"),
+]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
@@ -64,7 +72,9 @@ def test_knots_are_sorted_and_learn_slowly():
 
 def test_the_default_knots_are_absolute_value_and_identity_in_turn():
     x = torch.randn(10, 4)
-    assert torch.allclose(NActivation(4)(x), torch.stack([x[:, 0].abs(), x[:, 1], x[:, 2].abs(), x[:, 3]], 1), atol=1e-5)
+    assert torch.allclose(
+        NActivation(4)(x), torch.stack([x[:, 0].abs(), x[:, 1], x[:, 2].abs(), x[:, 3]], 1), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"init": "other"}, {"init": (1.0,)}, {"lr_factor": 0.0}])
@@ -84,7 +94,10 @@ def test_centering_follows_batchnorm_without_its_division():
     assert torch.allclose(centre(x), x - norm.running_mean.view(1, 3, 1, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "stride", "groups"), [((6, 6, 3, 3), 1, 1), ((4, 8, 3, 3), 1, 1), ((8, 4, 3, 3), 2, 1), ((8, 2, 2, 2), 2, 2)])
+@pytest.mark.parametrize(
+    ("shape", "stride", "groups"),
+    [((6, 6, 3, 3), 1, 1), ((4, 8, 3, 3), 1, 1), ((8, 4, 3, 3), 2, 1), ((8, 2, 2, 2), 2, 2)],
+)
 def test_the_rescale_leaves_orthogonal_starts_as_they_are(shape, stride, groups):
     geometry = Geometry((stride, stride), (1, 1), groups)
     w = nearest_orthogonal_(torch.randn(shape, dtype=torch.float64), geometry)

@@ -76,7 +76,11 @@ KNOWN = {
 def test_no_bound_is_below_the_norm_of_the_jacobian(name, side):
     module = KNOWN[name]().eval()
     bound = lipschitz_bound(module, torch.rand(1, 4, side, side))
-    single = Apply(lambda m, x: torch.cat([t.flatten(1) for t in m.inner(x)], 1), inner=module) if name == "two outputs" else module
+    single = (
+        Apply(lambda m, x: torch.cat([t.flatten(1) for t in m.inner(x)], 1), inner=module)
+        if name == "two outputs"
+        else module
+    )
     x = torch.randn(1, 4, 6, 6) if side == 6 else torch.randn(1, 4, 17, 17)
     assert max_jacobian_norm(single, x) <= float(bound)
     assert float(bound) <= 12 * max_jacobian_norm(single, x)  # nor is it vacuous
@@ -85,7 +89,9 @@ def test_no_bound_is_below_the_norm_of_the_jacobian(name, side):
 
 
 def test_an_aol_network_is_proved_to_be_1_lipschitz_from_its_rounded_weights():
-    net = nn.Sequential(AOLConv2d(1, 8, 3, stride=2), MaxMin(), AOLConv2d(8, 8, 3, steps=2), MaxMin(), nn.Flatten(), AOLLinear(8 * 9, 5))
+    net = nn.Sequential(
+        AOLConv2d(1, 8, 3, stride=2), MaxMin(), AOLConv2d(8, 8, 3, steps=2), MaxMin(), nn.Flatten(), AOLLinear(8 * 9, 5)
+    )
     for seed in range(5):
         torch.manual_seed(seed)
         for p in net.parameters():

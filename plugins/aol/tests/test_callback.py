@@ -30,7 +30,13 @@ class Net(pl.LightningModule):
     def build(self):
         torch.manual_seed(0)
         self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 10)
+            nn.Conv2d(1, 8, 3, 2, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(128, 16),
+            nn.ReLU(),
+            nn.Linear(16, 10),
         )
 
     def configure_model(self):
@@ -75,7 +81,9 @@ def test_a_fit_logs_what_the_functions_say(kit, late):
     assert trainer.callback_metrics["aol/lipschitz"].item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}, {"accumulate_grad_batches": 4, "val_check_interval": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 4}, {"accumulate_grad_batches": 4, "val_check_interval": 2}], ids=str
+)
 def test_sharing_the_rescale_in_a_window_changes_nothing(kit, options, monkeypatch):
     shared, plain = Net(), Net()
     fit(kit, shared, AOL(), **options)
@@ -275,7 +283,12 @@ class Odd(Net):
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(WithNorm, r"net\.7: LayerNorm"), (Product, "product"), (Probabilities, "softmax"), (Odd, r"net\.1: MaxMin needs an even")],
+    [
+        (WithNorm, r"net\.7: LayerNorm"),
+        (Product, "product"),
+        (Probabilities, "softmax"),
+        (Odd, r"net\.1: MaxMin needs an even"),
+    ],
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_models_without_a_bound_are_refused_before_training(kit, module, reason, late):
@@ -306,7 +319,9 @@ def test_targets_that_are_no_classes_are_left_out_with_a_warning(kit):
     assert "aol/clean" not in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("wrong", [{"activation": "relu"}, {"steps": 3}, {"eps": (-1.0,)}, {"eps": ()}, {"input_std": 0.0}, {"init": "no"}])
+@pytest.mark.parametrize(
+    "wrong", [{"activation": "relu"}, {"steps": 3}, {"eps": (-1.0,)}, {"eps": ()}, {"input_std": 0.0}, {"init": "no"}]
+)
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be"):
         AOL(**wrong)

@@ -1,10 +1,18 @@
-"""Stock networks become 1-Lipschitz, with a list of what was changed; what has no rule is refused and left as it was."""
+"""Stock networks become 1-Lipschitz, with a list of what was changed; what has no rule is refused."""
 
 import pytest
 import torch
 from torch import nn
 
-from groundwire_aol import BatchCentering, MaxMin, NActivation, UnknownLipschitzError, UnsoundError, lipschitz, lipschitz_bound
+from groundwire_aol import (
+    BatchCentering,
+    MaxMin,
+    NActivation,
+    UnknownLipschitzError,
+    UnsoundError,
+    lipschitz,
+    lipschitz_bound,
+)
 from groundwire_aol.audit import max_jacobian_norm
 
 
@@ -44,10 +52,12 @@ class Dense(nn.Module):
 
 STOCK = {
     "mlp": (lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 3)), (8,)),
-    "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 3)), (1, 8, 8)),
+    "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(),
+    nn.Linear(8 * 9, 3)), (1, 8, 8)),
     "resnet": (ResNet, (1, 16, 16)),
     "dense connection": (Dense, (8,)),
-    "decoder": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.PReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ELU(), nn.Upsample(scale_factor=2)), (1, 8, 8)),
+    "decoder": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.PReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ELU(),
+    nn.Upsample(scale_factor=2)), (1, 8, 8)),
 }  # fmt: skip
 
 
@@ -122,7 +132,7 @@ def test_present_weights_can_be_kept():
 def test_what_is_excluded_stays_and_is_counted():
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     plain[2].weight.data.mul_(10)
-    model, changes = lipschitz(plain, torch.rand(1, 4), exclude=("2",))
+    model, _changes = lipschitz(plain, torch.rand(1, 4), exclude=("2",))
     assert type(model[2]) is nn.Linear
     norm = float(torch.linalg.matrix_norm(plain[2].weight.detach(), 2))
     assert float(lipschitz_bound(model, torch.rand(1, 4))) == pytest.approx(norm, rel=1e-4)

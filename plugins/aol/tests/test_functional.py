@@ -54,7 +54,10 @@ def test_a_convolution_with_zero_padding_never_has_a_norm_above_one(data, axes, 
     size, stride, dilation, padding = pick(1, 3), pick(1, 4), pick(1, 3), pick(0, 3)
     weight = kernel(seed, (2 * groups, 2, *size), kind)
     w = rescale(weight, Geometry(stride, dilation, groups), side=side, steps=n)
-    image = tuple(data.draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 8)) for k, d, p in zip(size, dilation, padding, strict=True))
+    image = tuple(
+        data.draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 8))
+        for k, d, p in zip(size, dilation, padding, strict=True)
+    )
     convolve = (F.conv1d, F.conv2d)[axes - 1]
     norm = operators.largest(
         lambda x: convolve(x, w, stride=stride, dilation=dilation, padding=padding, groups=groups), (2 * groups, *image)
@@ -67,7 +70,9 @@ def test_a_convolution_with_zero_padding_never_has_a_norm_above_one(data, axes, 
 def test_a_transposed_convolution_never_has_a_norm_above_one(data, seed, kind, side, n, groups):
     k, s, d = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     p, extra = data.draw(st.integers(0, 1)), data.draw(st.integers(0, max(s, d) - 1))
-    w = rescale(kernel(seed, (2 * groups, 2, k, k), kind), Geometry((s, s), (d, d), groups, transposed=True), side=side, steps=n)
+    w = rescale(
+        kernel(seed, (2 * groups, 2, k, k), kind), Geometry((s, s), (d, d), groups, transposed=True), side=side, steps=n
+    )
     options = {"stride": s, "dilation": d, "padding": p, "output_padding": extra, "groups": groups}
     assert operators.largest(lambda x: F.conv_transpose2d(x, w, **options), (2 * groups, 4, 3)) <= 1 + ROUNDING
 
@@ -88,7 +93,7 @@ def test_circular_padding_never_has_a_norm_above_one(data, seed, kind, side, n):
 
 def published(weight, eps=1e-6):
     """The rule of the paper, written as loops over channels and lags."""
-    out, channels, height, width = weight.shape
+    _out, channels, height, width = weight.shape
     sums = torch.zeros(channels, dtype=weight.dtype)
     for i in range(channels):
         for j in range(channels):

@@ -53,8 +53,10 @@ class MaxMin(nn.Module):
         channels = _channels(x, self.dim, 2, "MaxMin")
         split = (channels // 2, 2) if self.pairing == "adjacent" else (2, channels // 2)
         along = self.dim % x.dim() + (self.pairing == "adjacent")
-        one, other = x.unflatten(self.dim, split).unbind(along)
-        return torch.stack((torch.maximum(one, other), torch.minimum(one, other)), along).flatten(along - (self.pairing == "adjacent"), along + (self.pairing == "halves"))
+        one, other = x.unflatten(self.dim, split).unbind(along)  # type: ignore[no-untyped-call]
+        return torch.stack((torch.maximum(one, other), torch.minimum(one, other)), along).flatten(
+            along - (self.pairing == "adjacent"), along + (self.pairing == "halves")
+        )
 
 
 class GroupSort(nn.Module):
@@ -88,8 +90,8 @@ class GroupSort(nn.Module):
         size = self.group_size or x.shape[self.dim]
         channels = _channels(x, self.dim, size, "GroupSort")
         dim = self.dim % x.dim()
-        groups = x.unflatten(dim, (channels // size, size))
-        return groups.sort(dim=dim + 1, descending=self.descending).values.flatten(dim, dim + 1)
+        groups = x.unflatten(dim, (channels // size, size))  # type: ignore[no-untyped-call]
+        return groups.sort(dim=dim + 1, descending=self.descending).values.flatten(dim, dim + 1)  # type: ignore[no-any-return]
 
 
 #: Knots (lower, upper), tiled over the channels. "abs_identity": |x| and x in turn, as in the main experiments.
@@ -138,7 +140,7 @@ class NActivation(nn.Module):
         self.num_features, self.init, self.lr_factor, self.dim = num_features, init, lr_factor, dim
         self.theta = nn.Parameter(_knots(num_features, init) / math.sqrt(lr_factor))
         self.register_buffer("groundwire_aol", torch.empty(0))
-        self.register_load_state_dict_pre_hook(_fill_in_theta)
+        self.register_load_state_dict_pre_hook(_fill_in_theta)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings."""

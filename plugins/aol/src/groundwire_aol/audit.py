@@ -110,7 +110,7 @@ def max_jacobian_norm(module: nn.Module, inputs: Tensor) -> float:
     twin = plain_copy(module).double()
     worst = 0.0
     for x in inputs.detach().double():
-        jacobian = torch.autograd.functional.jacobian(lambda v: twin(v[None])[0], x)
+        jacobian = torch.autograd.functional.jacobian(lambda v: twin(v[None])[0], x)  # type: ignore[no-untyped-call]
         matrix = jacobian.reshape(-1, x.numel())
         worst = max(worst, float(torch.linalg.matrix_norm(matrix, 2)))
     return worst
@@ -169,7 +169,7 @@ def l2_attack(module: nn.Module, x: Tensor, y: Tensor, radii: Tensor, steps: int
 
     def project(d: Tensor) -> Tensor:
         norm = d.flatten(1).norm(dim=1).view(shape).clamp_min(1e-12)
-        return d * (limit / norm).clamp_max(1.0)
+        return d * (limit / norm).clamp_max(1.0)  # type: ignore[no-any-return]
 
     best, moved = project(start), project(start)
     lowest = torch.full((len(x),), math.inf, device=x.device)

@@ -1,6 +1,7 @@
 """Sums of the absolute autocorrelation of a kernel, the expensive part of AOL, in two ways with equal results.
 
-The plain way is one convolution of the kernel with itself. The fast way uses that ``v_ij(lag) = v_ji(-lag)``: half of the
+The plain way is one convolution of the kernel with itself. The fast way uses that ``v_ij(lag) = v_ji(-lag)``: half of
+the
 lags are enough, each is one matrix product, and the gradient has a closed form that needs the signs only.
 """
 
@@ -10,12 +11,11 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 #: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py).
 FAST_CHANNELS = 96
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
 def autocorrelation(blocks: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def autocorrelation(blocks: Tensor) -> Tensor:
     signal = blocks.transpose(0, 1).flatten(1, 2)
     found = _CONVOLUTIONS[len(taps)](signal, kernels, padding=[k - 1 for k in taps], groups=groups)
     # The lags come in descending order; v_ij(lag) = v_ji(-lag), so neither sums nor the second step care.
-    return found.unflatten(1, (groups, channels)).transpose(0, 1)
+    return found.unflatten(1, (groups, channels)).transpose(0, 1)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def lag_sums(blocks: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ def lag_sums(blocks: Tensor) -> Tensor:
         tensor([[9.]])
     """
     if _is_fast(blocks):
-        sums: Tensor = _HalfLags.apply(blocks)[0]
+        sums: Tensor = _HalfLags.apply(blocks)[0]  # type: ignore[no-untyped-call]
         return sums
     return autocorrelation(blocks).abs().flatten(2).sum(2)
 
 
 def _is_fast(blocks: Tensor) -> bool:
-    if blocks.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if blocks.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
     return blocks.shape[1] >= FAST_CHANNELS
 
@@ -80,7 +80,7 @@ def _overlap(blocks: Tensor, lag: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 class _HalfLags(torch.autograd.Function):
-    """Absolute sums from half of the lags. Its backward is made of differentiable operations: it can be derived again."""
+    """Absolute sums from half of the lags. Its backward is differentiable too."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""An upper bound of a model's Lipschitz constant, proved step by step along its graph; nothing unknown is ever assumed."""
+"""An upper bound of a model's Lipschitz constant, proved step by step along its graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class LayerBound:
     Attributes:
         path: Name of the layer, or of the traced operation.
         operation: What it is.
-        constant: Its own Lipschitz constant (L2); for a sum or concatenation the result's relative to its largest input.
+        constant: Its own Lipschitz constant (L2); for a sum or concatenation the result's relative to its largest
+        input.
         lipschitz: Bound from the model's input to this step's output.
         proof: How the constant was proved.
     """
@@ -54,7 +55,11 @@ class Bound:
         return self.value
 
     def __str__(self) -> str:
-        rows = [f"  {b.path:<20} {b.operation:<14} {b.constant:9.6f}  {b.proof}" for b in self.layers if abs(b.constant - 1) > 1e-5]
+        rows = [
+            f"  {b.path:<20} {b.operation:<14} {b.constant:9.6f}  {b.proof}"
+            for b in self.layers
+            if abs(b.constant - 1) > 1e-5
+        ]
         lines = [f"Lipschitz constant <= {self.value:.9g} in L2, for inputs of shape {self.input_shape}", *rows]
         return "\n".join([*lines, f"  and {len(self.layers) - len(rows)} steps with constant 1"])
 
@@ -64,7 +69,8 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
 
     A baked copy is traced with torch.fx and walked in order: constants multiply along chains, add at sums, and are
     combined by the root of their squares at concatenations. AOL layers are proved again in float64 from the weights as
-    they are rounded; other linear layers get their exact norm (singular values) where they are small enough, otherwise a
+    they are rounded; other linear layers get their exact norm (singular values) where they are small enough, otherwise
+    a
     proved upper bound; activations and pools their known constants.
 
     The bound is for exact arithmetic with these weights and inputs of this shape. ``module`` is not changed.
@@ -103,7 +109,7 @@ def _squared_scales(module: nn.Module) -> dict[str, tuple[AOLParametrization, Te
         rule = aol_of(layer)
         if rule is None:
             continue
-        chain = layer.parametrizations["weight"]  # type: ignore[index,union-attr]
+        chain = layer.parametrizations["weight"]
         if len(chain) > 1:
             continue  # Something else also changes the weight: the layer is bounded as a plain one.
         raw = chain.original.detach().double()
@@ -194,10 +200,14 @@ class _Walk:
         for tensor in _tensors(value):
             if tensor.dim() < 1 or tensor.shape[0] != 2:
                 raise UnknownLipschitzError(
-                    step.path, f"its result of shape {tuple(tensor.shape)} has no row per sample", "keep the batch first"
+                    step.path,
+                    f"its result of shape {tuple(tensor.shape)} has no row per sample",
+                    "keep the batch first",
                 )
             if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16):
-                raise UnsoundError(f"{step.path} computes in {tensor.dtype}, for which nothing is proved -> use float32")
+                raise UnsoundError(
+                    f"{step.path} computes in {tensor.dtype}, for which nothing is proved -> use float32"
+                )
 
     def _operation(self, step: Step) -> str:
         return type(self.module.get_submodule(step.path)).__name__ if step.is_layer else step.operation
@@ -217,7 +227,11 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, Sequence) and not isinstance(value, str) else []
+    return (
+        [t for item in value for t in _tensors(item)]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else []
+    )
 
 
 def _refuse_other_results(module: nn.Module, example: Tensor, walked: Any) -> None:
@@ -229,11 +243,17 @@ def _refuse_other_results(module: nn.Module, example: Tensor, walked: Any) -> No
     try:
         again, together, alone = (_tensors(module(x.clone())) for x in (example, probe, probe[1:]))
     except Exception as error:
-        raise UnknownLipschitzError(name, f"its forward fails outside the trace ({error})", "make it take any batch") from error
+        raise UnknownLipschitzError(
+            name, f"its forward fails outside the trace ({error})", "make it take any batch"
+        ) from error
     if not _close(again, _tensors(walked)):
-        raise UnknownLipschitzError(name, "its forward does not compute what was traced", "remove state and random numbers")
+        raise UnknownLipschitzError(
+            name, "its forward does not compute what was traced", "remove state and random numbers"
+        )
     if not _close([t[1:] for t in together], alone):
-        raise UnknownLipschitzError(name, "the result of a sample depends on its batch", "use no statistics of the batch")
+        raise UnknownLipschitzError(
+            name, "the result of a sample depends on its batch", "use no statistics of the batch"
+        )
 
 
 def _close(ones: list[Tensor], others: list[Tensor]) -> bool:

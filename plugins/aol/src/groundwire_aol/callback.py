@@ -24,8 +24,10 @@ class AOL(Plugin):
     """Turn the model into a 1-Lipschitz one and report how far its predictions are certain.
 
     Almost-orthogonal layers (Prach and Lampert, 2022). The model is converted as by ``groundwire_aol.lipschitz`` before
-    weights are restored and optimizers made. Each validation and test epoch logs the clean accuracy ``aol/clean`` and the
-    certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for the current weights. Train with
+    weights are restored and optimizers made. Each validation and test epoch logs the clean accuracy ``aol/clean`` and
+    the
+    certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for the current weights. Train
+    with
     ``OffsetCrossEntropy`` and images in [0, 1].
 
     Args:
@@ -107,10 +109,14 @@ class AOL(Plugin):
         strategy, precision = type(run.trainer.strategy).__name__, str(run.trainer.precision)
         problems = []
         if any(word in strategy for word in ("DeepSpeed", "FSDP", "ModelParallel")):
-            problems.append(Problem(self.name, f"{strategy} shards weights, whose norms need all of them", "use strategy='ddp'"))
+            problems.append(
+                Problem(self.name, f"{strategy} shards weights, whose norms need all of them", "use strategy='ddp'")
+            )
         if precision in ("bf16-true", "16-true"):
             hint = "use precision='32-true', or 'bf16-mixed' (certificates are then computed in float32)"
-            problems.append(Problem(self.name, f"precision {precision!r} rounds weights, so their norm is not bounded", hint))
+            problems.append(
+                Problem(self.name, f"precision {precision!r} rounds weights, so their norm is not bounded", hint)
+            )
         if run.ready:
             self._run = run
             problems += self._of_the_model(run.module)
@@ -238,5 +244,3 @@ def _may_share(trainer: Any, module: Any) -> bool:
         and len(trainer.optimizers) == 1
         and trainer.precision != "16-mixed"
     )
-
-

@@ -38,7 +38,7 @@ class BatchCentering(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if bias else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("groundwire_aol", torch.empty(0))
-        self.register_load_state_dict_pre_hook(_take_batchnorm)
+        self.register_load_state_dict_pre_hook(_take_batchnorm)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -63,7 +63,7 @@ def _take_batchnorm(module: nn.Module, state: dict[str, Any], prefix: str, *_: A
         for name in ("weight", "running_var", "num_batches_tracked"):
             state.pop(f"{prefix}{name}", None)
         if module.bias is None:
-            state.pop(f"{prefix}bias", None)
+            state.pop(f"{prefix}bias", None)  # type: ignore[unreachable]
         elif f"{prefix}bias" not in state:
             state[f"{prefix}bias"] = module.bias.detach()  # type: ignore[operator]
         state[mark] = torch.empty(0)
@@ -130,7 +130,7 @@ class ConvexSum(nn.Module):
         super().__init__()
         self.logit = nn.Parameter(torch.zeros(()))
         self.register_buffer("groundwire_aol", torch.empty(0))
-        self.register_load_state_dict_pre_hook(_fill_in_logit)
+        self.register_load_state_dict_pre_hook(_fill_in_logit)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Two tensors of one shape to the same shape."""

@@ -34,7 +34,8 @@ def certified_radius(
     Args:
         logits: Shape (B, K), K >= 2, floating.
         target: Shape (B,), integers in [0, K).
-        lipschitz: Bound L of the model that made ``logits``: a number or :func:`groundwire_aol.lipschitz_bound`'s result.
+        lipschitz: Bound L of the model that made ``logits``: a number or :func:`groundwire_aol.lipschitz_bound`'s
+        result.
         input_std: Deviations that the data was divided by, outside the model. Radii are then in units of the undivided
             pixels: L is multiplied by ``1 / min(input_std)``.
         slack: Error of the scores that the margin must cover, such as that of their rounding.
@@ -142,18 +143,18 @@ def _check(logits: Tensor, target: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floats of shape (B, K) with K >= 2, got {logits.dtype} {tuple(logits.shape)}")
     if target.shape != logits.shape[:1] or target.is_floating_point():
-        raise ValueError(
-            f"target must be integers of shape ({len(logits)},), got {target.dtype} {tuple(target.shape)}"
-        )
+        raise ValueError(f"target must be integers of shape ({len(logits)},), got {target.dtype} {tuple(target.shape)}")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
         raise ValueError(
-            f"target has classes {int(target.min())} to {int(target.max())}, but logits have {logits.shape[1]} classes -> "
-            "give the model as many scores as there are classes"
+            f"target has classes {int(target.min())} to {int(target.max())}, but logits have {logits.shape[1]} classes "
+            "-> give the model as many scores as there are classes"
         )
 
 
 def _pair_norms(weight: Tensor, target: Tensor, classes: int) -> Tensor:
     if weight.dim() != 2 or len(weight) != classes:
-        raise ValueError(f"last_layer must be the weight of a Linear layer with {classes} outputs, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"last_layer must be the weight of a Linear layer with {classes} outputs, got {tuple(weight.shape)}"
+        )
     rows = weight.detach().double()
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")[target.long()] * (1 + 1e-9)

@@ -1,4 +1,4 @@
-"""Lipschitz constants (L2) of what is not linear. Sources: closed forms, and slopes maximised numerically, rounded up."""
+"""Lipschitz constants (L2) of what is not linear: closed forms, and largest slopes rounded up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from groundwire_aol.activations import GroupSort, MaxMin, NActivation
 from groundwire_aol.centering import BatchCentering, GlobalAvgPool
@@ -19,7 +18,8 @@ MODULES: dict[type[nn.Module], float] = {
     nn.Identity: 1.0, nn.ReLU: 1.0, nn.ReLU6: 1.0, nn.Tanh: 1.0, nn.Softsign: 1.0, nn.LogSigmoid: 1.0,
     nn.Tanhshrink: 1.0, nn.Softshrink: 1.0, nn.Dropout: 1.0, nn.Dropout1d: 1.0, nn.Dropout2d: 1.0, nn.Dropout3d: 1.0,
     nn.AlphaDropout: 1.0, nn.FeatureAlphaDropout: 1.0,
-    nn.Sigmoid: 0.25, nn.Hardsigmoid: 1 / 6 + 1e-9, nn.SiLU: 1.09985, nn.Mish: 1.08851, nn.Hardswish: 1.5, nn.SELU: 1.75810,
+    nn.Sigmoid: 0.25, nn.Hardsigmoid: 1 / 6 + 1e-9, nn.SiLU: 1.09985, nn.Mish: 1.08851, nn.Hardswish: 1.5, nn.SELU:
+    1.75810,
     nn.GELU: 1.12905,
     MaxMin: 1.0, GroupSort: 1.0, NActivation: 1.0, BatchCentering: 1.0, GlobalAvgPool: 1.0,
 }  # fmt: skip
@@ -86,7 +86,7 @@ def name_of(target: Any) -> str:
     """How a traced function or method is called in the tables.
 
     Example:
-        >>> name_of(F.relu), name_of(operator.add), name_of("view")
+        >>> name_of(nn.functional.relu), name_of(operator.add), name_of("view")
         ('relu', 'add', 'view')
     """
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -98,8 +98,12 @@ def is_known_function(target: Any) -> bool:
         return True
     if target in (getattr, math.sqrt):
         return True
-    places: tuple[Any, ...] = (torch, F, operator, torch.Tensor)
+    places: tuple[Any, ...] = (torch, nn.functional, operator, torch.Tensor)
     return any(getattr(place, name_of(target), None) is target for place in places) or target in _BUILTINS
 
 
-_BUILTINS: set[Callable[..., Any]] = {torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d}
+_BUILTINS: set[Callable[..., Any]] = {
+    torch.nn.functional.conv1d,
+    torch.nn.functional.conv2d,
+    torch.nn.functional.conv3d,
+}

@@ -35,7 +35,9 @@ def geometry_of(layer: nn.Module) -> Geometry:
     assert isinstance(layer, CONVOLUTIONS)
     mode = layer.padding_mode
     if mode not in ("zeros", "circular"):
-        raise UnsoundError(f"padding_mode {mode!r} repeats border pixels: {_REPEATS[mode]} -> use 'zeros' or 'circular'")
+        raise UnsoundError(
+            f"padding_mode {mode!r} repeats border pixels: {_REPEATS[mode]} -> use 'zeros' or 'circular'"
+        )
     if mode == "circular":
         _refuse_wrapping_twice(layer)
     transposed = isinstance(layer, TRANSPOSED)
@@ -86,11 +88,11 @@ def constrain(
         raise TypeError(f"{type(layer).__name__} is not a Linear or convolution layer of torch.nn")
     if aol_of(layer) is None:
         rule = AOLParametrization(geometry_of(layer), steps, side, compat)
-        rule.to(device=layer.weight.device)  # type: ignore[union-attr,arg-type]
+        rule.to(device=layer.weight.device)  # type: ignore[arg-type]
         rule.train(layer.training)
         # "unsafe" only skips torch's trial runs of the rule, which keeps shape and dtype.
         parametrize.register_parametrization(layer, "weight", rule, unsafe=True)
-        layer.register_load_state_dict_pre_hook(_take_plain_weight)
+        layer.register_load_state_dict_pre_hook(_take_plain_weight)  # type: ignore[no-untyped-call]
     return layer
 
 

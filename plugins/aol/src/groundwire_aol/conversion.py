@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 
 from groundwire_aol import constants
@@ -20,7 +19,16 @@ from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.initialisers import nearest_orthogonal_
 from groundwire_aol.parametrization import aol_of
 from groundwire_aol.residual import rewrite, sums_and_concatenations
-from groundwire_aol.rules import BATCHNORMS, FACTS, HINTS, INTERPOLATIONS, MAX_POOLS, NONNEGATIVE, NONNEGATIVE_LAYERS, _RULES
+from groundwire_aol.rules import (
+    _RULES,
+    BATCHNORMS,
+    FACTS,
+    HINTS,
+    INTERPOLATIONS,
+    MAX_POOLS,
+    NONNEGATIVE,
+    NONNEGATIVE_LAYERS,
+)
 from groundwire_aol.tracing import is_leaf, refuse_weights, trace
 
 Activation: TypeAlias = Literal["maxmin", "nactivation"] | None
@@ -28,7 +36,8 @@ Init: TypeAlias = Literal["orthogonal", "keep"]
 
 #: Replaced by MaxMin or NActivation. Tanh, Sigmoid and the like stay: somebody chose them for their range.
 REPLACED = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish,
     nn.Softplus,
 )  # fmt: skip
 _AVG_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
@@ -46,7 +55,7 @@ def lipschitz(
     input_std: Any = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, list[str]]:
-    """Turn a stock CNN or MLP into a 1-Lipschitz one, to be trained from here.
+    r"""Turn a stock CNN or MLP into a 1-Lipschitz one, to be trained from here.
 
     Linear and convolution layers get AOL weights, ReLU and its like become MaxMin (or NActivation), BatchNorm becomes
     :class:`BatchCentering`, pools are rescaled to constant 1, sums of two branches become convex combinations,
@@ -68,13 +77,14 @@ def lipschitz(
 
     Raises:
         UnknownLipschitzError: An operation without a rule, with its path and a way out; nothing was changed.
-        UnsoundError: A padding without a bound, weights that are not finite, or (with ``example_input``) a constant that
+        UnsoundError: A padding without a bound, weights that are not finite, or (with ``example_input``) a constant
+        that
             is not at most 1 although nothing was excluded.
         ValueError: An argument is out of range.
 
     Example:
         >>> model, changes = lipschitz(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(1, 4))
-        >>> print(*changes[:3], sep="\\n")
+        >>> print(*changes[:3], sep="\n")
         0: Linear -> AOL weight of norm at most 1, orthogonal start
         1: ReLU -> MaxMin
         2: Linear -> AOL weight of norm at most 1, orthogonal start
@@ -86,7 +96,9 @@ def lipschitz(
     result = found.module
     if input_std is not None:
         factor = 1 / smallest_std(input_std)
-        changes.append(f"inputs are divided by {input_std} before the model: certificates in pixels count L * {factor:.6g}")
+        changes.append(
+            f"inputs are divided by {input_std} before the model: certificates in pixels count L * {factor:.6g}"
+        )
     if example_input is not None:
         bound = lipschitz_bound(result, example_input)
         if float(bound) > 1 + 1e-4 and not exclude:
@@ -99,7 +111,9 @@ def lipschitz(
 class _Conversion:
     """Looks at everything first, then changes: a refusal leaves the model as it was."""
 
-    def __init__(self, module: nn.Module, activation: Activation, steps: int, init: Init, exclude: tuple[str, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, activation: Activation, steps: int, init: Init, exclude: tuple[str, ...]
+    ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
         if init not in ("orthogonal", "keep"):
@@ -109,7 +123,9 @@ class _Conversion:
         names = dict(module.named_modules())
         missing = [name for name in exclude if name not in names]
         if missing:
-            raise ValueError(f"exclude names {', '.join(missing)}, which is no submodule -> choose of {', '.join(list(names)[1:])}")
+            raise ValueError(
+                f"exclude names {', '.join(missing)}, which is no submodule -> choose of {', '.join(list(names)[1:])}"
+            )
         self.module, self.activation, self.steps, self.init, self.exclude = module, activation, steps, init, exclude
         refuse_weights(module)
         self.prefix, core = core_of(module)
@@ -128,10 +144,13 @@ class _Conversion:
         blocks = sums_and_concatenations(self.graph, lambda path: self.excluded(self.path(path)))
         for node in self.graph.nodes:
             self.look(node)
-        graphs = {self.path(path): rewrite(self.module.get_submodule(self.path(path)), self.path(path)) for path in blocks}
+        graphs = {
+            self.path(path): rewrite(self.module.get_submodule(self.path(path)), self.path(path)) for path in blocks
+        }
         if "" in graphs and _is_lightning(self.module):
             raise UnknownLipschitzError(
-                type(self.module).__name__, "its own forward adds or concatenates branches, which cannot be changed in place",
+                type(self.module).__name__,
+                "its own forward adds or concatenates branches, which cannot be changed in place",
                 "move that part into a submodule",
             )
         for path, layer in self.new.items():
@@ -161,7 +180,7 @@ class _Conversion:
         if node.op == "call_module":
             path = self.path(str(node.target))
             layer = self.module.get_submodule(path)
-            if isinstance(layer, CONVOLUTIONS) or isinstance(layer, nn.Linear):
+            if isinstance(layer, (CONVOLUTIONS, nn.Linear)):
                 self.channels[node] = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
             elif isinstance(layer, nn.Flatten | nn.Unflatten | nn.PixelShuffle | nn.PixelUnshuffle):
                 self.channels[node] = None
@@ -176,7 +195,9 @@ class _Conversion:
         name = constants.name_of(node.target)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = self.path(stack[-1][0] if stack else "")
-        known = name in _RULES or name in constants.FUNCTIONS or name in NONNEGATIVE or name in FACTS or name == "getattr"
+        known = (
+            name in _RULES or name in constants.FUNCTIONS or name in NONNEGATIVE or name in FACTS or name == "getattr"
+        )
         if self.excluded(owner) or (known and constants.is_known_function(node.target)):
             return
         if not _uses_input(node):
@@ -226,7 +247,8 @@ class _Conversion:
             return
         if channels is not None and channels % 2:
             raise UnknownLipschitzError(
-                path, f"MaxMin needs an even number of channels, got {channels}",
+                path,
+                f"MaxMin needs an even number of channels, got {channels}",
                 "make the layer before it wider by one, or use activation='nactivation'",
             )
         self.replace(path, MaxMin(), f"{name} -> MaxMin")
@@ -254,20 +276,33 @@ class _Conversion:
         name = type(layer).__name__
         if type(layer) in _GLOBAL_POOLS:
             if set(constants._per_axis(layer.output_size, _GLOBAL_POOLS[type(layer)])) == {1}:
-                self.replace(path, GlobalAvgPool(_GLOBAL_POOLS[type(layer)]), f"{name}(1) -> sum over the root of the size")
+                self.replace(
+                    path, GlobalAvgPool(_GLOBAL_POOLS[type(layer)]), f"{name}(1) -> sum over the root of the size"
+                )
             return
         axes = _AVG_POOLS[type(layer)]
         size, stride, padding = (constants._per_axis(v, axes) for v in (layer.kernel_size, layer.stride, layer.padding))
-        plain = size == stride and not any(padding) and not layer.ceil_mode and getattr(layer, "divisor_override", None) is None
+        plain = (
+            size == stride
+            and not any(padding)
+            and not layer.ceil_mode
+            and getattr(layer, "divisor_override", None) is None
+        )
         factor = math.sqrt(math.prod(size))
         if plain and factor > 1:
-            self.replace(path, Rescaled(layer, factor), f"{name} -> times {factor:g}, so that its constant is 1 and not 1/{factor:g}")
+            self.replace(
+                path,
+                Rescaled(layer, factor),
+                f"{name} -> times {factor:g}, so that its constant is 1 and not 1/{factor:g}",
+            )
 
     def plan_upsample(self, path: str, layer: nn.Upsample) -> None:
         """Copies of a pixel count as often as they are made."""
         factor = layer.scale_factor
         if layer.mode not in INTERPOLATIONS:
-            raise UnknownLipschitzError(path, f"mode {layer.mode!r} has negative weights", "use 'nearest' or 'bilinear'")
+            raise UnknownLipschitzError(
+                path, f"mode {layer.mode!r} has negative weights", "use 'nearest' or 'bilinear'"
+            )
         if isinstance(factor, int | float) and float(factor).is_integer() and not layer.align_corners:
             axes = {"linear": 1, "bilinear": 2, "trilinear": 3}.get(layer.mode, 2)
             constant = math.sqrt(float(factor) ** axes)
@@ -289,7 +324,7 @@ class _Conversion:
         if parameter is not None:
             layer.to(parameter.device, parameter.dtype)
         if isinstance(old, nn.PReLU):
-            layer.register_load_state_dict_pre_hook(_drop_slope)
+            layer.register_load_state_dict_pre_hook(_drop_slope)  # type: ignore[no-untyped-call]
         _put(self.module, path, layer)
 
 
@@ -354,7 +389,8 @@ def core_of(module: nn.Module) -> tuple[str, nn.Module]:
     if len(children) != 1:
         names = ", ".join(name for name, _ in children) or "none"
         raise UnknownLipschitzError(
-            type(module).__name__, f"it has no forward, and its submodules with weights are: {names}",
+            type(module).__name__,
+            f"it has no forward, and its submodules with weights are: {names}",
             "define forward(self, x) so that it returns the scores",
         )
     return children[0]

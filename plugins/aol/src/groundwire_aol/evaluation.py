@@ -83,7 +83,9 @@ class CertifiedPass:
         target = fields.targets
         if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
             if not self.warned:
-                warnings.warn("aol certifies classes, but the targets are no class numbers: nothing is certified", stacklevel=2)
+                warnings.warn(
+                    "aol certifies classes, but the targets are no class numbers: nothing is certified", stacklevel=2
+                )
             self.warned = True
             return
         self.metric.lipschitz = self.bound(module, fields.inputs)
@@ -97,7 +99,9 @@ class CertifiedPass:
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             output = core_of(module)[1](inputs.float())
         if not isinstance(output, Tensor):
-            raise UnsoundError(f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores")
+            raise UnsoundError(
+                f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
+            )
         if self.same is None:
             alike = output.shape == scores.shape and torch.allclose(output, scores, rtol=1e-5, atol=1e-6)
             self.same = alike and bool(scores.abs().amax() > 1e-3)
@@ -129,7 +133,7 @@ def warn_of_range(inputs: Any, input_std: Any = None) -> None:
     low, high = float(inputs.min()), float(inputs.max())
     if low < -1e-3 or high > 1 + 1e-3:
         warnings.warn(
-            f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the data is "
-            "divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide them by 255",
+            f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the data "
+            "is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide them by 255",
             stacklevel=2,
         )

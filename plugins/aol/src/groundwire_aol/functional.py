@@ -1,8 +1,8 @@
 r"""The almost-orthogonal (AOL) rescale in pure torch (Prach and Lampert, 2022).
 
 For any matrix P, with ``D = diag(sum_j |P^T P|_ij + eps)``, the matrix ``W = P D^{-1/2}`` has spectral norm at most 1:
-``D - P^T P`` is diagonally dominant, so ``P^T P <= D``. For a convolution the sum also runs over all lags of the kernel's
-autocorrelation. Here the same rule covers every geometry, because
+``D - P^T P`` is diagonally dominant, so ``P^T P <= D``. For a convolution the sum also runs over all lags of the
+kernel's autocorrelation. Here the same rule covers every geometry, because
 
 * a convolution of stride s is one of stride 1 on the polyphase components of its input, so the rule is applied to the
   kernel's polyphase form (*phase-wise* AOL). Dilation d only relabels taps: ``s / gcd(s, d)`` phases remain;
@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from groundwire_aol.autocorrelation import autocorrelation, lag_sums
 
@@ -100,7 +99,7 @@ def rescale(
 
 
 def squared_scale(weight: Tensor, geometry: Geometry, *, steps: int, side: Side, eps: float = EPS) -> Tensor:
-    """The diagonal D with ``J^T J <= D`` (input side) or ``J J^T <= D`` (output side), for the operator J of ``weight``.
+    """The diagonal D with ``J^T J <= D`` (input side) or ``J J^T <= D`` (output side), J the operator of ``weight``.
 
     Returns:
         Shape (groups, channels * phases) for the side that carries phases, (groups, channels) for the other.
@@ -169,10 +168,10 @@ def _polyphase(blocks: Tensor, phases: Sequence[int]) -> Tensor:
     if max(phases, default=1) == 1:
         return blocks
     pads = [(-k) % p for k, p in zip(blocks.shape[3:], phases, strict=True)]
-    blocks = F.pad(blocks, [n for pad in reversed(pads) for n in (0, pad)])
+    blocks = nn.functional.pad(blocks, [n for pad in reversed(pads) for n in (0, pad)])
     for axis, p in enumerate(phases):
         # Each axis becomes (taps, phase); the phase moves right behind the channels and the earlier phases.
-        blocks = blocks.unflatten(3 + 2 * axis, (-1, p)).movedim(4 + 2 * axis, 3 + axis)
+        blocks = blocks.unflatten(3 + 2 * axis, (-1, p)).movedim(4 + 2 * axis, 3 + axis)  # type: ignore[no-untyped-call]
     return blocks.flatten(2, 2 + len(phases))
 
 

@@ -1,4 +1,4 @@
-"""Raw weights that the AOL rescale leaves (almost) as they are, so that signals neither grow nor vanish at the start."""
+"""Raw weights that the rescale leaves as they are, so that signals neither grow nor vanish at the start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _centre(weight: Tensor) -> tuple[int, ...]:
 
 def _matrices(weight: Tensor, groups: int) -> Tensor:
     """The centre tap, one matrix per group; a view."""
-    return weight[(..., *_centre(weight))].unflatten(0, (groups, -1))
+    return weight[(..., *_centre(weight))].unflatten(0, (groups, -1))  # type: ignore[index,no-any-return,no-untyped-call]
 
 
 @torch.no_grad()
@@ -46,16 +46,19 @@ def orthogonal_centre_(weight: Tensor, groups: int = 1, generator: torch.Generat
     """
     weight.zero_()
     for matrix in _matrices(weight, groups):
-        matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, memory_format=torch.contiguous_format), generator=generator))
+        matrix.copy_(
+            nn.init.orthogonal_(torch.empty_like(matrix, memory_format=torch.contiguous_format), generator=generator)
+        )
     return weight
 
 
 @torch.no_grad()
 def nearest_orthogonal_(weight: Tensor, geometry: Geometry | None = None, side: Side = "auto") -> Tensor:
-    """Orthogonal on the smallest window of taps that meets every phase, zero elsewhere: the rescale then changes nothing.
+    """Orthogonal on the smallest window of taps that meets every phase, zero elsewhere: the rescale changes nothing.
 
     Without stride that is the centre tap. The matrix is the orthogonal one nearest to what the weight holds there, so
-    nothing is drawn: a model converted in several processes, or built late, begins with equal weights. Where more columns
+    nothing is drawn: a model converted in several processes, or built late, begins with equal weights. Where more
+    columns
     than rows are scaled, neighbouring columns share a direction, as in :func:`repeated_orthogonal_`.
 
     Args:
@@ -76,7 +79,7 @@ def nearest_orthogonal_(weight: Tensor, geometry: Geometry | None = None, side: 
         for k, p in zip(weight.shape[2:], geometry.phases, strict=True)
     )
     kept = []
-    for block in weight.unflatten(0, (geometry.groups, -1)):
+    for block in weight.unflatten(0, (geometry.groups, -1)):  # type: ignore[no-untyped-call]
         part = block[(slice(None), slice(None), *window)]
         kept.append(_orthogonal(part.flatten(1), block.flatten(1), scales_columns).reshape(part.shape))
     weight.zero_()
@@ -95,7 +98,7 @@ def _orthogonal(matrix: Tensor, source: Tensor, scales_columns: bool) -> Tensor:
 
 def _polar(matrix: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (left @ right).to(matrix.dtype)
+    return (left @ right).to(matrix.dtype)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

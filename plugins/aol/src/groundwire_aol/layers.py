@@ -31,7 +31,7 @@ class _Orthogonal:
             nn.init.zeros_(layer.bias)
 
 
-class AOLLinear(_Orthogonal, nn.Linear):
+class AOLLinear(_Orthogonal, nn.Linear):  # type: ignore[misc]
     """A dense layer whose weight has spectral norm at most 1, as :class:`torch.nn.Linear` otherwise.
 
     Args:
@@ -268,7 +268,17 @@ class AOLConvTranspose2d(_Orthogonal, nn.ConvTranspose2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
-            device, dtype,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
         )
         constrain(self, steps, side=side, compat=compat)

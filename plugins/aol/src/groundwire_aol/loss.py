@@ -6,13 +6,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class OffsetCrossEntropy(nn.Module):
     r"""``T * CE((s - o * p) / T, p)``: the right score must lead by about ``o`` (section 5 of the paper).
 
-    A larger offset trades clean accuracy for certified accuracy at larger radii: ``sqrt(2) * 2 * eps`` aims at radius eps.
+    A larger offset trades clean accuracy for certified accuracy at larger radii: ``sqrt(2) * 2 * eps`` aims at radius
+    eps.
 
     Args:
         offset: o, at least 0. The paper's is sqrt(2); sqrt(2) / 4 keeps more clean accuracy.
@@ -53,16 +53,22 @@ class OffsetCrossEntropy(nn.Module):
             shares = target
         else:
             _refuse_classes(scores, target)
-            shares = F.one_hot(target.long(), scores.shape[1])
+            shares = nn.functional.one_hot(target.long(), scores.shape[1])
         shifted = (scores - self.offset * shares.to(scores.dtype)) / self.temperature
-        loss = F.cross_entropy(shifted, target if target.is_floating_point() else target.long(), reduction=self.reduction)
+        loss = nn.functional.cross_entropy(
+            shifted, target if target.is_floating_point() else target.long(), reduction=self.reduction
+        )
         return self.temperature * loss
 
 
 def _refuse_classes(scores: Tensor, target: Tensor) -> None:
     if target.shape != scores.shape[:1]:
         raise ValueError(f"target must have shape ({len(scores)},) or {tuple(scores.shape)}, got {tuple(target.shape)}")
-    if not torch.compiler.is_compiling() and len(target) and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]:
+    if (
+        not torch.compiler.is_compiling()
+        and len(target)
+        and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]
+    ):
         raise ValueError(
             f"target has classes {int(target.min())} to {int(target.max())}, but there are {scores.shape[1]} scores"
         )

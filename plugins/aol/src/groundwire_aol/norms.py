@@ -118,7 +118,8 @@ def operator_norm(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) 
 def nonnegative_norm(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> float:
     """Upper bound of the norm of an affine ``function`` whose matrix has no negative entry, by the Schur test.
 
-    The root of its largest row sum times its largest column sum, both exact: one call with ones, one adjoint call. It is
+    The root of its largest row sum times its largest column sum, both exact: one call with ones, one adjoint call. It
+    is
     the norm for paddings, copies, slices, and for average pooling whose windows do not overlap.
 
     Args:

@@ -1,7 +1,8 @@
 """The rescale rule as a ``torch.nn.utils.parametrize`` parametrization, with the two places where it is not recomputed.
 
 In evaluation without gradients the rescaled weight is kept as long as the raw one has the same values. Under gradient
-accumulation it is computed once for the window: the micro-batches meet a leaf, and :meth:`AOLParametrization.flush` sends
+accumulation it is computed once for the window: the micro-batches meet a leaf, and :meth:`AOLParametrization.flush`
+sends
 the leaf's gradient through the rule once. Nothing else is ever kept, so training cannot meet a stale weight or one that
 gives no gradient.
 """
@@ -19,7 +20,7 @@ from groundwire_aol.functional import Geometry, Side, published, rescale
 
 
 class _Memory:
-    """What one layer remembers. A copy of it remembers nothing: graphs and weights of the original are not the copy's."""
+    """What one layer remembers. A copy of it remembers nothing: the graphs are the original's."""
 
     def __init__(self) -> None:
         self.accumulating = False
@@ -74,7 +75,7 @@ class AOLParametrization(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The rescaled weight, in the dtype of ``original``."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed(original):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed(original):  # type: ignore[attr-defined,no-untyped-call]
             return self._rescaled(original)
         learns = torch.is_grad_enabled() and original.requires_grad
         if not learns and not self.training:
@@ -85,7 +86,7 @@ class AOLParametrization(nn.Module):
         return self._rescaled(original)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """``layer.weight = w`` sets the raw weight; the layer then has ``rescale(w)``, which is w only if orthogonal."""
+        """``layer.weight = w`` sets the raw weight; the layer then has ``rescale(w)``, which is w if orthogonal."""
         return weight
 
     def _rescaled(self, original: Tensor) -> Tensor:
@@ -134,7 +135,9 @@ class AOLParametrization(nn.Module):
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return (
+        one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    )
 
 
 def _is_transformed(tensor: Tensor) -> bool:
@@ -151,5 +154,5 @@ def aol_of(layer: nn.Module) -> AOLParametrization | None:
     """The AOL parametrization of ``layer.weight``, or None."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
-    chain = layer.parametrizations["weight"]  # type: ignore[index,union-attr]
+    chain = layer.parametrizations["weight"]  # type: ignore[index]
     return next((p for p in chain if isinstance(p, AOLParametrization)), None)

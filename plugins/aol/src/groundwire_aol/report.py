@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from groundwire import Section, Table
@@ -17,8 +18,8 @@ def section(aol: AOL) -> Section | None:
     if not (aol.changes or aol.results):
         return None
     text = (
-        "A prediction is certified at a radius if no input within that distance (L2, in units of pixels) can change it. "
-        "The Lipschitz bound was proved for the weights of each pass; nothing here is an estimate."
+        "A prediction is certified at a radius if no input within that distance (L2, in units of pixels) can change "
+        "it. The Lipschitz bound was proved for the weights of each pass; nothing here is an estimate."
     )
     if aol.changes:
         text += "\n\nThe model was changed: " + "; ".join(aol.changes) + "."
@@ -29,7 +30,9 @@ def section(aol: AOL) -> Section | None:
 
 def _table(stage: str, result: Result) -> Table:
     rows = [("clean", result.clean), *((f"{eps:.4g}", value) for eps, value in result.certified.items())]
-    caption = f"Accuracy by radius, {stage}: {result.samples} samples, Lipschitz constant at most {result.lipschitz:.7g}"
+    caption = (
+        f"Accuracy by radius, {stage}: {result.samples} samples, Lipschitz constant at most {result.lipschitz:.7g}"
+    )
     return Table(caption, ("radius", "accuracy"), rows)
 
 
@@ -47,7 +50,7 @@ def radii(stage: str, result: Result) -> Any:
     """A matplotlib histogram of certified radii, that is of margins; wrong predictions lie at 0."""
     figure, axes = _axes()
     points, values = zip(*result.curve, strict=True)
-    shares = [1 - values[0], *(a - b for a, b in zip(values, values[1:], strict=False))]
+    shares = [1 - values[0], *(a - b for a, b in pairwise(values))]
     width = points[1] - points[0]
     axes.bar([-width / 2], [shares[0]], width, label="wrong")
     axes.bar([p + width / 2 for p in points[:-1]], shares[1:], width, label="right")

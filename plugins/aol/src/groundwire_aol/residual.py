@@ -14,7 +14,10 @@ from groundwire_aol.errors import UnknownLipschitzError
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-_TEXT = {"sum": "sum of two branches -> learned convex combination", "cat": "concatenation -> divided by the root of its branches"}
+_TEXT = {
+    "sum": "sum of two branches -> learned convex combination",
+    "cat": "concatenation -> divided by the root of its branches",
+}
 
 
 def sums_and_concatenations(graph: fx.Graph, skip: Callable[[str], bool]) -> dict[str, str]:
@@ -75,11 +78,15 @@ def _steps(block: nn.Module, path: str) -> fx.Graph:
             block.training = training
             graphs.append(Tracer().trace(block))
     except Exception as error:
-        raise UnknownLipschitzError(path, f"its forward cannot be traced ({error})", "add branches in a module of their own") from error
+        raise UnknownLipschitzError(
+            path, f"its forward cannot be traced ({error})", "add branches in a module of their own"
+        ) from error
     finally:
         block.training = mode
     if len({str([(n.op, n.target, n.args, n.kwargs) for n in g.nodes]) for g in graphs}) > 1:
-        raise UnknownLipschitzError(path, "its forward differs between training and evaluation", "use nn.Dropout, not F.dropout")
+        raise UnknownLipschitzError(
+            path, "its forward differs between training and evaluation", "use nn.Dropout, not F.dropout"
+        )
     return graphs[0]
 
 
@@ -116,8 +123,10 @@ def _kind(node: fx.Node, depends: set[fx.Node]) -> str:
 
 
 def _is_shape(node: Any) -> bool:
-    return node.target in ("size", "dim", "numel") or node.target is getattr or (
-        node.target is operator.getitem and _is_shape(node.args[0])
+    return (
+        node.target in ("size", "dim", "numel")
+        or node.target is getattr
+        or (node.target is operator.getitem and _is_shape(node.args[0]))
     )
 
 

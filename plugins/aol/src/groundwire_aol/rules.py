@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from groundwire_aol import constants
-from groundwire_aol.constraint import CONVOLUTIONS, TRANSPOSED, computes_linear
 from groundwire_aol.centering import ConvexSum, Rescaled, ScaledConcat
+from groundwire_aol.constraint import TRANSPOSED, computes_linear
 from groundwire_aol.errors import UnknownLipschitzError
 from groundwire_aol.functional import Geometry
 from groundwire_aol.norms import (
@@ -91,17 +91,20 @@ class Step:
 #: Linear, without negative entries, at most moving, copying, dropping or averaging entries: the Schur test bounds them.
 NONNEGATIVE = frozenset((
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "moveaxis", "squeeze",
-    "unsqueeze", "expand", "repeat", "repeat_interleave", "tile", "getitem", "select", "narrow", "index_select", "split", "chunk",
+    "unsqueeze", "expand", "repeat", "repeat_interleave", "tile", "getitem", "select", "narrow", "index_select",
+    "split", "chunk",
     "unbind", "flip", "roll", "pad", "mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "unfold", "fold", "view_as", "reshape_as", "expand_as", "T", "mT", "to", "type_as", "diagonal", "tensor_split",
+    "channel_shuffle", "unfold", "fold", "view_as", "reshape_as", "expand_as", "T", "mT", "to", "type_as", "diagonal",
+    "tensor_split",
     "rot90", "cumsum",
 ))  # fmt: skip
 NONNEGATIVE_LAYERS = (
     nn.Flatten, nn.Unflatten, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.Fold,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d,
+    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d,
     nn.CircularPad2d, nn.CircularPad3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
 )  # fmt: skip
 #: Modes of interpolation without negative weights.
@@ -109,13 +112,19 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear",
 MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 #: Of the input only these facts may be used as numbers.
-FACTS = frozenset(("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device", "len", "is_floating_point"))
+FACTS = frozenset(
+    ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device", "len", "is_floating_point")
+)
 #: May be computed from constants alone: always the same result.
 PURE = frozenset((
-    *NONNEGATIVE, *constants.FUNCTIONS, *FACTS, "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "sqrt", "rsqrt",
-    "exp", "log", "square", "reciprocal", "softmax", "softplus", "norm", "max", "min", "maximum", "minimum", "cat", "stack", "matmul", "mm",
-    "zeros", "ones", "full", "eye", "arange", "linspace", "tensor", "as_tensor", "where", "prod", "sign", "getattr", "item",
-    "zeros_like", "ones_like", "transpose", "floor", "ceil", "int", "eq", "ne", "lt", "gt", "le", "ge", "and_", "or_", "not_", "normalize",
+    *NONNEGATIVE, *constants.FUNCTIONS, *FACTS, "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow",
+    "sqrt", "rsqrt",
+    "exp", "log", "square", "reciprocal", "softmax", "softplus", "norm", "max", "min", "maximum", "minimum", "cat",
+    "stack", "matmul", "mm",
+    "zeros", "ones", "full", "eye", "arange", "linspace", "tensor", "as_tensor", "where", "prod", "sign", "getattr",
+    "item",
+    "zeros_like", "ones_like", "transpose", "floor", "ceil", "int", "eq", "ne", "lt", "gt", "le", "ge", "and_", "or_",
+    "not_", "normalize",
 ))  # fmt: skip
 
 HINTS: dict[str, str] = {
@@ -191,7 +200,9 @@ class Rules:
             share = float(layer.logit.detach().double().sigmoid())
             x, f = (step.bounds.get(n, 0.0) for n in step.nodes)
             self._same_shapes(step)
-            return Proof((share * x + (1 - share) * f) * ROUNDING * (1 + 1e-6), f"convex combination, share {share:.3g}")
+            return Proof(
+                (share * x + (1 - share) * f) * ROUNDING * (1 + 1e-6), f"convex combination, share {share:.3g}"
+            )
         if isinstance(layer, ScaledConcat):
             parts = [step.bounds.get(n, 0.0) for n in step.nodes[0]]
             if layer.dim == 0:
@@ -217,7 +228,7 @@ class Rules:
             return inner * abs(layer.factor) * (1 + 1e-6), f"{how}, times {layer.factor:g}"
         if type(layer) in MAX_POOLS and not layer.return_indices:
             return (
-                constants.of_max_pool(layer.kernel_size, layer.stride, layer.dilation, MAX_POOLS[type(layer)]),
+                constants.of_max_pool(layer.kernel_size, layer.stride, layer.dilation, MAX_POOLS[type(layer)]),  # type: ignore[index]
                 "root of the number of windows that share a pixel",
             )
         if type(layer) in BATCHNORMS:
@@ -232,7 +243,8 @@ class Rules:
     def _batchnorm(self, step: Step, layer: Any) -> tuple[float, str]:
         if layer.running_var is None:
             raise step.unknown(
-                "BatchNorm without running statistics divides by those of the batch", "use groundwire_aol.BatchCentering"
+                "BatchNorm without running statistics divides by those of the batch",
+                "use groundwire_aol.BatchCentering",
             )
         factors = (layer.running_var.double() + layer.eps).rsqrt()
         if layer.weight is not None:
@@ -334,11 +346,13 @@ def _geometry(layer: Any) -> Geometry:
     if isinstance(layer, nn.Linear):
         return Geometry()
     mode = layer.padding_mode
-    return Geometry(tuple(layer.stride), tuple(layer.dilation), layer.groups, isinstance(layer, TRANSPOSED), mode == "circular")
+    return Geometry(
+        tuple(layer.stride), tuple(layer.dilation), layer.groups, isinstance(layer, TRANSPOSED), mode == "circular"
+    )
 
 
 def _bounded_padding(layer: Any) -> bool:
-    """Whether the bound of a rescaled kernel bounds the layer: no pixel is repeated more often than the kernel's rule saw."""
+    """Whether the bound of a rescaled kernel bounds the layer: padding repeats no pixel."""
     if isinstance(layer, nn.Linear) or layer.padding_mode == "zeros" or isinstance(layer.padding, str):
         return isinstance(layer, nn.Linear) or layer.padding_mode in ("zeros", "circular")
     sizes = zip(layer.kernel_size, layer.dilation, layer.padding, strict=True)
@@ -387,7 +401,7 @@ def _spread(step: Step, positions: tuple[int, ...] = (0, 1)) -> list[float]:
     """Bounds of the operands, each times the root of how often broadcasting repeats it."""
     values = [step.args[p] for p in positions]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    total = torch.broadcast_shapes(*(t.shape for t in tensors))
+    total = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     found = []
     for position, value in zip(positions, values, strict=True):
         node = step.nodes[position]
@@ -446,7 +460,7 @@ def _pointwise_extreme(rules: Rules, step: Step) -> Proof:
 @_rule("max", "min", "amax", "amin")
 def _extreme(rules: Rules, step: Step) -> Proof:
     if len(step.nodes) > 1 and step.depends(step.nodes[1]):
-        return _pointwise_extreme(rules, step)
+        return Proof(math.hypot(*_spread(step)), "root of the sum of squares")
     _refuse_batch_dims(step, step.argument(1, "dim", step.kwargs.get("axis")))
     return Proof(_only(step), "one entry of each group")
 
@@ -487,7 +501,9 @@ def _refuse_batch_dims(step: Step, dims: Any) -> None:
 def _max_pool(rules: Rules, step: Step) -> Proof:
     if step.argument(6, "return_indices", False):
         raise step.unknown("indices of entries are no continuous function")
-    size, stride, dilation = (step.argument(i, n, d) for i, n, d in ((1, "kernel_size", None), (2, "stride", None), (4, "dilation", 1)))
+    size, stride, dilation = (
+        step.argument(i, n, d) for i, n, d in ((1, "kernel_size", None), (2, "stride", None), (4, "dilation", 1))
+    )
     constant = constants.of_max_pool(size, stride or size, dilation, int(step.operation[-2]))
     return Proof(_only(step) * constant, "root of the number of windows that share a pixel")
 

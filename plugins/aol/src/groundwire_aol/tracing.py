@@ -99,8 +99,8 @@ def refuse_weights(module: nn.Module) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise UnsoundError(
-                f"{name} is {tensor.dtype}: rounding a weight of norm 1 to bfloat16 gave norm 1.00257, to float16 1.00031, "
-                "and activations are rounded too -> certify module.float()"
+                f"{name} is {tensor.dtype}: rounding a weight of norm 1 to bfloat16 gave norm 1.00257, to float16 "
+                "1.00031, and activations are rounded too -> certify module.float()"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UnsoundError(f"{name} is not finite -> load a checkpoint from before the training diverged")
@@ -142,7 +142,7 @@ def rows_of(example: Any) -> Tensor:
         raise UnsoundError(f"example_input must be a batch of inputs, got {type(example).__name__} -> pass x[:1]")
     if not example.is_floating_point():
         raise UnsoundError(
-            f"the input is {example.dtype}: distances between integers are no certificate -> convert images to float in "
-            "[0, 1], and certify embeddings instead of token numbers"
+            f"the input is {example.dtype}: distances between integers are no certificate -> convert images to float "
+            "in [0, 1], and certify embeddings instead of token numbers"
         )
     return example[:1].detach().clone().repeat(2, *(1 for _ in example.shape[1:]))
