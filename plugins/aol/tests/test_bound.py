@@ -218,6 +218,13 @@ def test_weights_that_are_not_finite_are_refused(value):
         lipschitz_bound(nn.Sequential(layer), torch.rand(1, 3))
 
 
+def test_a_parametrization_that_makes_nan_is_refused():
+    layer = parametrizations.weight_norm(nn.Linear(3, 3))
+    layer.parametrizations.weight.original1.data[0] = 0
+    with pytest.raises(UnsoundError, match="not finite"):
+        lipschitz_bound(nn.Sequential(layer), torch.rand(1, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_low_precision_are_refused_with_what_was_measured(dtype):
     with pytest.raises(UnsoundError, match=r"1\.00257"):

@@ -77,12 +77,11 @@ def lipschitz(
 
     Raises:
         UnknownLipschitzError: An operation without a rule, with its path and a way out; nothing was changed.
-        UnsoundError: A padding without a bound, weights that are not finite, or (with ``example_input``) a constant
-        that
-            is not at most 1 although nothing was excluded.
+        UnsoundError: A padding without a bound, weights that are not finite, or an input that fits not.
         ValueError: An argument is out of range.
 
     Example:
+        >>> import torch
         >>> model, changes = lipschitz(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(1, 4))
         >>> print(*changes[:3], sep="\n")
         0: Linear -> AOL weight of norm at most 1, orthogonal start

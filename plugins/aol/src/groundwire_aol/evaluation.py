@@ -133,7 +133,7 @@ def warn_of_range(inputs: Any, input_std: Any = None) -> None:
     low, high = float(inputs.min()), float(inputs.max())
     if low < -1e-3 or high > 1 + 1e-3:
         warnings.warn(
-            f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the data "
-            "is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide them by 255",
+            f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the "
+            "data is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide them by 255",
             stacklevel=2,
         )

@@ -90,6 +90,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
             layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
             for name in list(layer.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    refuse_weights(twin)  # A parametrization may make NaN from finite numbers, as weight_norm does from a zero row.
     refuse_hooks(twin)
     return twin
 
