@@ -105,6 +105,14 @@ def test_under_accumulation_the_rule_runs_once_per_step(kit, monkeypatch):
     assert len(calls) == 2 * len(list(parametrizations(module)))  # 6 batches, 2 steps
 
 
+def test_a_fit_without_certificates_logs_none_and_still_converts(kit):
+    callback = AOL(log=False)
+    trainer = fit(kit, Net(), callback)
+    assert callback.log is False
+    assert not [name for name in trainer.callback_metrics if name.startswith("aol/")]
+    assert any("MaxMin" in line for line in callback.changes)
+
+
 def test_a_gradient_owner_reads_true_gradients_under_accumulation(kit):
     class Reader(Plugin):
         name = "reader"

@@ -70,8 +70,7 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
     A baked copy is traced with torch.fx and walked in order: constants multiply along chains, add at sums, and are
     combined by the root of their squares at concatenations. AOL layers are proved again in float64 from the weights as
     they are rounded; other linear layers get their exact norm (singular values) where they are small enough, otherwise
-    a
-    proved upper bound; activations and pools their known constants.
+    a proved upper bound; activations and pools their known constants.
 
     The bound is for exact arithmetic with these weights and inputs of this shape. ``module`` is not changed.
 

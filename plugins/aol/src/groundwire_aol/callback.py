@@ -25,10 +25,8 @@ class AOL(Plugin):
 
     Almost-orthogonal layers (Prach and Lampert, 2022). The model is converted as by ``groundwire_aol.lipschitz`` before
     weights are restored and optimizers made. Each validation and test epoch logs the clean accuracy ``aol/clean`` and
-    the
-    certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for the current weights. Train
-    with
-    ``OffsetCrossEntropy`` and images in [0, 1].
+    the certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for the current weights. Train
+    with ``OffsetCrossEntropy`` and images in [0, 1].
 
     Args:
         activation: What replaces ReLU and its like: "maxmin", "nactivation", or None to keep them.
@@ -67,7 +65,7 @@ class AOL(Plugin):
         if init not in ("orthogonal", "keep"):
             raise ValueError(f"init must be 'orthogonal' or 'keep', got {init!r}")
         smallest_std(input_std)
-        self.activation, self.steps, self.init, self.log = activation, steps, init, log
+        self.activation, self.steps, self.init, self._log = activation, steps, init, bool(log)
         self.eps = tuple(check_radii([eps] if isinstance(eps, int | float) else eps).tolist())
         self.input_std = input_std
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -79,6 +77,17 @@ class AOL(Plugin):
         self._run: RunContext | None = None
         self._layers: list[AOLParametrization] = []
         self._pass: CertifiedPass | None = None
+
+    @property
+    def log(self) -> Any:
+        """Whether to certify, log and report."""
+        return self._log
+
+    @log.setter
+    def log(self, value: Any) -> None:
+        # Lightning gives every callback its module's logging function under this name.
+        if isinstance(value, bool):
+            self._log = value
 
     # The model
 

@@ -134,6 +134,6 @@ def warn_of_range(inputs: Any, input_std: Any = None) -> None:
     if low < -1e-3 or high > 1 + 1e-3:
         warnings.warn(
             f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the "
-            "data is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide them by 255",
+            "data is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide by 255",
             stacklevel=2,
         )

@@ -119,8 +119,7 @@ def nonnegative_norm(function: Callable[[Tensor], Tensor], shape: tuple[int, ...
     """Upper bound of the norm of an affine ``function`` whose matrix has no negative entry, by the Schur test.
 
     The root of its largest row sum times its largest column sum, both exact: one call with ones, one adjoint call. It
-    is
-    the norm for paddings, copies, slices, and for average pooling whose windows do not overlap.
+    is the norm for paddings, copies, slices, and for average pooling whose windows do not overlap.
 
     Args:
         function: Of a float64 batch of two; must treat the samples alike and apart.
