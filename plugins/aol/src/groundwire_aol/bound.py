@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.functional import chosen_side, squared_scale
 from groundwire_aol.parametrization import AOLParametrization, aol_of
-from groundwire_aol.rules import Proof, Rules, Step
+from groundwire_aol.rules import Rules
+from groundwire_aol.step import Proof, Step
 from groundwire_aol.tracing import is_leaf, plain_copy, rows_of, trace
 
 

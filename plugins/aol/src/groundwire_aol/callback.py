@@ -25,7 +25,7 @@ class AOL(Plugin):
 
     Almost-orthogonal layers (Prach and Lampert, 2022). The model is converted as by ``groundwire_aol.lipschitz`` before
     weights are restored and optimizers made. Each validation and test epoch logs the clean accuracy ``aol/clean`` and
-    the certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for the current weights. Train
+    the certified ones ``aol/certified@<eps>``, with a Lipschitz bound that is proved anew for these weights. Train
     with ``OffsetCrossEntropy`` and images in [0, 1].
 
     Args:

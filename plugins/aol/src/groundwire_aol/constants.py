@@ -72,12 +72,13 @@ def of_max_pool(kernel: Any, stride: Any, dilation: Any, axes: int) -> float:
         >>> of_max_pool(3, 2, 1, 2)
         2.0
     """
-    kernel, stride, dilation = (_per_axis(v, axes) for v in (kernel, stride or kernel, dilation))
+    kernel, stride, dilation = (per_axis(v, axes) for v in (kernel, stride or kernel, dilation))
     windows = [math.ceil(k / (s // math.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True)]
     return math.sqrt(math.prod(windows))
 
 
-def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """A number for each axis, however it was given."""
     values = (value,) * axes if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values
 

@@ -16,11 +16,9 @@ from groundwire_aol.centering import BatchCentering, GlobalAvgPool, Rescaled
 from groundwire_aol.certificates import smallest_std
 from groundwire_aol.constraint import CONVOLUTIONS, computes_linear, constrain, geometry_of
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
+from groundwire_aol.function_rules import FUNCTION_RULES
 from groundwire_aol.initialisers import nearest_orthogonal_
-from groundwire_aol.parametrization import aol_of
-from groundwire_aol.residual import rewrite, sums_and_concatenations
-from groundwire_aol.rules import (
-    _RULES,
+from groundwire_aol.operations import (
     BATCHNORMS,
     FACTS,
     HINTS,
@@ -29,6 +27,8 @@ from groundwire_aol.rules import (
     NONNEGATIVE,
     NONNEGATIVE_LAYERS,
 )
+from groundwire_aol.parametrization import aol_of
+from groundwire_aol.residual import rewrite, sums_and_concatenations
 from groundwire_aol.tracing import is_leaf, refuse_weights, trace
 
 Activation: TypeAlias = Literal["maxmin", "nactivation"] | None
@@ -194,9 +194,8 @@ class _Conversion:
         name = constants.name_of(node.target)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = self.path(stack[-1][0] if stack else "")
-        known = (
-            name in _RULES or name in constants.FUNCTIONS or name in NONNEGATIVE or name in FACTS or name == "getattr"
-        )
+        tables: tuple[Any, ...] = (FUNCTION_RULES, constants.FUNCTIONS, NONNEGATIVE, FACTS, ("getattr",))
+        known = any(name in table for table in tables)
         if self.excluded(owner) or (known and constants.is_known_function(node.target)):
             return
         if not _uses_input(node):
@@ -274,13 +273,13 @@ class _Conversion:
         """Averaging shrinks: multiplied so that a constant image keeps its length."""
         name = type(layer).__name__
         if type(layer) in _GLOBAL_POOLS:
-            if set(constants._per_axis(layer.output_size, _GLOBAL_POOLS[type(layer)])) == {1}:
+            if set(constants.per_axis(layer.output_size, _GLOBAL_POOLS[type(layer)])) == {1}:
                 self.replace(
                     path, GlobalAvgPool(_GLOBAL_POOLS[type(layer)]), f"{name}(1) -> sum over the root of the size"
                 )
             return
         axes = _AVG_POOLS[type(layer)]
-        size, stride, padding = (constants._per_axis(v, axes) for v in (layer.kernel_size, layer.stride, layer.padding))
+        size, stride, padding = (constants.per_axis(v, axes) for v in (layer.kernel_size, layer.stride, layer.padding))
         plain = (
             size == stride
             and not any(padding)
