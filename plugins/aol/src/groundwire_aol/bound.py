@@ -93,9 +93,9 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
         example = rows_of(example_input)
     module = nn.Sequential(module) if is_leaf(module) else module
     squares = _squared_scales(module)
-    twin = plain_copy(module)
-    example = example.to(next((p.device for p in twin.parameters()), example.device))
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
+    # Not every device has float64. The weights are baked where they live, so they are the ones that will be used.
+    twin, example = plain_copy(module).cpu(), example.cpu()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         walk = _Walk(twin, trace(twin), squares)
         lipschitz = walk.through(example)
         _refuse_other_results(twin, example, walk.result)
@@ -112,7 +112,7 @@ def _squared_scales(module: nn.Module) -> dict[str, tuple[AOLParametrization, Te
         chain = layer.parametrizations["weight"]
         if len(chain) > 1:
             continue  # Something else also changes the weight: the layer is bounded as a plain one.
-        raw = chain.original.detach().double()
+        raw = chain.original.detach().cpu().double()
         side = "in" if rule.compat else chosen_side(raw, rule.geometry, rule.side)
         steps = 1 if rule.compat else rule.steps
         found[path] = rule, squared_scale(raw, rule.rescaled_geometry, steps=steps, side=side), (steps, side)
