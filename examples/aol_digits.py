@@ -122,7 +122,7 @@ def show(results):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=256, help="of AOL-FC")
     parser.add_argument("--picture", type=Path, help="draw certified accuracy over the radius here (.svg or .png)")
