@@ -1,0 +1,42 @@
+"""Almost-orthogonal Lipschitz layers (Prach and Lampert, 2022), and certificates, for PyTorch Lightning."""
+
+from groundwire_aol.activations import GroupSort, MaxMin, NActivation
+from groundwire_aol.audit import Audit, audit_bound
+from groundwire_aol.bound import Bound, LayerBound, lipschitz_bound
+from groundwire_aol.callback import AOL
+from groundwire_aol.centering import BatchCentering
+from groundwire_aol.certificates import certified_accuracy, certified_radius
+from groundwire_aol.constraint import bake, constrain
+from groundwire_aol.conversion import lipschitz
+from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
+from groundwire_aol.layers import AOLConv1d, AOLConv2d, AOLConv3d, AOLConvTranspose2d, AOLLinear
+from groundwire_aol.loss import OffsetCrossEntropy
+from groundwire_aol.metrics import CertifiedAccuracy, CertifiedRadius
+
+__all__ = [  # noqa: RUF022 - grouped as people meet them
+    "AOL",
+    "lipschitz",
+    "lipschitz_bound",
+    "Bound",
+    "LayerBound",
+    "certified_radius",
+    "certified_accuracy",
+    "CertifiedAccuracy",
+    "CertifiedRadius",
+    "OffsetCrossEntropy",
+    "audit_bound",
+    "Audit",
+    "AOLLinear",
+    "AOLConv1d",
+    "AOLConv2d",
+    "AOLConv3d",
+    "AOLConvTranspose2d",
+    "MaxMin",
+    "GroupSort",
+    "NActivation",
+    "BatchCentering",
+    "constrain",
+    "bake",
+    "UnsoundError",
+    "UnknownLipschitzError",
+]

@@ -1,0 +1,139 @@
+"""One pass over evaluation data with certificates, inside a run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundwire import Fields, Finding
+from groundwire_aol.bound import lipschitz_bound
+from groundwire_aol.certificates import smallest_std
+from groundwire_aol.conversion import core_of
+from groundwire_aol.errors import UnsoundError
+from groundwire_aol.metrics import CertifiedAccuracy
+
+#: Points of the curve over the radius.
+POINTS = 60
+
+
+@dataclass(frozen=True)
+class Result:
+    """Certified accuracy of one pass.
+
+    Attributes:
+        clean: Accuracy without ties.
+        certified: Accuracy by radius.
+        curve: (radius, accuracy) pairs for drawing.
+        lipschitz: The bound that was proved, from pixels to scores.
+        samples: Number of samples.
+    """
+
+    clean: float
+    certified: dict[float, float]
+    curve: tuple[tuple[float, float], ...]
+    lipschitz: float
+    samples: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged, by name."""
+        named = {f"certified@{eps:.3g}": value for eps, value in self.certified.items()}
+        return {"clean": self.clean, **named, "lipschitz": self.lipschitz}
+
+    def findings(self, plugin: str) -> list[Finding]:
+        """For the report. A mapping, so that the numbers do not reach the loggers twice."""
+        certified = ", ".join(f"{100 * v:.1f} % at {eps:.3g}" for eps, v in self.certified.items())
+        message = f"Accuracy {100 * self.clean:.1f} %, certified in L2: {certified} ({self.samples} samples)."
+        return [Finding(plugin, "certified_accuracy", "info", self.metrics, message)]
+
+
+class CertifiedPass:
+    """Adds batches up. Bounds are proved once per pass and shape, as weights do not change in between."""
+
+    def __init__(self, eps: tuple[float, ...], input_std: Any = None) -> None:
+        self.eps, self.input_std = eps, input_std
+        top = 1.5 * max(*eps, 0.1)
+        self.grid = tuple(top * i / POINTS for i in range(POINTS + 1))
+        self.metric = CertifiedAccuracy((*eps, *self.grid), input_std=input_std)
+        self.bounds: dict[tuple[int, ...], float] = {}
+        self.same: bool | None = None
+        self.warned = False
+
+    def to(self, device: Any) -> CertifiedPass:
+        """Keep counts on ``device``."""
+        self.metric.to(device)
+        return self
+
+    def bound(self, module: nn.Module, inputs: Any) -> float:
+        """The model's bound for inputs of this shape."""
+        if not isinstance(inputs, Tensor):
+            raise UnsoundError(f"the model's input is {type(inputs).__name__}, not one tensor -> give it one")
+        shape = tuple(inputs.shape[1:])
+        if shape not in self.bounds:
+            self.bounds[shape] = float(lipschitz_bound(core_of(module)[1], inputs[:1]))
+        return self.bounds[shape]
+
+    def update(self, module: nn.Module, scores: Tensor, fields: Fields) -> None:
+        """Certify one batch; targets other than classes are left out, with a warning."""
+        target = fields.targets
+        if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+            if not self.warned:
+                warnings.warn(
+                    "aol certifies classes, but the targets are no class numbers: nothing is certified", stacklevel=2
+                )
+            self.warned = True
+            return
+        self.metric.lipschitz = self.bound(module, fields.inputs)
+        self.metric.update(self._scores(module, scores, fields.inputs), target)
+
+    def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor) -> Tensor:
+        """What the bound is about: the model's output in float32. The captured scores, if they are that."""
+        autocast = torch.is_autocast_enabled(inputs.device.type)
+        if self.same and not autocast:
+            return scores
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            output = core_of(module)[1](inputs.float())
+        if not isinstance(output, Tensor):
+            raise UnsoundError(
+                f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
+            )
+        if self.same is None:
+            alike = output.shape == scores.shape and torch.allclose(output, scores, rtol=1e-5, atol=1e-6)
+            self.same = alike and bool(scores.abs().amax() > 1e-3)
+        return output.float()
+
+    def compute(self) -> Result | None:
+        """Of all ranks; None if there was nothing to certify."""
+        with warnings.catch_warnings():
+            # A rank without batches, or targets that are no classes: told elsewhere, and the others wait for this one.
+            warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+            values = self.metric.compute().tolist()
+        samples = int(self.metric.total)
+        if not samples or any(map(math.isnan, values)):
+            return None
+        curve = tuple(zip(self.grid, values[len(self.eps) :], strict=True))
+        constant = max(self.bounds.values(), default=math.nan) / smallest_std(self.input_std)
+        certified = dict(zip(self.eps, values, strict=False))
+        return Result(curve[0][1], certified, curve, constant, samples)
+
+
+def warn_of_range(inputs: Any, input_std: Any = None) -> None:
+    """Warn of images that are not in [0, 1]: radii are in the units of the input.
+
+    Example:
+        >>> warn_of_range(torch.rand(4, 3))
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or input_std is not None or not inputs.numel():
+        return
+    low, high = float(inputs.min()), float(inputs.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        warnings.warn(
+            f"inputs range from {low:.3g} to {high:.3g}, not in [0, 1]: certified radii are in these units. If the "
+            "data is divided by a standard deviation, pass AOL(input_std=...); if pixels are 0 to 255, divide by 255",
+            stacklevel=2,
+        )
