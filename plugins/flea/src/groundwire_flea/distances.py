@@ -103,9 +103,9 @@ def pairwise(
     ordered = np.concatenate([unordered, unordered[:, ::-1]])
     work: list[tuple[Any, ...]] = []
     if "disc" in settings.components:
-        work += [(discrepancies, part) for part in blocks(rows.sizes, unordered, rows.x.shape[1])]
+        work += [(discrepancies, part) for part in blocks(rows.sizes, unordered)]
     if "disp" in settings.components:
-        work += [(disparities, part) for part in blocks(rows.sizes, ordered, rows.x.shape[1])]
+        work += [(disparities, part) for part in blocks(rows.sizes, ordered)]
     jobs = [joblib.delayed(_solve)(kind, rows, part, settings, tuple(splits), signed) for kind, part in work]
     found = {"discrepancies": np.zeros((n, n)), "disparities": np.zeros((n, n))}
     for (kind, part), values in zip(work, _run(jobs, settings), strict=True):
@@ -156,21 +156,19 @@ def discrepancies(rows: Rows, pairs: Array, settings: Settings, split: Split, si
     With more than two labels, the largest over one label against the rest.
     """
     block = block_of(rows, pairs, settings.device)
-    weights, test = rows.mean_weights(split.fit), rows.mean_weights(split.test)
+    weights, second = block.values(rows.mean_weights(split.fit)), block.at(block.second)
+    signs = block.values(rows.mean_weights(split.test)) * (2 * second.double() - 1)
     values = []
     for label in range(1 if rows.classes == 2 else 0, rows.classes):
         y = block.values(rows.y == label)
-        t = torch.where(block.second, 1 - y, y)
-        theta = _fit(block, t, block.values(weights), torch.zeros_like(t), None, patience=1)
-        predicted = torch.bmm(block.x, theta.unsqueeze(-1)).squeeze(-1) >= 0
-        wrong = (predicted != y.bool()).double()
-        errors = [(wrong * part).sum(-1) for part in (block.of_second(test), block.of_first(test))]
-        values.append(errors[0] - errors[1])
+        t = torch.where(second, 1 - y, y)
+        scores = _fitted(block, t, weights, torch.zeros_like(t), None, patience=1)
+        values.append((((scores >= 0) != y.bool()) * signs).sum(-1))
     return _numbers(values, signed)
 
 
 def disparities(rows: Rows, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
-    """disp of each ordered pair (P,): the difference in unfairness of a classifier made unfair on the first source only.
+    """disp of each ordered pair (P,): how much more unfair a classifier is on the first source, when made to be so.
 
     With more than two groups, the largest over classifiers that tell one group from the rest; with several conditions
     (equalized odds), the largest over them.
@@ -182,13 +180,9 @@ def disparities(rows: Rows, pairs: Array, settings: Settings, split: Split, sign
             z = rows.a == group
             fit = condition & split.fit
             inside, outside = rows.mean_weights(fit & z), rows.mean_weights(fit & ~z)
-            t = block.values(z)
-            start = _starts(rows, pairs, block, z, fit)
-            theta = _fit(block, t, block.of_first((inside + outside) / 2), block.of_second(inside - outside), start)
-            predicted = (torch.bmm(block.x, theta.unsqueeze(-1)).squeeze(-1) >= 0).double()
-            judged = condition & split.test
-            gaps = [_gap(rows, block, predicted, judged, side) for side in (~block.second, block.second)]
-            values.append(gaps[0] - gaps[1])
+            u, v = block.of_first((inside + outside) / 2), block.of_second(inside - outside)
+            scores = _fitted(block, block.values(z), u, v, _starts(rows, pairs, z, fit, settings.device))
+            values.append(_gap_difference(rows, block, scores >= 0, condition & split.test))
     return _numbers(values, signed)
 
 
@@ -198,33 +192,49 @@ def _numbers(values: list[Tensor], signed: bool) -> Array:
     return result
 
 
-def _gap(rows: Rows, block: Block, predicted: Tensor, mask: Array, side: Tensor) -> Tensor:
-    """Gamma of hard predictions on one side of each pair (P,): the largest difference of positive rates."""
-    rates = []
-    for group in range(rows.groups):
-        weights = block.values(rows.mean_weights(mask & (rows.a == group)))
-        rates.append((predicted * weights * side).sum(-1))
-    stacked = torch.stack(rates)
-    return stacked.amax(0) - stacked.amin(0)
+def _gap_difference(rows: Rows, block: Block, predicted: Tensor, mask: Array) -> Tensor:
+    """Gamma of the predictions on the first source minus Gamma on the second (P,): gaps between positive rates."""
+    weights = [block.values(rows.mean_weights(mask & (rows.a == group))) for group in range(rows.groups)]
+    gaps = []
+    for side in (block.at(~block.second), block.at(block.second)):
+        rates = torch.stack([(predicted * side * weight).sum(-1) for weight in weights])
+        gaps.append(rates.amax(0) - rates.amin(0))
+    return gaps[0] - gaps[1]
 
 
-def _fit(block: Block, t: Tensor, u: Tensor, v: Tensor, start: Tensor | None, patience: int = 3) -> Tensor:
-    width = block.x.shape[-1]
+def _fitted(block: Block, t: Tensor, u: Tensor, v: Tensor, start: Tensor | None, patience: int = 3) -> Tensor:
+    """Scores of the block's rows by the classifiers that minimise the problems."""
+    width = block.sides[0].x.shape[-1]
     ridge = torch.zeros(len(t), width, dtype=t.dtype, device=t.device)
     curvature = None if width <= NEWTON_COLUMNS + 1 else LBFGS
-    problems = Problems(block.x, t, u, v, ridge)
-    return minimise(problems, ridge if start is None else start, curvature=curvature, patience=patience)
+    problems = Problems(block.sides, t, u, v, ridge)
+    theta = minimise(problems, ridge if start is None else start, curvature=curvature, patience=patience)
+    return problems.scores(theta)
 
 
-def _starts(rows: Rows, pairs: Array, block: Block, z: Array, fit: Array) -> Tensor:
-    """Where the disparity begins (P, d+1): the first source's own L2 logistic regression of the group, C = 1."""
+def _starts(rows: Rows, pairs: Array, z: Array, fit: Array, device: str) -> Tensor:
+    """Where the disparity begins (P, d+1): the first source's own L2 logistic regression of the group, C = 1.
+
+    The penalty is on standardised columns. It depends on the first source alone, so it is fitted once for each.
+    """
     sources, which = np.unique(pairs[:, 0], return_inverse=True)
-    own = block_of(rows, np.stack([sources, sources], axis=1), str(block.x.device))
-    rows_used = own.of_first(fit.astype(float))
-    ridge = torch.ones(len(sources), own.x.shape[-1], dtype=own.x.dtype, device=own.x.device)
-    ridge[:, -1] = 0
-    problems = Problems(own.x, own.values(z), rows_used, torch.zeros_like(rows_used), ridge)
-    theta = minimise(problems, torch.zeros_like(ridge), patience=1)[torch.from_numpy(which).to(own.x.device)]
-    raw = theta[:, :-1] / own.scale[which]
-    offset = theta[:, -1] - (raw * own.shift[which]).sum(-1)
-    return torch.cat([raw * block.scale, (offset + (raw * block.shift).sum(-1)).unsqueeze(-1)], dim=1)
+    own = block_of(rows, sources[:, None], device)
+    used = own.values(fit)
+    t = own.values(z)
+    width = own.sides[0].x.shape[-1]
+    ridge = torch.zeros(len(sources), width, dtype=t.dtype, device=t.device)
+    ridge[:, :-1] = torch.from_numpy(_variances(rows)[sources]).to(t.device)
+    problems = Problems(own.sides, t, used, torch.zeros_like(t), ridge)
+    curvature = None if width <= NEWTON_COLUMNS + 1 else LBFGS
+    theta = minimise(problems, torch.zeros_like(ridge), curvature=curvature, patience=1)
+    return theta[torch.from_numpy(which).to(t.device)]
+
+
+def _variances(rows: Rows) -> Array:
+    """(n, d), of the columns within each source; 1 for a constant column."""
+    sums = np.add.reduceat(rows.x, rows.starts) / rows.sizes[:, None]
+    squares = np.add.reduceat(rows.x**2, rows.starts) / rows.sizes[:, None]
+    variance = squares - sums**2
+    # Below the rounding error of the subtraction.
+    result: Array = np.where(variance <= 1e-12 * (1 + sums**2), 1.0, variance)
+    return result

@@ -12,55 +12,88 @@ twice. Problems that are done leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from groundwire_flea.sides import Side
+
 #: The published code smooths |r| as r^2 / sqrt(r^2 + SMOOTH).
 SMOOTH = 1e-8
 ARMIJO = 1e-4
+HALVINGS = 8
+#: A promised decrease of less is none.
+NOTHING = 1e-8
+#: The batch shrinks when at most this share of it is not done: to copy what remains has its price.
+LEAVE = 0.75
 
 
-@dataclass(frozen=True)
 class Problems:
-    """A batch of P problems with M rows (padded with weight 0) and D columns, float64.
+    """A batch of P problems with D columns and M rows (padded with weight 0), float64.
 
-    Attributes:
-        x: (P, M, D).
+    Args:
+        sides: Where the rows are; the rows of all sides together are the M rows of a problem.
         t: (P, M), labels 0 or 1.
         u: (P, M), weights of the cross-entropy.
         v: (P, M), weights of the gap.
         ridge: (P, D), weights of the squares.
     """
 
-    x: Tensor
-    t: Tensor
-    u: Tensor
-    v: Tensor
-    ridge: Tensor
+    def __init__(self, sides: Sequence[Side], t: Tensor, u: Tensor, v: Tensor, ridge: Tensor) -> None:
+        self.sides, self.t, self.u, self.v, self.ridge = list(sides), t, u, v, ridge
+        self.widths = [side.x.shape[1] for side in sides]
+        # Of a disparity's two sources one has the entropy and the other the gap: half of the products are zero.
+        self.entropic, self.gapped = ([bool(part.any()) for part in self.parts(w)] for w in (u, v))
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """(P, M) by sides."""
+        return rows.split(self.widths, dim=1)
 
     def take(self, index: Tensor) -> Problems:
         """The problems ``index``."""
-        return Problems(*(getattr(self, field.name)[index] for field in fields(self)))
+        rows = (self.t[index], self.u[index], self.v[index], self.ridge[index])
+        return Problems([side.take(index) for side in self.sides], *rows)
 
     def scores(self, theta: Tensor) -> Tensor:
         """x theta: (P, M)."""
-        return torch.bmm(self.x, theta.unsqueeze(-1)).squeeze(-1)
+        return torch.cat([side.scores(theta) for side in self.sides], dim=1)
 
-    def objective(self, scores: Tensor, theta: Tensor) -> Tensor:
-        """F, with the published smoothing of the absolute value: (P,)."""
-        entropy = (self.u * (softplus(scores) - self.t * scores)).sum(-1)
-        gap = (self.v * scores.sigmoid()).sum(-1)
-        return entropy + (self.ridge * theta.square()).sum(-1) / 2 + gap.square() / (gap.square() + SMOOTH).sqrt()
+    def objective(self, scores: Tensor, theta: Tensor, index: Tensor | None = None) -> Tensor:
+        """F, with the published smoothing of the absolute value: (P,). ``index`` says whose the scores are."""
+        rows = (self.t, self.u, self.v, self.ridge)
+        t, u, v, ridge = rows if index is None else (part[index] for part in rows)
+        entropy = (u * (softplus(scores) - t * scores)).sum(-1)
+        gap = (v * scores.sigmoid()).sum(-1)
+        return entropy + (ridge * theta.square()).sum(-1) / 2 + gap.square() / (gap.square() + SMOOTH).sqrt()
+
+    def gradients(self, p: Tensor, theta: Tensor) -> Tensor:
+        """Gradients of the convex part and of r, next to each other: (P, D, 2)."""
+        smooth = self._pull(self.u * (p - self.t), self.entropic) + self.ridge * theta
+        return torch.stack([smooth, self._pull(self.v * p * (1 - p), self.gapped)], dim=-1)
 
     def gram(self, weights: Tensor) -> Tensor:
         """x' diag(weights) x + diag(ridge): (P, D, D)."""
-        gram = torch.bmm((self.x * weights.unsqueeze(-1)).mT, self.x)
-        gram.diagonal(dim1=-2, dim2=-1).add_(self.ridge)
+        gram = torch.diag_embed(self.ridge)
+        for side, part in zip(self.sides, self.parts(weights), strict=True):
+            gram = gram + side.gram(part)
         return gram
+
+    def start_gram(self) -> Tensor:
+        """The Hessian of the entropy at zero, (P, D, D), from one product for each source."""
+        gram = torch.diag_embed(self.ridge)
+        for side, part in zip(self.sides, self.parts(self.u), strict=True):
+            gram = gram + side.shared_gram(part / 4)
+        return gram
+
+    def _pull(self, weights: Tensor, used: Sequence[bool]) -> Tensor:
+        """x' weights: (P, D)."""
+        result = torch.zeros_like(self.ridge)
+        for side, part, wanted in zip(self.sides, self.parts(weights), used, strict=True):
+            if wanted:
+                result = result + side.pull(part)
+        return result
 
 
 class Newton:
@@ -92,7 +125,7 @@ class LBFGS:
     """
 
     def __init__(self, problems: Problems, memory: int = 10) -> None:
-        self._factor = torch.linalg.cholesky_ex(_lifted(problems.gram(problems.u / 4), 1e-6))[0]
+        self._factor = torch.linalg.cholesky_ex(_lifted(problems.start_gram(), 1e-6))[0]
         self._memory = memory
         self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -157,7 +190,7 @@ def minimise(
     value = problems.objective(scores, theta)
     multiplier, quiet = torch.zeros_like(value), torch.zeros_like(value, dtype=torch.long)
     convex = quiet.bool()
-    sides = _gradients(problems, scores.sigmoid(), theta)
+    sides = problems.gradients(scores.sigmoid(), theta)
     for _ in range(max_steps):
         p = scores.sigmoid()
         gap = (problems.v * p).sum(-1)
@@ -168,16 +201,16 @@ def minimise(
         length, new = _line_search(problems, theta, scores, step, moved, value, model)
         before = theta
         theta, scores = theta + length.unsqueeze(-1) * step, scores + length.unsqueeze(-1) * moved
-        quiet = torch.where(value - new < tolerance, quiet + 1, 0)
+        done = quiet >= patience
+        quiet = torch.where(done | (value - new < tolerance), quiet + 1, 0)
         convex, value = length == 0, new
-        after = _gradients(problems, scores.sigmoid(), theta)
+        after = problems.gradients(scores.sigmoid(), theta)
         curve.remember(theta - before, after - sides, multiplier)
         sides = after
-        active = quiet < patience
-        if bool(active.all()):
+        keep = (quiet < patience).nonzero().squeeze(-1)
+        if len(keep) > LEAVE * len(live):
             continue
         result[live] = theta
-        keep = active.nonzero().squeeze(-1)
         if not len(keep):
             break
         live, theta, scores, value, sides = live[keep], theta[keep], scores[keep], value[keep], sides[keep]
@@ -186,14 +219,6 @@ def minimise(
         curve.take(keep)
     result[live] = theta
     return result
-
-
-def _gradients(problems: Problems, p: Tensor, theta: Tensor) -> Tensor:
-    """Gradients of the convex part and of r, side by side: (P, D, 2)."""
-    weights = torch.stack([problems.u * (p - problems.t), problems.v * p * (1 - p)], dim=-1)
-    sides = torch.bmm(problems.x.mT, weights)
-    sides[..., 0] += problems.ridge * theta
-    return sides
 
 
 def _direction(solved: Tensor, sides: Tensor, gap: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,13 +239,15 @@ def _line_search(
     """Halve each step until F has decreased enough; length 0 where it never does."""
     length = torch.ones_like(value)
     new = problems.objective(scores + moved, theta + step)
-    for halving in range(12):
-        short = ~(new <= value + ARMIJO * length * model.clamp(max=0))
+    for halving in range(1, HALVINGS + 1):
+        # A step that promises nothing is not worth a search.
+        short = ~(new <= value + ARMIJO * length * model) & (model < -NOTHING)
         index = short.nonzero().squeeze(-1)
         if not len(index):
-            return length, new
-        length[index] = 0.5 ** (halving + 1)
-        part, size = problems.take(index), length[index].unsqueeze(-1)
-        new[index] = part.objective(scores[index] + size * moved[index], theta[index] + size * step[index])
+            break
+        size = 0.5**halving
+        length[index] = size
+        trial = scores[index] + size * moved[index], theta[index] + size * step[index]
+        new[index] = problems.objective(*trial, index)
     failed = ~(new <= value)
     return length.masked_fill(failed, 0), torch.where(failed, value, new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from groundwire_flea.functional import Array
+from groundwire_flea.sides import Side
 
-#: Numbers in the largest array of a block: what a processor's cache holds is solved fastest.
-BLOCK = 400_000
+#: Rows of all pairs of a block together, which bounds its memory.
+BLOCK = 500_000
 
 
 @dataclass(frozen=True)
@@ -74,89 +75,77 @@ class Rows:
         """The same sizes with other rows."""
         return replace(self, x=self.x[order], y=self.y[order], a=self.a[order])
 
-    def only(self, sources: Sequence[int]) -> Rows:
-        """The rows of some sources, in their order."""
-        starts = self.starts
-        index = np.concatenate([np.arange(starts[i], starts[i] + self.sizes[i]) for i in sources])
-        return replace(self.permuted(index), sizes=self.sizes[list(sources)])
+    def followed_by(self, other: Rows) -> Rows:
+        """The rows of more sources after these."""
+        joined = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "a", "sizes")}
+        return replace(self, **joined)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pairs of sources that are solved together.
+    """Pairs of sources that are solved together: the first sources' rows, padded to m1, then the second ones', to m2.
 
     Attributes:
-        x: (P, M, d+1), both sources' rows below each other, each pair standardised; the last column is 1.
-        index: (P, M) number of each row; 0 where there is none.
-        valid: (P, M) whether there is a row.
-        second: (P, M) whether the row is of the pair's second source.
-        shift: (P, d) and
-        scale: (P, d): ``x = (raw - shift) / scale``.
+        sides: The rows, with a last column of 1.
+        index: (P, m1 + m2), number of each row; 0 where there is none.
+        valid: (P, m1 + m2), whether there is a row.
+        second: (m1 + m2,), whether the row is of the second source.
     """
 
-    x: Tensor
+    sides: tuple[Side, ...]
     index: Array
-    valid: Tensor
-    second: Tensor
-    shift: Tensor
-    scale: Tensor
+    valid: Array
+    second: Array
 
     def values(self, of_rows: Array) -> Tensor:
-        """(P, M) from (R,); 0 where there is no row."""
-        found = torch.from_numpy(of_rows.astype(np.float64)[self.index]).to(self.x.device)
-        return found * self.valid
+        """(P, m1 + m2) from (R,), float64; 0 where there is no row."""
+        found = np.where(self.valid, of_rows[self.index], 0).astype(np.float64)
+        return torch.from_numpy(found).to(self.sides[0].x.device)
 
     def of_first(self, of_rows: Array) -> Tensor:
         """As :meth:`values`, 0 in the second source."""
-        return self.values(of_rows) * ~self.second
+        return self.values(of_rows) * self.at(~self.second)
 
     def of_second(self, of_rows: Array) -> Tensor:
         """As :meth:`values`, 0 in the first source."""
-        return self.values(of_rows) * self.second
+        return self.values(of_rows) * self.at(self.second)
+
+    def at(self, mask: Array) -> Tensor:
+        """A mask of rows as a tensor on the block's device."""
+        return torch.from_numpy(mask).to(self.sides[0].x.device)
 
 
 def block_of(rows: Rows, pairs: Array, device: Any = "cpu") -> Block:
-    """Cut the pairs (P, 2) out of ``rows``.
-
-    A pair's columns depend on the rows of its two sources only, so a source that comes later changes no old pair.
-    """
-    first, second = pairs.T
-    sizes, starts = rows.sizes, rows.starts
-    place = np.arange((sizes[first] + sizes[second]).max())[None]
-    inner = place < sizes[first][:, None]
-    index = np.where(inner, starts[first][:, None] + place, (starts[second] - sizes[first])[:, None] + place)
-    valid = place < (sizes[first] + sizes[second])[:, None]
-    index[~valid] = 0
-    shift, scale = pair_scaling(rows, first, second)
-    x = np.ones((*index.shape, rows.x.shape[1] + 1))
-    x[..., :-1] = (rows.x[index] - shift[:, None]) / scale[:, None]
-    tensors = (torch.from_numpy(v).to(device) for v in (x, valid, ~inner, shift, scale))
-    x_, valid_, second_, shift_, scale_ = tensors
-    return Block(x_, index, valid_, second_, shift_, scale_)
+    """Cut the pairs (P, 2) out of ``rows``; for (P, 1), single sources."""
+    cut = [_side(rows, column, device) for column in pairs.T]
+    indices = [index for _, index, _ in cut]
+    second = np.repeat([False, True][: len(cut)], [index.shape[1] for index in indices])
+    valid = np.concatenate([valid for _, _, valid in cut], axis=1)
+    return Block(tuple(side for side, _, _ in cut), np.concatenate(indices, axis=1), valid, second)
 
 
-def pair_scaling(rows: Rows, first: Array, second: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of the columns over the rows of each pair, (P, d) each; 1 for constant columns."""
-    starts = rows.starts
-    sums = np.add.reduceat(rows.x, starts)
-    squares = np.add.reduceat(rows.x**2, starts)
-    total = (rows.sizes[first] + rows.sizes[second])[:, None]
-    mean = (sums[first] + sums[second]) / total
-    variance = (squares[first] + squares[second]) / total - mean**2
-    # Below the rounding error of the subtraction, a column is constant.
-    constant = variance <= 1e-12 * (1 + mean**2)
-    return mean, np.sqrt(np.where(constant, 1.0, variance))
+def _side(rows: Rows, sources: Array, device: Any) -> tuple[Side, Array, Array]:
+    """The side, and (P, m) the number of each row and whether there is one."""
+    used, which = np.unique(sources, return_inverse=True)
+    place = np.arange(rows.sizes[used].max())[None]
+    valid = place < rows.sizes[used][:, None]
+    index = np.where(valid, rows.starts[used][:, None] + place, 0)
+    x = np.concatenate([rows.x[index], np.ones((*index.shape, 1))], axis=-1) * valid[..., None]
+    side = Side(torch.from_numpy(x).to(device), torch.from_numpy(which).to(device))
+    return side, index[which], valid[which]
 
 
-def blocks(sizes: Array, pairs: Array, columns: int, limit: int = BLOCK) -> Iterator[Array]:
-    """Divide pairs into blocks of similar numbers of rows, so that little is padded.
+def blocks(sizes: Array, pairs: Array, limit: int = BLOCK) -> Iterator[Array]:
+    """Divide pairs into blocks of sources of similar sizes, so that little is padded.
 
     The division depends on the data alone, never on the number of workers, so neither do results.
     """
-    rows = sizes[pairs].sum(1)
-    order = np.argsort(-rows, kind="stable")
-    begin = 0
-    while begin < len(order):
-        many = max(1, limit // int(rows[order[begin]] * (columns + 1)))
-        yield pairs[order[begin : begin + many]]
-        begin += many
+    magnitude = np.ceil(np.log2(sizes)).astype(int)
+    first, second = pairs.T
+    order = np.lexsort((second, first, magnitude[second], magnitude[first]))
+    kinds = np.stack([magnitude[first], magnitude[second]], axis=1)[order]
+    borders = np.flatnonzero((np.diff(kinds, axis=0) != 0).any(1)) + 1
+    for part in np.split(order, borders):
+        rows = int(sizes[first[part]].max() + sizes[second[part]].max())
+        many = max(1, limit // rows)
+        yield from (pairs[part[begin : begin + many]] for begin in range(0, len(part), many))
