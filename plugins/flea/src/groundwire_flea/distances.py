@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groundwire_flea.functional import COMPONENTS, Array, disbalance, total_distance
 from groundwire_flea.minimise import LBFGS, Problems, minimise
-from groundwire_flea.rows import Block, Rows, block_of, blocks
+from groundwire_flea.rows import Banks, Block, Rows, blocks
 
 Fairness = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
 FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
@@ -99,19 +99,13 @@ def pairwise(
     other rows has no bias upwards. Without, its absolute value counts, as published.
     """
     n = rows.n
-    unordered = np.array([(i, j) for i in range(n) for j in range(i + 1, n) if j >= first_new]).reshape(-1, 2)
-    ordered = np.concatenate([unordered, unordered[:, ::-1]])
-    work: list[tuple[Any, ...]] = []
-    if "disc" in settings.components:
-        work += [(discrepancies, part) for part in blocks(rows.sizes, unordered)]
-    if "disp" in settings.components:
-        work += [(disparities, part) for part in blocks(rows.sizes, ordered)]
-    jobs = [joblib.delayed(_solve)(kind, rows, part, settings, tuple(splits), signed) for kind, part in work]
-    found = {"discrepancies": np.zeros((n, n)), "disparities": np.zeros((n, n))}
-    for (kind, part), values in zip(work, _run(jobs, settings), strict=True):
-        found[kind.__name__][part[:, 0], part[:, 1]] = values
-    disc, disp = found.values()
-    return np.maximum(disc, disc.T), np.maximum(disp, disp.T)
+    pairs = np.array([(i, j) for i in range(n) for j in range(i + 1, n) if j >= first_new]).reshape(-1, 2)
+    work = list(blocks(rows.sizes, pairs))
+    jobs = [joblib.delayed(_solve)(rows, part, settings, tuple(splits), signed) for part in work]
+    found = np.zeros((2, n, n))
+    for part, values in zip(work, _run(jobs, settings), strict=True):
+        found[:, part[:, 0], part[:, 1]] = found[:, part[:, 1], part[:, 0]] = values
+    return found[0], found[1]
 
 
 def _run(jobs: list[Any], settings: Settings) -> Iterable[Array]:
@@ -128,15 +122,23 @@ def _run(jobs: list[Any], settings: Settings) -> Iterable[Array]:
     return track(parallel(jobs), "Comparing sources", total=len(jobs), transient=True)
 
 
-def _solve(kind: Any, rows: Rows, pairs: Array, settings: Settings, splits: Sequence[Split], signed: bool) -> Array:
-    if settings.compat == "reference":
-        from groundwire_flea import reference
+def _solve(rows: Rows, pairs: Array, settings: Settings, splits: Sequence[Split], signed: bool) -> Array:
+    """Both distances of some pairs: (2, P)."""
+    from groundwire_flea import reference
 
-        kind = getattr(reference, kind.__name__)
+    banks = Banks(rows, settings.device)
+    batched, single = (discrepancies, disparities), (reference.discrepancies, reference.disparities)
+    disc, disp = single if settings.compat == "reference" else batched
+    values = np.zeros((2, len(pairs)))
+    both = np.concatenate([pairs, pairs[:, ::-1]])
     with one_thread():
-        values = np.mean([kind(rows, pairs, settings, split, signed) for split in splits], axis=0)
-    result: Array = np.maximum(values, 0) if signed else values
-    return result
+        if "disc" in settings.components:
+            found = np.mean([disc(banks, pairs, settings, split, signed) for split in splits], axis=0)
+            values[0] = np.maximum(found, 0) if signed else found
+        if "disp" in settings.components:
+            found = np.mean([disp(banks, both, settings, split, signed) for split in splits], axis=0)
+            values[1] = np.maximum(found.reshape(2, -1).max(0), 0 if signed else -np.inf)
+    return values
 
 
 @contextmanager
@@ -150,12 +152,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def discrepancies(rows: Rows, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
     """disc of each pair (P,): the error difference of a classifier that is right on one source and wrong on the other.
 
     With more than two labels, the largest over one label against the rest.
     """
-    block = block_of(rows, pairs, settings.device)
+    rows, block = banks.rows, banks.block(pairs)
     weights, second = block.values(rows.mean_weights(split.fit)), block.at(block.second)
     signs = block.values(rows.mean_weights(split.test)) * (2 * second.double() - 1)
     values = []
@@ -167,13 +169,13 @@ def discrepancies(rows: Rows, pairs: Array, settings: Settings, split: Split, si
     return _numbers(values, signed)
 
 
-def disparities(rows: Rows, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+def disparities(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
     """disp of each ordered pair (P,): how much more unfair a classifier is on the first source, when made to be so.
 
     With more than two groups, the largest over classifiers that tell one group from the rest; with several conditions
     (equalized odds), the largest over them.
     """
-    block = block_of(rows, pairs, settings.device)
+    rows, block = banks.rows, banks.block(pairs)
     values = []
     for condition in conditions(rows, settings.fairness):
         for group in range(1 if rows.groups == 2 else rows.groups):
@@ -181,7 +183,7 @@ def disparities(rows: Rows, pairs: Array, settings: Settings, split: Split, sign
             fit = condition & split.fit
             inside, outside = rows.mean_weights(fit & z), rows.mean_weights(fit & ~z)
             u, v = block.of_first((inside + outside) / 2), block.of_second(inside - outside)
-            scores = _fitted(block, block.values(z), u, v, _starts(rows, pairs, z, fit, settings.device))
+            scores = _fitted(block, block.values(z), u, v, _starts(banks, pairs, z, fit))
             values.append(_gap_difference(rows, block, scores >= 0, condition & split.test))
     return _numbers(values, signed)
 
@@ -212,18 +214,18 @@ def _fitted(block: Block, t: Tensor, u: Tensor, v: Tensor, start: Tensor | None,
     return problems.scores(theta)
 
 
-def _starts(rows: Rows, pairs: Array, z: Array, fit: Array, device: str) -> Tensor:
+def _starts(banks: Banks, pairs: Array, z: Array, fit: Array) -> Tensor:
     """Where the disparity begins (P, d+1): the first source's own L2 logistic regression of the group, C = 1.
 
     The penalty is on standardised columns. It depends on the first source alone, so it is fitted once for each.
     """
     sources, which = np.unique(pairs[:, 0], return_inverse=True)
-    own = block_of(rows, sources[:, None], device)
+    own = banks.block(sources[:, None])
     used = own.values(fit)
     t = own.values(z)
     width = own.sides[0].x.shape[-1]
     ridge = torch.zeros(len(sources), width, dtype=t.dtype, device=t.device)
-    ridge[:, :-1] = torch.from_numpy(_variances(rows)[sources]).to(t.device)
+    ridge[:, :-1] = torch.from_numpy(_variances(banks.rows)[sources]).to(t.device)
     problems = Problems(own.sides, t, used, torch.zeros_like(t), ridge)
     curvature = None if width <= NEWTON_COLUMNS + 1 else LBFGS
     theta = minimise(problems, torch.zeros_like(ridge), curvature=curvature, patience=1)

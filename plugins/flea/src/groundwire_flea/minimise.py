@@ -60,13 +60,16 @@ class Problems:
         """x theta: (P, M)."""
         return torch.cat([side.scores(theta) for side in self.sides], dim=1)
 
-    def objective(self, scores: Tensor, theta: Tensor, index: Tensor | None = None) -> Tensor:
-        """F, with the published smoothing of the absolute value: (P,). ``index`` says whose the scores are."""
+    def objective(self, scores: Tensor, theta: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """F (P,), with the published smoothing of |r|, and the sigmoid of the scores. ``index`` says whose they are."""
         rows = (self.t, self.u, self.v, self.ridge)
         t, u, v, ridge = rows if index is None else (part[index] for part in rows)
-        entropy = (u * (softplus(scores) - t * scores)).sum(-1)
-        gap = (v * scores.sigmoid()).sum(-1)
-        return entropy + (ridge * theta.square()).sum(-1) / 2 + gap.square() / (gap.square() + SMOOTH).sqrt()
+        p = scores.sigmoid()
+        value = (u * (softplus(scores) - t * scores)).sum(-1) + (ridge * theta.square()).sum(-1) / 2
+        if any(self.gapped):
+            square = (v * p).sum(-1).square()
+            value = value + square / (square + SMOOTH).sqrt()
+        return value, p
 
     def gradients(self, p: Tensor, theta: Tensor) -> Tensor:
         """Gradients of the convex part and of r, next to each other: (P, D, 2)."""
@@ -187,24 +190,24 @@ def minimise(
     curve = Newton() if curvature is None else curvature(problems)
     result, live = start.clone(), torch.arange(len(start), device=start.device)
     theta, scores = start, problems.scores(start)
-    value = problems.objective(scores, theta)
+    value, p = problems.objective(scores, theta)
     multiplier, quiet = torch.zeros_like(value), torch.zeros_like(value, dtype=torch.long)
     convex = quiet.bool()
-    sides = problems.gradients(scores.sigmoid(), theta)
+    sides = problems.gradients(p, theta)
     for _ in range(max_steps):
-        p = scores.sigmoid()
         gap = (problems.v * p).sum(-1)
         multiplier, step, model = _direction(
             curve.solve(problems, p, multiplier, convex, sides), sides, gap, multiplier
         )
         moved = problems.scores(step)
-        length, new = _line_search(problems, theta, scores, step, moved, value, model)
+        length, new, p = _line_search(problems, theta, scores, step, moved, value, model)
         before = theta
         theta, scores = theta + length.unsqueeze(-1) * step, scores + length.unsqueeze(-1) * moved
-        done = quiet >= patience
-        quiet = torch.where(done | (value - new < tolerance), quiet + 1, 0)
+        # A step that promises nothing starts from a stationary point.
+        done = (quiet >= patience) | (model > -tolerance)
+        quiet = torch.where(done, patience, torch.where(value - new < tolerance, quiet + 1, 0))
         convex, value = length == 0, new
-        after = problems.gradients(scores.sigmoid(), theta)
+        after = problems.gradients(p, theta)
         curve.remember(theta - before, after - sides, multiplier)
         sides = after
         keep = (quiet < patience).nonzero().squeeze(-1)
@@ -213,7 +216,7 @@ def minimise(
         result[live] = theta
         if not len(keep):
             break
-        live, theta, scores, value, sides = live[keep], theta[keep], scores[keep], value[keep], sides[keep]
+        live, theta, scores, value, sides, p = (part[keep] for part in (live, theta, scores, value, sides, p))
         multiplier, quiet, convex = multiplier[keep], quiet[keep], convex[keep]
         problems = problems.take(keep)
         curve.take(keep)
@@ -235,10 +238,10 @@ def _direction(solved: Tensor, sides: Tensor, gap: Tensor, multiplier: Tensor) -
 
 def _line_search(
     problems: Problems, theta: Tensor, scores: Tensor, step: Tensor, moved: Tensor, value: Tensor, model: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Halve each step until F has decreased enough; length 0 where it never does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve each step until F has decreased enough; length 0 where it never does. Also F and the sigmoid there."""
     length = torch.ones_like(value)
-    new = problems.objective(scores + moved, theta + step)
+    new, p = problems.objective(scores + moved, theta + step)
     for halving in range(1, HALVINGS + 1):
         # A step that promises nothing is not worth a search.
         short = ~(new <= value + ARMIJO * length * model) & (model < -NOTHING)
@@ -248,6 +251,8 @@ def _line_search(
         size = 0.5**halving
         length[index] = size
         trial = scores[index] + size * moved[index], theta[index] + size * step[index]
-        new[index] = problems.objective(*trial, index)
-    failed = ~(new <= value)
-    return length.masked_fill(failed, 0), torch.where(failed, value, new)
+        new[index], p[index] = problems.objective(*trial, index)
+    failed = (~(new <= value)).nonzero().squeeze(-1)
+    if len(failed):
+        length[failed], new[failed], p[failed] = 0, value[failed], scores[failed].sigmoid()
+    return length, new, p

@@ -15,17 +15,17 @@ from groundwire_flea.functional import Array
 
 if TYPE_CHECKING:
     from groundwire_flea.distances import Settings, Split
-    from groundwire_flea.rows import Rows
+    from groundwire_flea.rows import Banks, Rows
 
 
-def discrepancies(rows: Rows, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
     """disc of each pair by scikit-learn's unpenalised logistic regression."""
-    return np.array([_discrepancy(*_pair(rows, *pair)) for pair in pairs])
+    return np.array([_discrepancy(*_pair(banks.rows, *pair)) for pair in pairs])
 
 
-def disparities(rows: Rows, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+def disparities(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
     """disp of each ordered pair by SciPy's BFGS."""
-    return np.array([_disparity(*_pair(rows, *pair)) for pair in pairs])
+    return np.array([_disparity(*_pair(banks.rows, *pair)) for pair in pairs])
 
 
 def _pair(rows: Rows, i: int, j: int) -> tuple[Array, Array, Array, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groundwire_flea.functional import Array
-from groundwire_flea.sides import Side
+from groundwire_flea.sides import Bank, Side
 
 #: Rows of all pairs of a block together, which bounds its memory.
 BLOCK = 500_000
@@ -115,24 +115,48 @@ class Block:
         return torch.from_numpy(mask).to(self.sides[0].x.device)
 
 
-def block_of(rows: Rows, pairs: Array, device: Any = "cpu") -> Block:
-    """Cut the pairs (P, 2) out of ``rows``; for (P, 1), single sources."""
-    cut = [_side(rows, column, device) for column in pairs.T]
-    indices = [index for _, index, _ in cut]
-    second = np.repeat([False, True][: len(cut)], [index.shape[1] for index in indices])
-    valid = np.concatenate([valid for _, _, valid in cut], axis=1)
-    return Block(tuple(side for side, _, _ in cut), np.concatenate(indices, axis=1), valid, second)
+class Banks:
+    """The rows of groups of sources as tensors, each made once."""
+
+    def __init__(self, rows: Rows, device: Any = "cpu") -> None:
+        self.rows, self._device = rows, device
+        self._made: dict[tuple[int, ...], Bank] = {}
+
+    def of(self, sources: Array) -> Bank:
+        """The rows of ``sources`` (S,), padded with zeros, with a last column of 1."""
+        key = tuple(sources.tolist())
+        if key not in self._made:
+            index, valid = padded(self.rows, sources)
+            x = np.concatenate([self.rows.x[index], np.ones((*index.shape, 1))], axis=-1) * valid[..., None]
+            self._made[key] = Bank(torch.from_numpy(x).to(self._device))
+        return self._made[key]
+
+    def block(self, pairs: Array) -> Block:
+        """The pairs (P, 2) of sources; for (P, 1), single sources. The sources of a column are of similar sizes."""
+        similar = len(set(magnitude(self.rows.sizes[pairs]).ravel())) == 1
+        columns = [np.unique(pairs if similar else column) for column in pairs.T]
+        sides, indices, valids = [], [], []
+        for used, column in zip(columns, pairs.T, strict=True):
+            which = np.searchsorted(used, column)
+            index, valid = padded(self.rows, used)
+            sides.append(Side(self.of(used), torch.from_numpy(which).to(self._device)))
+            indices.append(index[which])
+            valids.append(valid[which])
+        second = np.repeat([False, True][: len(indices)], [index.shape[1] for index in indices])
+        return Block(tuple(sides), np.concatenate(indices, axis=1), np.concatenate(valids, axis=1), second)
 
 
-def _side(rows: Rows, sources: Array, device: Any) -> tuple[Side, Array, Array]:
-    """The side, and (P, m) the number of each row and whether there is one."""
-    used, which = np.unique(sources, return_inverse=True)
-    place = np.arange(rows.sizes[used].max())[None]
-    valid = place < rows.sizes[used][:, None]
-    index = np.where(valid, rows.starts[used][:, None] + place, 0)
-    x = np.concatenate([rows.x[index], np.ones((*index.shape, 1))], axis=-1) * valid[..., None]
-    side = Side(torch.from_numpy(x).to(device), torch.from_numpy(which).to(device))
-    return side, index[which], valid[which]
+def padded(rows: Rows, sources: Array) -> tuple[Array, Array]:
+    """(S, m) the number of each row of ``sources``, and whether there is one."""
+    place = np.arange(rows.sizes[sources].max())[None]
+    valid = place < rows.sizes[sources][:, None]
+    return np.where(valid, rows.starts[sources][:, None] + place, 0), valid
+
+
+def magnitude(sizes: Array) -> Array:
+    """The power of two that a size is at most."""
+    result: Array = np.ceil(np.log2(sizes)).astype(int)
+    return result
 
 
 def blocks(sizes: Array, pairs: Array, limit: int = BLOCK) -> Iterator[Array]:
@@ -140,10 +164,10 @@ def blocks(sizes: Array, pairs: Array, limit: int = BLOCK) -> Iterator[Array]:
 
     The division depends on the data alone, never on the number of workers, so neither do results.
     """
-    magnitude = np.ceil(np.log2(sizes)).astype(int)
     first, second = pairs.T
-    order = np.lexsort((second, first, magnitude[second], magnitude[first]))
-    kinds = np.stack([magnitude[first], magnitude[second]], axis=1)[order]
+    kinds = magnitude(sizes[pairs])
+    order = np.lexsort((second, first, kinds[:, 1], kinds[:, 0]))
+    kinds = kinds[order]
     borders = np.flatnonzero((np.diff(kinds, axis=0) != 0).any(1)) + 1
     for part in np.split(order, borders):
         rows = int(sizes[first[part]].max() + sizes[second[part]].max())

@@ -8,6 +8,44 @@ import torch
 from torch import Tensor
 
 
+class Bank:
+    """The rows of S sources, (S, m, D), and the products of their columns, made when first needed.
+
+    Example:
+        >>> Bank(torch.ones(2, 3, 4)).squares.shape
+        torch.Size([2, 10, 3])
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def only(self, sources: Tensor) -> Bank:
+        """The rows of some sources."""
+        bank = Bank(self.x[sources])
+        if "squares" in vars(self):
+            bank.squares = self.squares[sources]
+        return bank
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """(S, D (D + 1) / 2, m), the products of each two columns."""
+        columns = self.x.mT.contiguous()
+        row, column = self._pairs
+        return columns[:, row] * columns[:, column]
+
+    @cached_property
+    def unpack(self) -> Tensor:
+        """(D, D), where in ``squares`` the product of two columns stands."""
+        row, column = self._pairs
+        place = torch.empty(2 * self.x.shape[-1:], dtype=torch.long, device=self.x.device)
+        place[row, column] = place[column, row] = torch.arange(len(row), device=self.x.device)
+        return place
+
+    @property
+    def _pairs(self) -> Tensor:
+        return torch.triu_indices(self.x.shape[-1], self.x.shape[-1], device=self.x.device)
+
+
 class Side:
     """One source's rows in each of P problems.
 
@@ -15,31 +53,35 @@ class Side:
     the sources.
 
     Args:
-        x: (S, m, D), the rows of S sources.
+        bank: The rows of S sources.
         which: (P,), the source of each problem.
-        squares: Products of the columns of ``x``, made when first needed.
     """
 
-    def __init__(self, x: Tensor, which: Tensor, squares: Tensor | None = None) -> None:
-        used, which = which.unique(return_inverse=True)
-        every = len(used) == len(x)
-        self.x = x if every else x[used]
-        self._squares = squares if every or squares is None else squares[used]
-        self.which = which
-        counts = torch.bincount(which, minlength=len(used))
+    def __init__(self, bank: Bank, which: Tensor) -> None:
+        used, places = which.unique(return_inverse=True)
+        # A few idle sources in each product cost less than a copy of the others.
+        if 2 * len(used) <= len(bank.x):
+            bank, which = bank.only(used), places
+        self.bank, self.which = bank, which
+        counts = torch.bincount(which, minlength=len(bank.x))
         order = torch.argsort(which, stable=True)
         width = int(counts.max())
         rank = torch.empty_like(which)
         rank[order] = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which[order]]
         # A place that no problem fills holds problem 0, and its result is never read.
         self._slot = which * width + rank
-        self._table = torch.zeros(len(used) * width, dtype=torch.long, device=which.device)
+        self._table = torch.zeros(len(bank.x) * width, dtype=torch.long, device=which.device)
         self._table[self._slot] = torch.arange(len(which), device=which.device)
-        self._table = self._table.view(len(used), width)
+        self._table = self._table.view(len(bank.x), width)
+
+    @property
+    def x(self) -> Tensor:
+        """(S, m, D), the rows."""
+        return self.bank.x
 
     def take(self, index: Tensor) -> Side:
         """The problems ``index``."""
-        return Side(self.x, self.which[index], self._squares)
+        return Side(self.bank, self.which[index])
 
     def scores(self, theta: Tensor) -> Tensor:
         """x theta for theta (P, D): (P, m)."""
@@ -51,9 +93,7 @@ class Side:
 
     def gram(self, weights: Tensor) -> Tensor:
         """x' diag(weights) x for weights (P, m): (P, D, D)."""
-        if self._squares is None:
-            self._squares = self._column_products()
-        return self._product(weights, self._squares.mT)[:, self._unpack]
+        return self._product(weights, self.bank.squares.mT)[:, self.bank.unpack]
 
     def shared_gram(self, weights: Tensor) -> Tensor:
         """As :meth:`gram`, for weights that are equal in all problems of a source."""
@@ -62,18 +102,3 @@ class Side:
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left[self._table], right).flatten(0, 1)[self._slot]
-
-    def _column_products(self) -> Tensor:
-        """(S, D (D + 1) / 2, m), the products of each two columns."""
-        columns = self.x.mT.contiguous()
-        row, column = torch.triu_indices(self.x.shape[-1], self.x.shape[-1], device=self.x.device)
-        return columns[:, row] * columns[:, column]
-
-    @cached_property
-    def _unpack(self) -> Tensor:
-        """(D, D), where the product of two columns stands."""
-        columns = self.x.shape[-1]
-        row, column = torch.triu_indices(columns, columns, device=self.x.device)
-        place = torch.empty(columns, columns, dtype=torch.long, device=self.x.device)
-        place[row, column] = place[column, row] = torch.arange(len(row), device=self.x.device)
-        return place
