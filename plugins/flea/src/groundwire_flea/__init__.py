@@ -1,7 +1,19 @@
 """FLEA, fair learning against adversaries (Iofinova, Konstantinov, Lampert, 2022), for PyTorch Lightning."""
 
+from groundwire_flea.fair_loss import DemographicParityLoss, demographic_parity_penalty
 from groundwire_flea.filtering import filter_sources
 from groundwire_flea.result import Caution, FLEAResult, FLEAWarning
+from groundwire_flea.reweighing import Reweighing, reweighing
 from groundwire_flea.selector import FLEASelector
 
-__all__ = ["Caution", "FLEAResult", "FLEASelector", "FLEAWarning", "filter_sources"]
+__all__ = [
+    "Caution",
+    "DemographicParityLoss",
+    "FLEAResult",
+    "FLEASelector",
+    "FLEAWarning",
+    "Reweighing",
+    "demographic_parity_penalty",
+    "filter_sources",
+    "reweighing",
+]
