@@ -27,6 +27,8 @@ class Dataset:
     y: np.ndarray
     a: np.ndarray
     sensitive: int
+    #: Groups in the order of their names in the file, which is the order of the published code's draws.
+    order: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Run:
     test: np.ndarray
 
 
-def encoded(categorical: pd.DataFrame, a: pd.Series, numbers: pd.DataFrame, y: pd.Series) -> Dataset:
+def encoded(
+    categorical: pd.DataFrame, a: pd.Series, numbers: pd.DataFrame, y: pd.Series, order: tuple[int, int] = (0, 1)
+) -> Dataset:
     dummies = pd.get_dummies(categorical.assign(none=0), columns=list(categorical), drop_first=True).drop(columns="none")
     x = np.column_stack([dummies, a, numbers]).astype(float)
-    return Dataset(x, y.to_numpy(int), a.to_numpy(int), dummies.shape[1])
+    return Dataset(x, y.to_numpy(int), a.to_numpy(int), dummies.shape[1], order)
 
 
 def compas(folder: Path) -> Dataset:
@@ -51,7 +55,7 @@ def compas(folder: Path) -> Dataset:
     frame = frame[usable & frame.score_text.notna() & (frame.score_text != "N/A")]
     race = frame.race.replace({"Native American": "Other", "Asian": "Other"})
     categorical = pd.DataFrame({"charge": frame.c_charge_degree, "age": frame.age_cat, "race": race})
-    return encoded(categorical, (frame.sex == "Female").astype(int), frame[["priors_count"]], frame.two_year_recid)
+    return encoded(categorical, (frame.sex == "Female").astype(int), frame[["priors_count"]], frame.two_year_recid, (1, 0))
 
 
 def drugs(folder: Path) -> Dataset:
@@ -66,7 +70,8 @@ def germancredit(folder: Path) -> Dataset:
     accounts = frame[["Saving accounts", "Checking account"]].fillna("none")
     categorical = accounts.assign(age=pd.cut(frame.Age, [15, 25, 35, 45, 55, 65, 99]))
     numbers = frame[["Duration"]].assign(amount=frame["Credit amount"] / 1000)
-    return encoded(categorical, (frame.Sex == "female").astype(int), numbers, (frame.Risk == "good").astype(int))
+    a, y = (frame.Sex == "female").astype(int), (frame.Risk == "good").astype(int)
+    return encoded(categorical, a, numbers, y, (1, 0))
 
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {"compas": compas, "drugs": drugs, "germancredit": germancredit}
@@ -76,7 +81,7 @@ def run_of(data: Dataset, seed: int, n: int = SOURCES, malicious: int = MALICIOU
     train, test = train_test_split(np.arange(len(data.y)), test_size=0.2, random_state=seed)
     parts = np.array_split(train, n)
     bad = np.random.default_rng(seed).choice(range(n), malicious, replace=False)
-    return Run(train, np.repeat(np.arange(n), [len(p) for p in parts]), sorted(map(int, bad)), test)
+    return Run(train, np.repeat(np.arange(n), [len(p) for p in parts]), [int(s) for s in bad], test)
 
 
 def attacked(data: Dataset, run: Run, adversary: str, seed: int) -> corruptions.Corrupted:
@@ -84,7 +89,7 @@ def attacked(data: Dataset, run: Run, adversary: str, seed: int) -> corruptions.
     random = np.random.RandomState(seed)
     clean = run.train[~np.isin(run.source, run.malicious)]
     for rows in (run.train, clean):
-        _skip_resampling(data.y[rows], data.a[rows], random)
+        _skip_resampling(data, rows, random)
     return corruptions.corrupt(
         data.X[run.train],
         data.y[run.train],
@@ -97,9 +102,10 @@ def attacked(data: Dataset, run: Run, adversary: str, seed: int) -> corruptions.
     )
 
 
-def _skip_resampling(y: np.ndarray, a: np.ndarray, random: np.random.RandomState) -> None:
+def _skip_resampling(data: Dataset, rows: np.ndarray, random: np.random.RandomState) -> None:
     """Draw what the published code's resampling learner draws before the attack."""
-    for group in (0, 1):
+    y, a = data.y[rows], data.a[rows]
+    for group in data.order:
         for label in (0, 1):
             cell = int(((a == group) & (y == label)).sum())
             wanted = int((a == group).sum() * (y == label).sum() / len(y))

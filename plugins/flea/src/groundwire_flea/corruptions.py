@@ -174,7 +174,7 @@ def corrupt(
         y: (R,) labels of two values; the larger counts as y = 1.
         sensitive_features: (R,) groups of two values; the larger counts as a = 1.
         sources: (R,) the source of each row.
-        malicious: The sources to manipulate.
+        malicious: The sources to manipulate, in this order.
         adversary: One of :data:`ADVERSARIES`.
         sensitive_columns: Columns of X (places or names) that hold the group and change with it; found when left out:
             those that take two values, one for each group.
@@ -205,14 +205,15 @@ def corrupt(
     columns = _sensitive_columns(X, a_codes) if sensitive_columns is None else list(sensitive_columns)
     random, bad = check_random_state(random_state), names.isin(list(malicious)).to_numpy()
     table = _numbers(X) if "anchor" in adversary or adversary == "random" else np.zeros((len(names), 0))
-    parts = []
-    for source in dict.fromkeys(names):
-        own = np.flatnonzero((names == source).to_numpy())
-        attack = Attack(y_codes, a_codes, table, own, np.flatnonzero(~bad), random)
-        parts.append((ADVERSARIES[adversary] if bad[own[0]] else identity)(attack))
+    own = {plain(s): np.flatnonzero((names == s).to_numpy()) for s in dict.fromkeys(names)}
+    manipulated = {
+        s: ADVERSARIES[adversary](Attack(y_codes, a_codes, table, own[s], np.flatnonzero(~bad), random))
+        for s in dict.fromkeys(malicious)
+    }
+    parts = [manipulated.get(s, Replacement(rows, y_codes[rows], a_codes[rows])) for s, rows in own.items()]
     rows = np.concatenate([part.rows for part in parts])
     new_a = np.concatenate([part.a for part in parts])
-    new_sources = np.concatenate([np.repeat(s, len(p.rows)) for s, p in zip(dict.fromkeys(names), parts, strict=True)])
+    new_sources = np.repeat(np.array(list(own)), [len(part.rows) for part in parts])
     return Corrupted(
         _rewritten(X, rows, a_codes, new_a, columns),
         np.array(pairs[0])[np.concatenate([part.y for part in parts])],
