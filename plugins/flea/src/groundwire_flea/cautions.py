@@ -33,10 +33,13 @@ class Evidence:
 
     @property
     def noise(self) -> float:
-        """How much scores vary by chance: measured by permutations, else the largest standard error of a group rate."""
+        """How much distances vary by chance: measured by permutations, else the standard error of a difference of gaps.
+
+        A gap between two rates of 1/2 in groups of c rows has the variance 1 / (2 c), a difference of two gaps twice that.
+        """
         if self.tested is not None:
             return self.tested.spread
-        return 0.5 / float(np.sqrt(self.cells.min()))
+        return 1 / float(np.sqrt(self.cells.min()))
 
     @property
     def cells(self) -> Array:
@@ -154,7 +157,7 @@ def two_clusters(e: Evidence) -> Caution | None:
     off = ~np.eye(n, dtype=bool)
     inner = [float(e.distance[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]
     smaller = int(min(parts.sum(), n - parts.sum()))
-    if smaller < 2 or smaller < 0.35 * n or across < 2 * max(inner) or across - max(inner) < 2 * e.noise:
+    if smaller < 2 or smaller < 0.35 * n or across < 2 * max(inner) or across - max(inner) < e.noise:
         return None
     camp = e.named(parts if parts.sum() <= n / 2 else ~parts)
     return Caution(
@@ -171,7 +174,7 @@ def heterogeneous(e: Evidence) -> Caution | None:
     """W5: even the best scores are far above chance, so sources differ by nature."""
     best = float(np.sort(e.q)[max(e.k // 2 - 1, 0)])
     balance = float(np.median(e.disb[~np.eye(e.rows.n, dtype=bool)]))
-    limit = 0.25 + 4 * e.noise
+    limit = 0.25 + 2 * e.noise
     if best <= limit and balance <= 0.2:
         return None
     return Caution(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -64,6 +65,7 @@ class FLEADataModule(LightningDataModule):
         self._dataset, self._deciding = _training_set(data, self.flea)
         self._val, self._test, self._given_fields = val, test, fields
         self._options = {"batch_size": 32, "shuffle": True, **(loader or {})}
+        self._hide_missing_loaders()
 
     def train_dataloader(self) -> Any:
         """The training loader, over rows of trusted sources.
@@ -103,18 +105,23 @@ class FLEADataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation loader as it was given."""
-        return self._other("val_dataloader", self._val)
+        return self._val if self.inner is None else self.inner.val_dataloader()
 
     def test_dataloader(self) -> Any:
         """The test loader as it was given."""
-        return self._other("test_dataloader", self._test)
+        return self._test if self.inner is None else self.inner.test_dataloader()
 
     def predict_dataloader(self) -> Any:
         """The prediction loader as it was given."""
-        return self._other("predict_dataloader", None)
+        return None if self.inner is None else self.inner.predict_dataloader()
 
-    def _other(self, name: str, given: Any) -> Any:
-        return getattr(self.inner, name)() if self.inner is not None else ([] if given is None else given)
+    def _hide_missing_loaders(self) -> None:
+        """Lightning runs a stage if its loader is overridden, so what nobody gave must be the base class's own."""
+        for name, given in (("val_dataloader", self._val), ("test_dataloader", self._test), ("predict_dataloader", None)):
+            base = getattr(LightningDataModule, name)
+            missing = given is None if self.inner is None else getattr(type(self.inner), name) is base
+            if missing:
+                setattr(self, name, MethodType(base, self))
 
     def state_dict(self) -> dict[str, Any]:
         """The decision, and the inner DataModule's state."""

@@ -54,7 +54,7 @@ class Decision:
             hash=source_hash(row_sources),
             n_clean=result.n_clean,
             distances=result.distances.to_numpy().tolist(),
-            columns={str(name): report[name].tolist() for name in report},
+            columns={str(name): [_number(v) for v in report[name].tolist()] for name in report},
             cautions=[(c.code, c.message, c.value) for c in result.warnings],
             bound=result.bound,
         )
@@ -87,6 +87,11 @@ class Decision:
         values = source_weights(np.array(self.q), np.array(self.kept))
         weight = dict(zip(self.sources, values, strict=True))
         return np.array([weight[source] for source in row_sources])
+
+
+def _number(value: Plain) -> Plain:
+    """NaN, which is not even equal to itself, as None."""
+    return None if isinstance(value, float) and value != value else value
 
 
 def source_hash(row_sources: Sequence[Plain]) -> str:

@@ -29,13 +29,9 @@ def section(decision: Decision, mode: str) -> Section:
     cautions = [f"{code}: {message}" for code, message, _ in decision.cautions]
     columns = ("source", *decision.columns)
     rows = list(zip(decision.sources, *decision.columns.values(), strict=True))
-    table = Table("Sources", columns, [[_cell(v) for v in row] for row in rows])
+    table = Table("Sources", columns, rows)
     figures = [partial(scores_figure, decision), partial(distances_figure, decision), partial(shares_figure, decision)]
     return Section("FLEA: which sources to trust", "\n\n".join([text, *cautions]), [table], figures)
-
-
-def _cell(value: Any) -> Any:
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def scores_figure(decision: Decision) -> Any:
