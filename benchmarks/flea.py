@@ -51,7 +51,11 @@ def one_run(data: Dataset, seed: int, adversary: str) -> dict[str, Any]:
         "naive": ids,
         "FLEA": list(result.kept),
         "Konstantinov 2020": [
-            s for s, kept in zip(ids, konstantinov(result.disc.to_numpy(), sizes, data.X.shape[1], MALICIOUS), strict=True) if kept
+            s
+            for s, kept in zip(
+                ids, konstantinov(result.disc.to_numpy(), sizes, data.X.shape[1], MALICIOUS), strict=True
+            )
+            if kept
         ],
     }
     test = data.X[run.test], data.y[run.test], data.a[run.test]
@@ -99,7 +103,9 @@ def show_quality(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             for method in METHODS:
                 row = _quality_row(name, learner, method, worst(of_data, learner, method))
                 rows.append(row)
-                table.add_row(*(str(row[c]) for c in ("data", "method", "accuracy", "fairness", "published", "allowed", "met")))
+                table.add_row(
+                    *(str(row[c]) for c in ("data", "method", "accuracy", "fairness", "published", "allowed", "met"))
+                )
         Console().print(table)
     return rows
 
@@ -121,7 +127,12 @@ def _quality_row(name: str, learner: str, method: str, values: np.ndarray) -> di
 
 def show_kept(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """How often a malicious source was kept, by adversary; without an attack nothing is malicious."""
-    table = Table("data", *(label for label in LABELS.values() if label != "ID"), "runs", title="Runs with a malicious source kept")
+    table = Table(
+        "data",
+        *(label for label in LABELS.values() if label != "ID"),
+        "runs",
+        title="Runs with a malicious source kept",
+    )
     total, count = 0, 0
     for name, of_data in runs.items():
         cells = []
@@ -133,7 +144,9 @@ def show_kept(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         table.add_row(name, *map(str, cells), str(sum(cells)))
     Console().print(table)
     allowed = PUBLISHED_KEPT * count / (30 * SEEDS)
-    Console().print(f"{total} of {count} runs kept a malicious source; published {PUBLISHED_KEPT} of 300; {'met' if total <= allowed else 'NOT met'}")
+    Console().print(
+        f"{total} of {count} runs kept a malicious source; published {PUBLISHED_KEPT} of 300; {'met' if total <= allowed else 'NOT met'}"
+    )
     return {"runs": count, "kept": total, "met": total <= allowed}
 
 
@@ -163,14 +176,23 @@ def _filter_seconds(now: Any) -> float:
 def _loop_seconds(now: Any) -> float:
     begin = time.process_time()
     x = (now.X - now.X.mean(0)) / now.X.std(0)
-    parts = [(x[now.sources == s], now.y[now.sources == s], now.sensitive_features[now.sources == s]) for s in np.unique(now.sources)]
+    parts = [
+        (x[now.sources == s], now.y[now.sources == s], now.sensitive_features[now.sources == s])
+        for s in np.unique(now.sources)
+    ]
     flea_loop.distances(parts)
     return time.process_time() - begin
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with compas-nonames.csv, drug_consumption.csv and german_credit_data.csv")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with compas-nonames.csv, drug_consumption.csv and german_credit_data.csv",
+    )
     parser.add_argument("--quick", action="store_true", help="2 seeds instead of 10, and fewer repeats")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values of all runs")
     parser.add_argument("--only", choices=("quality", "time"), help="one half")
@@ -187,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         show(rows)
     if options.json is not None:
         write(options.json, rows, seeds=seeds, quick=options.quick)
-        options.json.write_text(json.dumps(json.loads(options.json.read_text()) | results, indent=1, default=float) + "\n")
+        options.json.write_text(
+            json.dumps(json.loads(options.json.read_text()) | results, indent=1, default=float) + "\n"
+        )
     return results | {"times": rows}
 
 

@@ -44,7 +44,9 @@ class Run:
 def encoded(
     categorical: pd.DataFrame, a: pd.Series, numbers: pd.DataFrame, y: pd.Series, order: tuple[int, int] = (0, 1)
 ) -> Dataset:
-    dummies = pd.get_dummies(categorical.assign(none=0), columns=list(categorical), drop_first=True).drop(columns="none")
+    dummies = pd.get_dummies(categorical.assign(none=0), columns=list(categorical), drop_first=True).drop(
+        columns="none"
+    )
     x = np.column_stack([dummies, a, numbers]).astype(float)
     return Dataset(x, y.to_numpy(int), a.to_numpy(int), dummies.shape[1], order)
 
@@ -55,7 +57,9 @@ def compas(folder: Path) -> Dataset:
     frame = frame[usable & frame.score_text.notna() & (frame.score_text != "N/A")]
     race = frame.race.replace({"Native American": "Other", "Asian": "Other"})
     categorical = pd.DataFrame({"charge": frame.c_charge_degree, "age": frame.age_cat, "race": race})
-    return encoded(categorical, (frame.sex == "Female").astype(int), frame[["priors_count"]], frame.two_year_recid, (1, 0))
+    return encoded(
+        categorical, (frame.sex == "Female").astype(int), frame[["priors_count"]], frame.two_year_recid, (1, 0)
+    )
 
 
 def drugs(folder: Path) -> Dataset:

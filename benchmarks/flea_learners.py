@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from groundwire_flea import reweighing
-from groundwire_flea.minimise import Problems, minimise
+from groundwire_flea.minimise import minimise
+from groundwire_flea.problems import Problems
 from groundwire_flea.sides import Bank, Side
 
 #: Probabilities of label 1 for rows.

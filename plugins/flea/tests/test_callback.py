@@ -112,7 +112,9 @@ def test_a_list_of_sources_serves_a_data_set_that_does_not_know_them(kit, bad):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_parts_of_a_concatenation_are_sources(kit, bad, named):
-    parts = {s: tensors(type(bad)(**{k: v[bad.source == s] for k, v in vars(bad).items()})) for s in sorted(set(bad.source))}
+    parts = {
+        s: tensors(type(bad)(**{k: v[bad.source == s] for k, v in vars(bad).items()})) for s in sorted(set(bad.source))
+    }
     dataset = SourceDatasets(parts) if named else ConcatDataset(parts.values())
     flea = FLEA(groups=2, permutations=0)
     fit(kit, dataset, flea)
@@ -178,7 +180,9 @@ def test_a_resumed_run_neither_compares_again_nor_changes_the_data(kit, bad):
     trainer.save_checkpoint(path)
     second = Counting(n_clean=5, permutations=0)  # would keep everything
     module = Net()
-    kit.trainer(second, max_epochs=2).fit(module, DataLoader(Rows(bad), 32, shuffle=True), ckpt_path=path, weights_only=True)
+    kit.trainer(second, max_epochs=2).fit(
+        module, DataLoader(Rows(bad), 32, shuffle=True), ckpt_path=path, weights_only=True
+    )
     assert Counting.compared == 1
     assert module.seen == GOOD
     assert second.decision == first.decision
@@ -313,14 +317,24 @@ def no(text, kit, dataset, flea, **options):
 
 def test_what_cannot_be_used_is_refused_before_training(kit, bad, table):
     data = Rows(bad)
-    no("groups is not in the training batches", kit, TensorDataset(*map(torch.tensor, (bad.X, bad.y))), FLEA(source=bad.source))
+    no(
+        "groups is not in the training batches",
+        kit,
+        TensorDataset(*map(torch.tensor, (bad.X, bad.y))),
+        FLEA(source=bad.source),
+    )
     no("source='hospital' is not in the training batches", kit, data, FLEA(source="hospital"))
     no("source has 3 values, but the data set has 569 rows", kit, data, FLEA(source=["a", "b", "c"]))
     no("at least 3", kit, Rows(table(2)), FLEA())
     no("n_clean=9 is outside 1..5", kit, data, FLEA(n_clean=9))
     no("Endless cannot be read by number", kit, DataLoader(Endless(), 4), FLEA())
     no("embed='backbone' is no part of Net -> its children are: encoder, net", kit, data, FLEA(embed="backbone"))
-    no("cannot be chosen", kit, DataLoader(data, 32, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 569, 569)), FLEA())
+    no(
+        "cannot be chosen",
+        kit,
+        DataLoader(data, 32, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 569, 569)),
+        FLEA(),
+    )
     lonely = type(bad)(**vars(bad) | {"a": np.where(bad.source == "clinic 2", 0, bad.a)})
     no("source 'clinic 2' .* has no row of group 1", kit, Rows(lonely), FLEA())
 
@@ -385,7 +399,9 @@ def test_a_flea_datamodule_around_a_datamodule_and_around_a_pair(kit, bad):
     assert module.seen == GOOD
     trainer.test(module, datamodule=data, verbose=False)
     assert inner.stages == ("fit", "test")
-    pair = FLEADataModule((TensorDataset(*map(torch.tensor, (bad.X, bad.y))), bad.source), FLEA(groups=bad.a, permutations=0))
+    pair = FLEADataModule(
+        (TensorDataset(*map(torch.tensor, (bad.X, bad.y))), bad.source), FLEA(groups=bad.a, permutations=0)
+    )
     assert len(pair.train_dataloader().dataset) == sum(s in GOOD for s in bad.source)
     with pytest.raises(PluginError, match="FLEADataModule: data is a list"):
         FLEADataModule([1, 2])

@@ -16,9 +16,7 @@ quietly = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
 
 def run(data, **options):
-    return filter_sources(
-        data.X, data.y, sensitive_features=data.a, sources=data.source, **options
-    )
+    return filter_sources(data.X, data.y, sensitive_features=data.a, sources=data.source, **options)
 
 
 @quietly
@@ -162,7 +160,9 @@ def test_a_source_that_comes_later_is_compared_with_the_old_ones_only(table):
     data = table(5, (1, 3))
     early = data.source != "clinic 4"
     selector = FLEASelector(n_clean=3)
-    parts = [(data.X[m], data.y[m], {"sensitive_features": data.a[m], "sources": data.source[m]}) for m in (early, ~early)]
+    parts = [
+        (data.X[m], data.y[m], {"sensitive_features": data.a[m], "sources": data.source[m]}) for m in (early, ~early)
+    ]
     selector.fit(*parts[0][:2], **parts[0][2])
     old = selector.D_.copy()
     selector.partial_fit(*parts[1][:2], **parts[1][2])
@@ -176,7 +176,10 @@ def test_a_source_that_comes_later_is_compared_with_the_old_ones_only(table):
         selector.partial_fit(*parts[1][:2], **parts[1][2])
     with pytest.raises(ValueError, match="unknown values 7"):
         selector.partial_fit(
-            data.X[~early], data.y[~early], sensitive_features=np.full((~early).sum(), 7), sources=["new"] * (~early).sum()
+            data.X[~early],
+            data.y[~early],
+            sensitive_features=np.full((~early).sum(), 7),
+            sources=["new"] * (~early).sum(),
         )
 
 
@@ -257,7 +260,9 @@ def test_names_of_sources_do_not_matter(table, names):
 
 def broken(data, **changes):
     for name, change in changes.items():
-        setattr(data, name, change(getattr(data, name).astype(object) if name == "source" else getattr(data, name).copy()))
+        setattr(
+            data, name, change(getattr(data, name).astype(object) if name == "source" else getattr(data, name).copy())
+        )
     return data
 
 
@@ -384,7 +389,9 @@ def test_w4_two_camps_are_named(table):
 @quietly
 def test_w5_sources_that_differ_by_nature(table):
     data = table(3)
-    data.source = np.array(["small", "middle", "large"])[np.digitize(data.X[:, 0], np.quantile(data.X[:, 0], [0.33, 0.66]))]
+    data.source = np.array(["small", "middle", "large"])[
+        np.digitize(data.X[:, 0], np.quantile(data.X[:, 0], [0.33, 0.66]))
+    ]
     data.y = (data.X[:, 1] > np.median(data.X[:, 1])).astype(int)
     flip = np.isin(data.source, ["small"])
     data.y[flip] = 1 - data.y[flip]

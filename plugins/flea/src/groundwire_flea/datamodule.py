@@ -117,7 +117,11 @@ class FLEADataModule(LightningDataModule):
 
     def _hide_missing_loaders(self) -> None:
         """Lightning runs a stage if its loader is overridden, so what nobody gave must be the base class's own."""
-        for name, given in (("val_dataloader", self._val), ("test_dataloader", self._test), ("predict_dataloader", None)):
+        for name, given in (
+            ("val_dataloader", self._val),
+            ("test_dataloader", self._test),
+            ("predict_dataloader", None),
+        ):
             base = getattr(LightningDataModule, name)
             missing = given is None if self.inner is None else getattr(type(self.inner), name) is base
             if missing:

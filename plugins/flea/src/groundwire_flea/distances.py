@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from groundwire_flea.functional import COMPONENTS, Array, disbalance, total_distance
-from groundwire_flea.minimise import LBFGS, Problems, minimise
+from groundwire_flea.minimise import LBFGS, minimise
+from groundwire_flea.problems import Problems
 from groundwire_flea.rows import Banks, Block, Rows, blocks
 
 Fairness = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
@@ -211,7 +212,7 @@ def _fitted(block: Block, t: Tensor, u: Tensor, v: Tensor, start: Tensor | None,
     curvature = None if width <= NEWTON_COLUMNS + 1 else LBFGS
     problems = Problems(block.sides, t, u, v, ridge)
     theta = minimise(problems, ridge if start is None else start, curvature=curvature, patience=patience)
-    return problems.scores(theta)
+    return torch.cat(problems.scores(theta), dim=1)
 
 
 def _starts(banks: Banks, pairs: Array, z: Array, fit: Array) -> Tensor:

@@ -90,5 +90,7 @@ def reduced(x: Array, width: int = WIDTH) -> Array:
         return x
     from sklearn.decomposition import PCA
 
-    components: Array = PCA(min(width, *x.shape), svd_solver="full" if x.shape[1] <= 500 else "auto", random_state=0).fit_transform(x)
+    components: Array = PCA(
+        min(width, *x.shape), svd_solver="full" if x.shape[1] <= 500 else "auto", random_state=0
+    ).fit_transform(x)
     return components

@@ -85,7 +85,9 @@ class DemographicParityLoss(nn.Module):
         else:
             losses = nn.functional.cross_entropy(logits, targets.long(), reduction="none")
             probabilities = logits.softmax(-1)
-        entropy = _class_means(losses, targets, weight) if self.class_balanced else (losses * weight).sum() / weight.sum()
+        entropy = (
+            _class_means(losses, targets, weight) if self.class_balanced else (losses * weight).sum() / weight.sum()
+        )
         return entropy + self.strength * demographic_parity_penalty(probabilities, groups, weight, self.smooth)
 
 

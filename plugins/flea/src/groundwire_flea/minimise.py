@@ -16,12 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from groundwire_flea.sides import Side
+from groundwire_flea.problems import Problems
 
-#: The published code smooths |r| as r^2 / sqrt(r^2 + SMOOTH).
-SMOOTH = 1e-8
 ARMIJO = 1e-4
 HALVINGS = 8
 #: A promised decrease of less is none.
@@ -30,87 +27,18 @@ NOTHING = 1e-8
 LEAVE = 0.75
 
 
-class Problems:
-    """A batch of P problems with D columns and M rows (padded with weight 0), float64.
-
-    Args:
-        sides: Where the rows are; the rows of all sides together are the M rows of a problem.
-        t: (P, M), labels 0 or 1.
-        u: (P, M), weights of the cross-entropy.
-        v: (P, M), weights of the gap.
-        ridge: (P, D), weights of the squares.
-    """
-
-    def __init__(self, sides: Sequence[Side], t: Tensor, u: Tensor, v: Tensor, ridge: Tensor) -> None:
-        self.sides, self.t, self.u, self.v, self.ridge = list(sides), t, u, v, ridge
-        self.widths = [side.x.shape[1] for side in sides]
-        # Of a disparity's two sources one has the entropy and the other the gap: half of the products are zero.
-        self.entropic, self.gapped = ([bool(part.any()) for part in self.parts(w)] for w in (u, v))
-
-    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """(P, M) by sides."""
-        return rows.split(self.widths, dim=1)
-
-    def take(self, index: Tensor) -> Problems:
-        """The problems ``index``."""
-        rows = (self.t[index], self.u[index], self.v[index], self.ridge[index])
-        return Problems([side.take(index) for side in self.sides], *rows)
-
-    def scores(self, theta: Tensor) -> Tensor:
-        """x theta: (P, M)."""
-        return torch.cat([side.scores(theta) for side in self.sides], dim=1)
-
-    def objective(self, scores: Tensor, theta: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """F (P,), with the published smoothing of |r|, and the sigmoid of the scores. ``index`` says whose they are."""
-        rows = (self.t, self.u, self.v, self.ridge)
-        t, u, v, ridge = rows if index is None else (part[index] for part in rows)
-        p = scores.sigmoid()
-        value = (u * (softplus(scores) - t * scores)).sum(-1) + (ridge * theta.square()).sum(-1) / 2
-        if any(self.gapped):
-            square = (v * p).sum(-1).square()
-            value = value + square / (square + SMOOTH).sqrt()
-        return value, p
-
-    def gradients(self, p: Tensor, theta: Tensor) -> Tensor:
-        """Gradients of the convex part and of r, next to each other: (P, D, 2)."""
-        smooth = self._pull(self.u * (p - self.t), self.entropic) + self.ridge * theta
-        return torch.stack([smooth, self._pull(self.v * p * (1 - p), self.gapped)], dim=-1)
-
-    def gram(self, weights: Tensor) -> Tensor:
-        """x' diag(weights) x + diag(ridge): (P, D, D)."""
-        gram = torch.diag_embed(self.ridge)
-        for side, part in zip(self.sides, self.parts(weights), strict=True):
-            gram = gram + side.gram(part)
-        return gram
-
-    def start_gram(self) -> Tensor:
-        """The Hessian of the entropy at zero, (P, D, D), from one product for each source."""
-        gram = torch.diag_embed(self.ridge)
-        for side, part in zip(self.sides, self.parts(self.u), strict=True):
-            gram = gram + side.shared_gram(part / 4)
-        return gram
-
-    def _pull(self, weights: Tensor, used: Sequence[bool]) -> Tensor:
-        """x' weights: (P, D)."""
-        result = torch.zeros_like(self.ridge)
-        for side, part, wanted in zip(self.sides, self.parts(weights), used, strict=True):
-            if wanted:
-                result = result + side.pull(part)
-        return result
-
-
 class Newton:
     """Solves with the Hessian of the Lagrangian; with that of the convex part where it is not positive definite."""
 
-    def solve(self, problems: Problems, p: Tensor, multiplier: Tensor, convex: Tensor, right: Tensor) -> Tensor:
+    def solve(
+        self, problems: Problems, p: Sequence[Tensor], multiplier: Tensor, convex: Tensor, right: Tensor
+    ) -> Tensor:
         """H^-1 ``right`` for right-hand sides (P, D, 2)."""
-        slope = p * (1 - p)
-        weights = problems.u * slope
-        bent = weights + multiplier.masked_fill(convex, 0).unsqueeze(-1) * problems.v * slope * (1 - 2 * p)
-        factor, info = torch.linalg.cholesky_ex(_lifted(problems.gram(bent)))
+        factor, info = torch.linalg.cholesky_ex(_lifted(problems.hessian(p, multiplier.masked_fill(convex, 0))))
         failed = (info > 0).nonzero().squeeze(-1)
         if len(failed):
-            gram = problems.take(failed).gram(weights[failed])
+            part = problems.take(failed)
+            gram = part.hessian([rate[failed] for rate in p], torch.zeros_like(multiplier[failed]))
             factor[failed] = torch.linalg.cholesky_ex(_lifted(gram, 1e-6))[0]
         return torch.cholesky_solve(right, factor)
 
@@ -128,11 +56,13 @@ class LBFGS:
     """
 
     def __init__(self, problems: Problems, memory: int = 10) -> None:
-        self._factor = torch.linalg.cholesky_ex(_lifted(problems.start_gram(), 1e-6))[0]
+        self._factor = torch.linalg.cholesky_ex(_lifted(problems.start_hessian(), 1e-6))[0]
         self._memory = memory
         self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def solve(self, problems: Problems, p: Tensor, multiplier: Tensor, convex: Tensor, right: Tensor) -> Tensor:
+    def solve(
+        self, problems: Problems, p: Sequence[Tensor], multiplier: Tensor, convex: Tensor, right: Tensor
+    ) -> Tensor:
         """The two-loop recursion for both right-hand sides."""
         result, shares = right, []
         for step, change, scale in reversed(self._pairs):
@@ -195,14 +125,15 @@ def minimise(
     convex = quiet.bool()
     sides = problems.gradients(p, theta)
     for _ in range(max_steps):
-        gap = (problems.v * p).sum(-1)
+        gap = problems.gap(p)
         multiplier, step, model = _direction(
             curve.solve(problems, p, multiplier, convex, sides), sides, gap, multiplier
         )
         moved = problems.scores(step)
         length, new, p = _line_search(problems, theta, scores, step, moved, value, model)
         before = theta
-        theta, scores = theta + length.unsqueeze(-1) * step, scores + length.unsqueeze(-1) * moved
+        theta = theta + length.unsqueeze(-1) * step
+        scores = _moved(scores, moved, length)
         # A step that promises nothing starts from a stationary point.
         done = (quiet >= patience) | (model > -tolerance)
         quiet = torch.where(done, patience, torch.where(value - new < tolerance, quiet + 1, 0))
@@ -216,7 +147,8 @@ def minimise(
         result[live] = theta
         if not len(keep):
             break
-        live, theta, scores, value, sides, p = (part[keep] for part in (live, theta, scores, value, sides, p))
+        live, theta, value, sides = live[keep], theta[keep], value[keep], sides[keep]
+        scores, p = [part[keep] for part in scores], [part[keep] for part in p]
         multiplier, quiet, convex = multiplier[keep], quiet[keep], convex[keep]
         problems = problems.take(keep)
         curve.take(keep)
@@ -236,23 +168,37 @@ def _direction(solved: Tensor, sides: Tensor, gap: Tensor, multiplier: Tensor) -
     return multiplier, step, model
 
 
+def _moved(scores: Sequence[Tensor], moved: Sequence[Tensor], length: Tensor) -> list[Tensor]:
+    """Scores of each side after steps of these lengths (P,)."""
+    return [torch.addcmul(old, change, length.unsqueeze(-1)) for old, change in zip(scores, moved, strict=True)]
+
+
 def _line_search(
-    problems: Problems, theta: Tensor, scores: Tensor, step: Tensor, moved: Tensor, value: Tensor, model: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each step until F has decreased enough; length 0 where it never does. Also F and the sigmoid there."""
+    problems: Problems,
+    theta: Tensor,
+    scores: Sequence[Tensor],
+    step: Tensor,
+    moved: Sequence[Tensor],
+    value: Tensor,
+    model: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Halve each step until F has decreased enough; length 0 where it never does. Also F and the sigmoids there."""
     length = torch.ones_like(value)
-    new, p = problems.objective(scores + moved, theta + step)
+    new, p = problems.objective([old + change for old, change in zip(scores, moved, strict=True)], theta + step)
     for halving in range(1, HALVINGS + 1):
         # A step that promises nothing is not worth a search.
         short = ~(new <= value + ARMIJO * length * model) & (model < -NOTHING)
         index = short.nonzero().squeeze(-1)
         if not len(index):
             break
-        size = 0.5**halving
-        length[index] = size
-        trial = scores[index] + size * moved[index], theta[index] + size * step[index]
-        new[index], p[index] = problems.objective(*trial, index)
+        length[index] = 0.5**halving
+        trial = _moved([old[index] for old in scores], [change[index] for change in moved], length[index])
+        new[index], rates = problems.objective(trial, theta[index] + 0.5**halving * step[index], index)
+        for part, rate in zip(p, rates, strict=True):
+            part[index] = rate
     failed = (~(new <= value)).nonzero().squeeze(-1)
     if len(failed):
-        length[failed], new[failed], p[failed] = 0, value[failed], scores[failed].sigmoid()
+        length[failed], new[failed] = 0, value[failed]
+        for part, score in zip(p, scores, strict=True):
+            part[failed] = score[failed].sigmoid()
     return length, new, p

@@ -106,8 +106,12 @@ class Reader:
                 found = self._fields(batch)
                 parts["x"].append(self._features(found.inputs))
                 parts["y"] += values(found.targets)
-                parts["groups"] += self._column(batch, self.groups, "groups") if groups is None else [groups[i] for i in places]
-                parts["source"] += self._column(batch, self.source, "source") if every is None else [every[i] for i in places]
+                parts["groups"] += (
+                    self._column(batch, self.groups, "groups") if groups is None else [groups[i] for i in places]
+                )
+                parts["source"] += (
+                    self._column(batch, self.source, "source") if every is None else [every[i] for i in places]
+                )
         x = np.concatenate(parts["x"])
         table = self.embed is None and self._is_table(loader)
         place = np.arange(len(x)) if index is None else index

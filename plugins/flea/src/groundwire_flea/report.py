@@ -11,7 +11,11 @@ from groundwire import Section, Table
 from groundwire_flea.decision import Decision
 
 KEPT, DROPPED = "#2c7fb8", "#d95f0e"
-COMPONENTS = {"disc share": "discrepancy (error)", "disp share": "disparity (unfairness)", "disb share": "disbalance (group sizes)"}
+COMPONENTS = {
+    "disc share": "discrepancy (error)",
+    "disp share": "disparity (unfairness)",
+    "disb share": "disbalance (group sizes)",
+}
 
 
 def section(decision: Decision, mode: str) -> Section:

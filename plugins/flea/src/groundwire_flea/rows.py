@@ -77,7 +77,9 @@ class Rows:
 
     def followed_by(self, other: Rows) -> Rows:
         """The rows of more sources after these."""
-        joined = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "a", "sizes")}
+        joined = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "a", "sizes")
+        }
         return replace(self, **joined)
 
 
@@ -159,7 +161,7 @@ def magnitude(sizes: Array) -> Array:
     return result
 
 
-def blocks(sizes: Array, pairs: Array, limit: int = BLOCK) -> Iterator[Array]:
+def blocks(sizes: Array, pairs: Array) -> Iterator[Array]:
     """Divide pairs into blocks of sources of similar sizes, so that little is padded.
 
     The division depends on the data alone, never on the number of workers, so neither do results.
@@ -171,5 +173,5 @@ def blocks(sizes: Array, pairs: Array, limit: int = BLOCK) -> Iterator[Array]:
     borders = np.flatnonzero((np.diff(kinds, axis=0) != 0).any(1)) + 1
     for part in np.split(order, borders):
         rows = int(sizes[first[part]].max() + sizes[second[part]].max())
-        many = max(1, limit // rows)
+        many = max(1, BLOCK // rows)
         yield from (pairs[part[begin : begin + many]] for begin in range(0, len(part), many))

@@ -49,9 +49,7 @@ def crossfitted(rows: Rows, settings: Settings, k: int, random: RandomState) -> 
     return q_scores(Distances(disc, disp, disb).total(settings.aggregation), k)
 
 
-def significance(
-    rows: Rows, settings: Settings, k: int, permutations: int, random: RandomState
-) -> Significance | None:
+def significance(rows: Rows, settings: Settings, k: int, permutations: int, random: RandomState) -> Significance | None:
     """A permutation test of every source against "all sources have one distribution"; None without permutations.
 
     Rows change places between sources at random. The p-value of a source is the share of all permuted scores, of all
