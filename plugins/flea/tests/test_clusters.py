@@ -17,14 +17,15 @@ def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
     here = filter_sources(data.X, data.y, **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Dask's own about its dashboard port and shutting down
-        with distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, dashboard_address=None, processes=True
-        ) as cluster:
-            with distributed.Client(cluster) as client, joblib.parallel_config(backend="dask"):
-                there = filter_sources(data.X, data.y, **arguments, progress=True)
-                tasks = [
-                    key for log in client.run(lambda dask_worker: list(dask_worker.state.log)).values() for key in log
-                ]
+        with (
+            distributed.LocalCluster(
+                n_workers=1, threads_per_worker=2, dashboard_address=None, processes=True
+            ) as cluster,
+            distributed.Client(cluster) as client,
+            joblib.parallel_config(backend="dask"),
+        ):
+            there = filter_sources(data.X, data.y, **arguments, progress=True)
+            tasks = [key for log in client.run(lambda dask_worker: list(dask_worker.state.log)).values() for key in log]
     assert there.scores == here.scores
     assert there.kept == here.kept
     assert len(tasks) > 2

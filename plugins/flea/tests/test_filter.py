@@ -279,19 +279,19 @@ def put(row, value, column=None):
 
 
 CASES = {
-    "two sources": (dict(source=lambda s: np.where(s == "clinic 0", "A", "B")), "at least 3"),
+    "two sources": ({"source": lambda s: np.where(s == "clinic 0", "A", "B")}, "at least 3"),
     "no label 0 in a source": ("label", "source 'clinic 1' .* has no row with label 0"),
     "no group 1 in a source": ("group", "source 'clinic 1' .* has no row of group 1"),
-    "an infinite number": (dict(X=put(3, np.inf, 2)), "column 2 of X has 1 missing or infinite numbers, the first in row 3"),
-    "a missing number": (dict(X=put(4, np.nan, 0)), "column 0 of X"),
-    "a missing group": (dict(a=put(5, np.nan)), "sensitive_features has 1 missing values, the first in row 5"),
-    "a missing source": (dict(source=put(6, None)), "sources has 1 missing"),
-    "a missing label": (dict(y=put(7, np.nan)), "y has 1 missing"),
-    "unequal lengths": (dict(y=lambda y: y[:-1]), "different numbers of rows"),
-    "one group only": (dict(a=lambda a: a * 0), "only the value 0"),
-    "one label only": (dict(y=lambda y: y * 0), "only the value 0"),
-    "regression": (dict(y=lambda y: np.linspace(0.1, 0.9, len(y))), "regression"),
-    "three dimensions": (dict(X=lambda x: x[:, :, None]), "two dimensions"),
+    "an infinite number": ({"X": put(3, np.inf, 2)}, "column 2 of X has 1 missing or .*, the first in row 3"),
+    "a missing number": ({"X": put(4, np.nan, 0)}, "column 0 of X"),
+    "a missing group": ({"a": put(5, np.nan)}, "sensitive_features has 1 missing values, the first in row 5"),
+    "a missing source": ({"source": put(6, None)}, "sources has 1 missing"),
+    "a missing label": ({"y": put(7, np.nan)}, "y has 1 missing"),
+    "unequal lengths": ({"y": lambda y: y[:-1]}, "different numbers of rows"),
+    "one group only": ({"a": lambda a: a * 0}, "only the value 0"),
+    "one label only": ({"y": lambda y: y * 0}, "only the value 0"),
+    "regression": ({"y": lambda y: np.linspace(0.1, 0.9, len(y))}, "regression"),
+    "three dimensions": ({"X": lambda x: x[:, :, None]}, "two dimensions"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The batched solvers against one pair at a time, with SciPy and numerical gradients, from the published definitions."""
+"""The batched solvers against one pair at a time: SciPy, numerical gradients, the published definitions."""
 
 import numpy as np
 import pytest

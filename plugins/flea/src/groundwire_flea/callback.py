@@ -144,8 +144,8 @@ class FLEA(Plugin):
         dropped = ", ".join(map(str, d.named(False))) or "none"
         text = f"{sum(d.kept)} of {len(d.kept)} sources {action}: {', '.join(map(str, d.named(True)))}; not: {dropped}."
         bound = (
-            f"An adversary with {len(d.kept) - d.n_clean} of {len(d.kept)} sources could force unfairness of this order "
-            "on any learner that does not filter (1: any)."
+            f"An adversary with {len(d.kept) - d.n_clean} of {len(d.kept)} sources could force unfairness of this "
+            "order on any learner that does not filter (1: any)."
         )
         scores = {str(source): q for source, q in zip(d.sources, d.q, strict=True)}
         return [

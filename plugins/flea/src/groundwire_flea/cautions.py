@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.cluster.hierarchy import average, cut_tree
+from scipy.spatial.distance import squareform
 
 from groundwire_flea.functional import Array
 from groundwire_flea.result import Caution, SourceId
@@ -33,9 +35,9 @@ class Evidence:
 
     @property
     def noise(self) -> float:
-        """How much distances vary by chance: measured by permutations, else the standard error of a difference of gaps.
+        """How much distances vary by chance: measured by permutations, else the error of a difference of two gaps.
 
-        A gap between two rates of 1/2 in groups of c rows has the variance 1 / (2 c), a difference of two gaps twice that.
+        A gap between two rates of 1/2 in groups of c rows has the variance 1 / (2 c), a difference of two twice that.
         """
         if self.tested is not None:
             return self.tested.spread
@@ -120,8 +122,8 @@ def small_cells(e: Evidence) -> Caution | None:
     return Caution(
         "W2",
         f"the smallest group has fewer than {FEW_ROWS} rows in {listed(e.named(small))} (the fewest: {fewest}). "
-        f"Distances between clean sources are then up to about {min(1, 2 / np.sqrt(max(fewest, 1))):.2f} by chance, and "
-        "scores are dominated by noise -> join sources, or collect more rows of that group",
+        f"Distances between clean sources are then up to about {min(1, 2 / np.sqrt(max(fewest, 1))):.2f} by chance, "
+        "and scores are dominated by noise -> join sources, or collect more rows of that group",
         e.named(small),
         float(fewest),
     )
@@ -147,12 +149,11 @@ def no_gap(e: Evidence) -> Caution | None:
 
 def two_clusters(e: Evidence) -> Caution | None:
     """W4: two groups of sources, each close within and far from the other, of nearly the same size."""
-    from sklearn.cluster import AgglomerativeClustering
-
     n = e.rows.n
     if n < 4:
         return None
-    parts = AgglomerativeClustering(2, metric="precomputed", linkage="average").fit_predict(e.distance) == 1
+    tree = average(squareform(e.distance, checks=False))
+    parts = cut_tree(tree, 2)[:, 0] == 1
     across = float(e.distance[np.ix_(parts, ~parts)].mean())
     off = ~np.eye(n, dtype=bool)
     inner = [float(e.distance[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]
@@ -163,8 +164,8 @@ def two_clusters(e: Evidence) -> Caution | None:
     return Caution(
         "W4",
         f"the sources fall into two camps of {n - smaller} and {smaller}: mean distance {across:.2f} between them and "
-        f"at most {max(inner):.2f} within. The larger one counts as clean; the smaller one is {listed(camp)}. Make sure "
-        "that the majority is the honest one",
+        f"at most {max(inner):.2f} within. The larger one counts as clean; the smaller one is {listed(camp)}. Make "
+        "sure that the majority is the honest one",
         camp,
         smaller / n,
     )
@@ -194,9 +195,9 @@ def vacuous_bound(e: Evidence) -> Caution | None:
         return None
     return Caution(
         "W6",
-        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: alpha / P_min "
-        f"= {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily unfair. Do "
-        "not train on the suppressed sources, or on weights, and expect fairness",
+        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: "
+        f"alpha / P_min = {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily "
+        "unfair. Do not train on the suppressed sources, or on weights, and expect fairness",
         (),
         alpha / rarest,
     )

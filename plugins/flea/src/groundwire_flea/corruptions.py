@@ -100,7 +100,8 @@ def resample(attack: Attack) -> Replacement:
 def _drawn(pool: Array, count: int, random: Any) -> Array:
     """``count`` of ``pool`` without replacement; whole copies first where more are needed."""
     copies, rest = divmod(count, len(pool))
-    return np.concatenate([*[pool] * copies, random.choice(pool, rest, replace=False)])
+    drawn: Array = np.concatenate([*[pool] * copies, random.choice(pool, rest, replace=False)])
+    return drawn
 
 
 def random_anchor(attack: Attack, advantaged: int = 0) -> Replacement:
@@ -124,7 +125,8 @@ def _around(attack: Attack, group: Array, label: int) -> Array:
     order = np.argsort(((attack.x[pool] - anchor) ** 2).sum(1), kind="stable")
     chunk = pool[order[:wanted]]
     # Where the pool is too small it is appended as a whole, so the source may grow.
-    return np.tile(chunk, -(-wanted // len(chunk)))
+    rows: Array = np.tile(chunk, -(-wanted // len(chunk)))
+    return rows
 
 
 def random_anchor_other(attack: Attack) -> Replacement:
@@ -231,7 +233,8 @@ def _two_values(series: pd.Series[Any], name: str) -> list[Any]:
 
 def _numbers(x: Any) -> Array:
     frame = pd.get_dummies(x) if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x))
-    return frame.to_numpy(dtype=float)
+    numbers: Array = frame.to_numpy(dtype=float)
+    return numbers
 
 
 def _column(x: Any, key: Any) -> Array:
@@ -255,10 +258,11 @@ def _rewritten(x: Any, rows: Array, a: Array, new_a: Array, columns: list[Any]) 
         for key in columns:
             frame[key] = pd.Series(_followed(x[key].to_numpy(), a, new_a)).astype(x[key].dtype)
         return frame
-    result = x[torch.as_tensor(rows)].clone() if isinstance(x, torch.Tensor) else np.array(np.asarray(x)[rows])
+    if isinstance(x, torch.Tensor):
+        return torch.as_tensor(_rewritten(x.numpy(), rows, a, new_a, columns))
+    result = np.array(np.asarray(x)[rows])
     for key in columns:
-        values = _followed(np.asarray(x[:, key]), a, new_a)
-        result[:, key] = torch.as_tensor(values) if isinstance(x, torch.Tensor) else values
+        result[:, key] = _followed(np.asarray(x)[:, key], a, new_a)
     return result
 
 

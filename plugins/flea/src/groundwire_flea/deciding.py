@@ -95,8 +95,8 @@ def refuse_unreadable(loader: Any) -> None:
         return
     what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
     raise PluginError(
-        f"flea: the training rows of a {what} cannot be read by number -> use one DataLoader with a map-style data set; "
-        "several data sets fit into one as SourceDatasets({'name': data set, ...})"
+        f"flea: the training rows of a {what} cannot be read by number -> use one DataLoader with a map-style data "
+        "set; several data sets fit into one as SourceDatasets({'name': data set, ...})"
     )
 
 

@@ -48,7 +48,7 @@ class Decision:
         """The decision in ``result`` about rows of these sources."""
         report = result.report
         return cls(
-            sources=list(result.scores),
+            sources=list(result.scores),  # type: ignore[arg-type]  # the reader makes ids plain
             kept=report["kept"].tolist(),
             q=list(result.scores.values()),
             hash=source_hash(row_sources),
@@ -78,7 +78,7 @@ class Decision:
         return [source for source in dict.fromkeys(row_sources) if source not in self.sources]
 
     def keeps(self, row_sources: Sequence[Plain]) -> Array:
-        """bool (R,): whether each row is of a kept source."""
+        """Bool (R,): whether each row is of a kept source."""
         kept = dict(zip(self.sources, self.kept, strict=True))
         return np.array([kept[source] for source in row_sources], dtype=bool)
 

@@ -154,7 +154,7 @@ def one_thread() -> Iterator[None]:
 
 
 def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
-    """disc of each pair (P,): the error difference of a classifier that is right on one source and wrong on the other.
+    """Disc of each pair (P,): the error difference of a classifier that is right on one source and wrong on the other.
 
     With more than two labels, the largest over one label against the rest.
     """
@@ -171,7 +171,7 @@ def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, 
 
 
 def disparities(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
-    """disp of each ordered pair (P,): how much more unfair a classifier is on the first source, when made to be so.
+    """Disp of each ordered pair (P,): how much more unfair a classifier is on the first source, when made to be so.
 
     With more than two groups, the largest over classifiers that tell one group from the rest; with several conditions
     (equalized odds), the largest over them.

@@ -157,6 +157,10 @@ class Encoder:
             )
 
     def _numbers(self, frame: pd.DataFrame) -> Array:
+        if not any(self.levels.values()) and all(map(_is_number, (column for _, column in frame.items()))):
+            whole: Array = frame.to_numpy(dtype=np.float64, na_value=np.nan)
+            if np.isfinite(whole).all():
+                return whole
         parts = [
             _one_hot(column, levels, name) if levels is not None else _finite(column, name)[:, None]
             for (name, column), levels in zip(frame.items(), self.levels.values(), strict=True)

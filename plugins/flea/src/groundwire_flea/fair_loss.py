@@ -33,7 +33,7 @@ def demographic_parity_penalty(
         raise ValueError(f"probabilities {tuple(probabilities.shape)} and groups {tuple(groups.shape)} do not fit")
     scores = probabilities.unsqueeze(-1) if probabilities.dim() == 1 else probabilities
     weight = torch.ones_like(scores[:, 0]) if sample_weight is None else sample_weight.to(scores.dtype)
-    weight = weight * torch.nn.functional.one_hot(groups.unique(return_inverse=True)[1]).T.to(scores.dtype)
+    weight = weight * _members(groups).to(scores.dtype)
     total = weight.sum(1, keepdim=True)
     means = ((weight @ scores) / total.clamp(min=torch.finfo(scores.dtype).tiny))[total[:, 0] > 0]
     if len(means) < 2:
@@ -91,10 +91,14 @@ class DemographicParityLoss(nn.Module):
         return entropy + self.strength * demographic_parity_penalty(probabilities, groups, weight, self.smooth)
 
 
+def _members(values: Tensor) -> Tensor:
+    """(V, B) bool: which rows have each of the V different values."""
+    different: Tensor = torch.unique(values)
+    return different.unsqueeze(1) == values.unsqueeze(0)
+
+
 def _class_means(losses: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """Mean over classes of the weighted mean loss of each."""
-    classes = targets.unique()
-    means = [
-        (losses * weight * (targets == c)).sum() / (weight * (targets == c)).sum().clamp(min=1e-12) for c in classes
-    ]
+    members = _members(targets)
+    means = [(losses * weight * here).sum() / (weight * here).sum().clamp(min=1e-12) for here in members]
     return torch.stack(means).mean()

@@ -47,7 +47,7 @@ class Problems:
         return taken
 
     def scores(self, theta: Tensor) -> list[Tensor]:
-        """x theta, (P, m) for each side."""
+        """X theta, (P, m) for each side."""
         return [side.scores(theta) for side in self.sides]
 
     def objective(
@@ -72,7 +72,7 @@ class Problems:
         return value + square / (square + SMOOTH).sqrt(), p
 
     def gap(self, p: Sequence[Tensor]) -> Tensor:
-        """r (P,)."""
+        """R (P,)."""
         return _gap(self.v, p, self.ridge[:, 0])
 
     def gradients(self, p: Sequence[Tensor], theta: Tensor) -> Tensor:

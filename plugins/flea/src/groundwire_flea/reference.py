@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
-    """disc of each pair by scikit-learn's unpenalised logistic regression."""
+    """Disc of each pair by scikit-learn's unpenalised logistic regression."""
     return np.array([_discrepancy(*_pair(banks.rows, *pair)) for pair in pairs])
 
 
 def disparities(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
-    """disp of each ordered pair by SciPy's BFGS."""
+    """Disp of each ordered pair by SciPy's BFGS."""
     return np.array([_disparity(*_pair(banks.rows, *pair)) for pair in pairs])
 
 

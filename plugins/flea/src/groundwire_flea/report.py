@@ -23,8 +23,8 @@ def section(decision: Decision, mode: str) -> Section:
     dropped = decision.named(False)
     fate = {"filter": "left out of training", "weights": "drawn less often", "report": "reported, and trained on"}[mode]
     text = (
-        f"Every two sources were compared: how differently can one classifier err on them, how differently unfair can it "
-        f"be, and how different are their groups? A source's score q is the distance within which {decision.n_clean} "
+        f"Every two sources were compared: how differently can one classifier err on them, how differently unfair can "
+        f"it be, and how different are their groups? A source's score q is the distance within which {decision.n_clean} "
         f"sources lie, itself included. The {sum(decision.kept)} sources of smallest score were kept; "
         f"{', '.join(map(str, dropped)) or 'none'} {'was' if len(dropped) < 2 else 'were'} {fate}."
     )

@@ -77,10 +77,10 @@ class Rows:
 
     def followed_by(self, other: Rows) -> Rows:
         """The rows of more sources after these."""
-        joined = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "a", "sizes")
-        }
-        return replace(self, **joined)
+        x, y, a, sizes = (
+            np.concatenate([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "a", "sizes")
+        )
+        return replace(self, x=x, y=y, a=a, sizes=sizes)
 
 
 @dataclass(frozen=True)

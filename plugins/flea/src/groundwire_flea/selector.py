@@ -71,6 +71,16 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         array([0, 2])
     """
 
+    n_clean_: int
+    D_: Array
+    disc_: Array
+    disp_: Array
+    disb_: Array
+    q_: Array
+    support_: Array
+    report_: pd.DataFrame
+    result_: FLEAResult
+
     def __init__(
         self,
         n_clean: int | float | None = None,
@@ -126,7 +136,9 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         """
         self._check_arguments()
         self._encoder = Encoder(self.append_sensitive).fit(X, y, sensitive_features)
-        self._rows, self._source, self._distances = None, np.zeros(0, dtype=int), None
+        self._rows: Rows | None = None
+        self._distances: Distances | None = None
+        self._source: Array = np.zeros(0, dtype=int)
         self.source_ids_: tuple[SourceId, ...] = ()
         self._random = check_random_state(self.random_state)
         return self._add(X, y, sensitive_features, sources)
@@ -191,8 +203,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self._refuse(rows, (*self.source_ids_, *ids))
         clean_count(self.n_clean, rows.n)
         self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
-        self._distances = distances(self._rows, self._settings(), self._distances)
-        self._decide()
+        self._distances = distances(rows, self._settings(), self._distances)
+        self._decide(rows, self._distances)
         return self
 
     def _choose_rows(self, codes: Array, labels: Array, groups: Array) -> Array:
@@ -204,7 +216,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         cell = [codes, labels, groups]
         place = (shuffled.groupby(cell).rank() - 0.5) / shuffled.groupby(cell).transform("size")
         wanted = place.groupby(codes).rank(method="first") <= self.max_rows_per_source
-        return order[wanted.to_numpy()[order]]
+        chosen: Array = order[wanted.to_numpy()[order]]
+        return chosen
 
     def _made_rows(self, x: Array, y: Array, a: Array, sizes: Array) -> Rows:
         encoder = self._encoder
@@ -264,10 +277,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             progress=self.progress,
         )
 
-    def _decide(self) -> None:
-        rows, found, settings = self._rows, self._distances, self._settings()
-        assert rows is not None
-        assert found is not None
+    def _decide(self, rows: Rows, found: Distances) -> None:
+        settings = self._settings()
         self.n_clean_ = clean_count(self.n_clean, rows.n)
         self.disc_, self.disp_, self.disb_ = found.disc, found.disp, found.disb
         self.D_ = found.total(self.aggregation)
@@ -284,7 +295,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         known = cautions(rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_)
         for caution in known:
             warnings.warn(str(caution), FLEAWarning, stacklevel=5)
-        self.result_: FLEAResult = summarize(self, rows, found, tested, always, known)
+        self.result_ = summarize(self, rows, found, tested, always, known)
         self.report_ = self.result_.report
 
 
@@ -292,7 +303,7 @@ def missing_cells(rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairnes
     """What is missing for the distances to be defined: labels and groups within sources, one line each."""
     problems = []
     for label in range(rows.classes):
-        for i in np.flatnonzero(rows.frequency(rows.y == label) == 0):
+        for i in np.flatnonzero(rows.frequency(rows.y == label) == 0).tolist():
             problems.append(f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row with label {encoder.labels[label]!r}")
     labels: list[int | None] = [None]
     if fairness != "demographic_parity":
@@ -301,7 +312,7 @@ def missing_cells(rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairnes
         where = "" if wanted is None else f" and label {encoder.labels[wanted]!r}"
         within = np.ones(len(rows.y), dtype=bool) if wanted is None else rows.y == wanted
         for group in range(rows.groups):
-            for i in np.flatnonzero(rows.frequency(within & (rows.a == group)) == 0):
+            for i in np.flatnonzero(rows.frequency(within & (rows.a == group)) == 0).tolist():
                 problems.append(
                     f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row of group {encoder.groups[group]!r}{where}"
                 )

@@ -58,7 +58,7 @@ class Side:
     """
 
     def __init__(self, bank: Bank, which: Tensor) -> None:
-        used, places = which.unique(return_inverse=True)
+        used, places = torch.unique(which, return_inverse=True)
         # A few idle sources in each product cost less than a copy of the others.
         if 2 * len(used) <= len(bank.x):
             bank, which = bank.only(used), places
@@ -84,15 +84,15 @@ class Side:
         return Side(self.bank, self.which[index])
 
     def scores(self, theta: Tensor) -> Tensor:
-        """x theta for theta (P, D): (P, m)."""
+        """X theta for theta (P, D): (P, m)."""
         return self._product(theta, self.x.mT)
 
     def pull(self, weights: Tensor) -> Tensor:
-        """x' weights for weights (P, m): (P, D)."""
+        """X' weights for weights (P, m): (P, D)."""
         return self._product(weights, self.x)
 
     def gram(self, weights: Tensor) -> Tensor:
-        """x' diag(weights) x for weights (P, m): (P, D, D)."""
+        """X' diag(weights) x for weights (P, m): (P, D, D)."""
         return self._product(weights, self.bank.squares.mT)[:, self.bank.unpack]
 
     def shared_gram(self, weights: Tensor) -> Tensor:

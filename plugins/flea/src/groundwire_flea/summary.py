@@ -105,7 +105,8 @@ def label_gap(rows: Rows) -> Array:
             rows.frequency((rows.y == label) & (rows.a == g)) / rows.frequency(rows.a == g) for g in range(rows.groups)
         ]
         gaps.append(gamma(np.stack(rates, axis=-1)))
-    return np.max(gaps, axis=0)
+    result: Array = np.max(gaps, axis=0)
+    return result
 
 
 def shares(total: Array, found: Distances, k: int) -> Array:
@@ -116,7 +117,8 @@ def shares(total: Array, found: Distances, k: int) -> Array:
     nearest = np.argsort(total, axis=1, kind="stable")[:, :k]
     parts = np.stack([np.take_along_axis(part, nearest, 1).sum(1) for part in (found.disc, found.disp, found.disb)])
     whole = parts.sum(0)
-    return np.divide(parts, whole, out=np.zeros_like(parts), where=whole > 0)
+    result: Array = np.divide(parts, whole, out=np.zeros_like(parts), where=whole > 0)
+    return result
 
 
 def reasons(selector: FLEASelector, tested: Significance | None, always: list[int]) -> list[str]:
