@@ -195,8 +195,8 @@ def vacuous_bound(e: Evidence) -> Caution | None:
         return None
     return Caution(
         "W6",
-        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: "
-        f"alpha / P_min = {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily "
+        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: alpha / "
+        f"P_min = {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily "
         "unfair. Do not train on the suppressed sources, or on weights, and expect fairness",
         (),
         alpha / rarest,

@@ -116,17 +116,16 @@ def random_anchor(attack: Attack, advantaged: int = 0) -> Replacement:
 
 
 def _around(attack: Attack, group: Array, label: int) -> Array:
-    own = attack.own
-    anchors, pool = own[group[own] & (attack.y[own] == label)], np.flatnonzero(group & (attack.y != label))
-    wanted = int((attack.y[own] == label).sum())
-    if not len(anchors) or not len(pool) or not wanted:
-        return own[attack.y[own] == label]
+    own: Array = attack.own[attack.y[attack.own] == label]
+    anchors, pool, wanted = own[group[own]], np.flatnonzero(group & (attack.y != label)), len(own)
+    if not len(anchors) or not len(pool):
+        return own
     anchor = attack.x[attack.random.choice(anchors)]
     order = np.argsort(((attack.x[pool] - anchor) ** 2).sum(1), kind="stable")
     chunk = pool[order[:wanted]]
     # Where the pool is too small it is appended as a whole, so the source may grow.
-    rows: Array = np.tile(chunk, -(-wanted // len(chunk)))
-    return rows
+    near: Array = np.tile(chunk, -(-wanted // len(chunk)))
+    return near
 
 
 def random_anchor_other(attack: Attack) -> Replacement:

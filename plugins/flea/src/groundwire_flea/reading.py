@@ -209,9 +209,9 @@ def attribute(dataset: Any, name: str) -> Any:
         found = attribute(dataset.dataset, name)
         return None if found is None else [found[i] for i in dataset.indices]
     found = getattr(dataset, name, None)
-    return (
-        found if hasattr(found, "__getitem__") and not isinstance(found, str) and len(found) == len(dataset) else None
-    )
+    if found is None or isinstance(found, str) or not hasattr(found, "__getitem__") or len(found) != len(dataset):
+        return None
+    return found
 
 
 def chosen(sources: Sequence[Any], most: int, seed: int) -> Array:

@@ -22,11 +22,12 @@ def section(decision: Decision, mode: str) -> Section:
     """What was decided in words, a table of the sources, their scores, and the distances between them."""
     dropped = decision.named(False)
     fate = {"filter": "left out of training", "weights": "drawn less often", "report": "reported, and trained on"}[mode]
+    verb = "was" if len(dropped) < 2 else "were"
     text = (
-        f"Every two sources were compared: how differently can one classifier err on them, how differently unfair can "
-        f"it be, and how different are their groups? A source's score q is the distance within which {decision.n_clean} "
-        f"sources lie, itself included. The {sum(decision.kept)} sources of smallest score were kept; "
-        f"{', '.join(map(str, dropped)) or 'none'} {'was' if len(dropped) < 2 else 'were'} {fate}."
+        "Every two sources were compared: how differently can one classifier err on them, how differently unfair can "
+        "it be, and how different are their groups? A source's score q is the distance within which "
+        f"{decision.n_clean} sources lie, itself included. The {sum(decision.kept)} sources of smallest score were "
+        f"kept; {', '.join(map(str, dropped)) or 'none'} {verb} {fate}."
     )
     if mode == "weights":
         text += "\n\nSampling weights carry no guarantee: one manipulated row in a batch can still do harm."
