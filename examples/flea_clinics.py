@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw flea_scores.svg and flea_distances.svg there")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw flea_*.svg there")
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|GPU available|logging interval).*")

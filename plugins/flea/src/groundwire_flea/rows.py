@@ -75,6 +75,11 @@ class Rows:
         """The same sizes with other rows."""
         return replace(self, x=self.x[order], y=self.y[order], a=self.a[order])
 
+    def only(self, sources: Array) -> Rows:
+        """The rows of some sources, in their order."""
+        index = np.flatnonzero(np.isin(self.source, sources))
+        return replace(self.permuted(index), sizes=self.sizes[sources])
+
     def followed_by(self, other: Rows) -> Rows:
         """The rows of more sources after these."""
         x, y, a, sizes = (

@@ -284,9 +284,10 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self.D_ = found.total(self.aggregation)
         self.q_ = q_scores(self.D_, self.n_clean_)
         permutations = self.permutations or (20 if self.keep_unsuspicious else 0)
-        tested = significance(rows, settings, self.n_clean_, permutations, self._random)
         always = [self.source_ids_.index(source) for source in self.always_keep]
         self.support_ = select(self.q_, self.n_clean_, always)
+        trusted = select(self.q_, self.n_clean_)
+        tested = significance(rows, settings, trusted, permutations, self._random)
         if self.keep_unsuspicious and tested is not None:
             self.support_ = self.support_ | (tested.p > self.alpha)
         self._finish(rows, found, tested, always)

@@ -49,16 +49,21 @@ def crossfitted(rows: Rows, settings: Settings, k: int, random: RandomState) -> 
     return q_scores(Distances(disc, disp, disb).total(settings.aggregation), k)
 
 
-def significance(rows: Rows, settings: Settings, k: int, permutations: int, random: RandomState) -> Significance | None:
-    """A permutation test of every source against "all sources have one distribution"; None without permutations.
+def significance(
+    rows: Rows, settings: Settings, kept: Array, permutations: int, random: RandomState
+) -> Significance | None:
+    """A permutation test of every source against "it is like the K kept ones"; None without permutations.
 
-    Rows change places between sources at random. The p-value of a source is the share of all permuted scores, of all
-    sources, that are at least as large as its own, its own counted.
+    Rows change places between the K kept sources (bool (n,)) at random. The p-value of a source is the share of all
+    scores that come out that are at least as large as its own, its own counted. Among K sources the score is the
+    distance to the farthest one, as it is for a clean source when all others are manipulated: where more sources are
+    clean, the test is careful not to accuse.
     """
     if not permutations:
         return None
+    k, trusted = int(kept.sum()), rows.only(np.flatnonzero(kept))
     q = crossfitted(rows, settings, k, random)
-    null = [crossfitted(_shuffled(rows, random), settings, k, random) for _ in _steps(permutations, settings)]
+    null = [crossfitted(_shuffled(trusted, random), settings, k, random) for _ in _steps(permutations, settings)]
     values = np.concatenate(null)
     p = (1 + (values[None] >= q[:, None] - 1e-12).sum(1)) / (1 + len(values))
     return Significance(q, p, float(values.std()))
