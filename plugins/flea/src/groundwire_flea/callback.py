@@ -12,8 +12,7 @@ from groundwire_flea.distances import FAIRNESS, Fairness
 from groundwire_flea.embedding import resolve
 from groundwire_flea.functional import clean_count
 from groundwire_flea.report import section
-from groundwire_flea.result import SourceId
-from groundwire_flea.selector import MODES
+from groundwire_flea.selector import MODES, Mode
 
 
 class FLEA(Plugin):
@@ -58,11 +57,11 @@ class FLEA(Plugin):
         groups: Any = None,
         n_clean: int | float | None = None,
         fairness: Fairness = "demographic_parity",
-        mode: str = "filter",
+        mode: Mode = "filter",
         embed: Any = None,
         seed: int = 0,
         *,
-        always_keep: Sequence[SourceId] = (),
+        always_keep: Sequence[int | str] = (),
         keep_unsuspicious: bool = False,
         permutations: int = 20,
         max_rows_per_source: int | None = 2000,

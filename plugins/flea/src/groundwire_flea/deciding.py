@@ -46,7 +46,8 @@ class Deciding:
         """
         answer: tuple[Any, ...] = ()
         if trainer is None or trainer.is_global_zero:
-            answer = self._answer(loader, known, fields, module)
+            progress = trainer is not None and trainer.progress_bar_callback is not None
+            answer = self._answer(loader, known, fields, module, progress)
         if trainer is not None:
             answer = trainer.strategy.broadcast(answer, src=0)
         state, rows, error = answer
@@ -55,20 +56,21 @@ class Deciding:
         return Decision.from_state(state), rows
 
     def _answer(
-        self, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any
+        self, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any, progress: bool
     ) -> tuple[Any, Any, str | None]:
         """Decision and rows, or an error as text: raised on rank 0 alone, it would leave the others waiting."""
         try:
             refuse_unreadable(loader)
             reader = Reader(self.source, self.groups, fields, resolve(self.embed, module))
-            decision, rows = (
-                self._compared(reader, loader) if known is None else (known, remembered(reader, loader, known))
-            )
+            if known is None:
+                decision, rows = self._compared(reader, loader, progress)
+            else:
+                decision, rows = known, remembered(reader, loader, known)
         except (ValueError, TypeError, PluginError) as error:
             return None, None, f"flea: {str(error).removeprefix('flea: ')}"
         return decision.state(), rows, None
 
-    def _compared(self, reader: Reader, loader: DataLoader[Any]) -> tuple[Decision, list[Any]]:
+    def _compared(self, reader: Reader, loader: DataLoader[Any], progress: bool) -> tuple[Decision, list[Any]]:
         read, rows = reader.read(loader, self.most, self.options.get("random_state", 0))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -78,6 +80,7 @@ class Deciding:
                 sensitive_features=read.groups,
                 sources=read.sources,
                 max_rows_per_source=self.most,
+                progress=progress,
                 **self.options,
             )
         for warning in caught:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from groundwire_flea.rows import Rows
 from groundwire_flea.significance import Significance, significance
 from groundwire_flea.summary import summarize
 
+Mode = Literal["filter", "weights", "report"]
 MODES = ("filter", "weights", "report")
 
 
@@ -86,7 +87,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         n_clean: int | float | None = None,
         *,
         fairness: Fairness = "demographic_parity",
-        mode: str = "filter",
+        mode: Mode = "filter",
         components: Sequence[str] = COMPONENTS,
         aggregation: str = "sum",
         compat: str | None = None,
