@@ -1,0 +1,133 @@
+"""Coming to a decision about a training loader: read, compare, remember, and tell all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset
+
+from groundwire import Fields, PluginError, TrainData
+from groundwire_flea.decision import Decision, source_hash
+from groundwire_flea.embedding import resolve
+from groundwire_flea.filtering import filter_sources
+from groundwire_flea.reading import Reader
+from groundwire_flea.result import FLEAWarning
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """How to decide.
+
+    Attributes:
+        source: See :class:`groundwire_flea.FLEA`.
+        groups: See there.
+        embed: See there.
+        most: Rows of a source to compare at most.
+        options: Arguments of :func:`groundwire_flea.filter_sources`.
+    """
+
+    source: Any = None
+    groups: Any = None
+    embed: Any = None
+    most: int | None = 2000
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def agree(
+        self, trainer: Any, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any
+    ) -> tuple[Decision, list[Any]]:
+        """The decision, made on rank 0 or ``known`` before, and the source of every row; alike on all ranks.
+
+        Raises:
+            PluginError: On all ranks: the data cannot be read, compared, or do not fit the decision.
+        """
+        answer: tuple[Any, ...] = ()
+        if trainer is None or trainer.is_global_zero:
+            progress = trainer is not None and trainer.progress_bar_callback is not None
+            answer = self._answer(loader, known, fields, module, progress)
+        if trainer is not None:
+            answer = trainer.strategy.broadcast(answer, src=0)
+        state, rows, error = answer
+        if error is not None:
+            raise PluginError(error)
+        return Decision.from_state(state), rows
+
+    def _answer(
+        self, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any, progress: bool
+    ) -> tuple[Any, Any, str | None]:
+        """Decision and rows, or an error as text: raised on rank 0 alone, it would leave the others waiting."""
+        try:
+            refuse_unreadable(loader)
+            reader = Reader(self.source, self.groups, fields, resolve(self.embed, module))
+            if known is None:
+                decision, rows = self._compared(reader, loader, progress)
+            else:
+                decision, rows = known, remembered(reader, loader, known)
+        except (ValueError, TypeError, PluginError) as error:
+            return None, None, f"flea: {str(error).removeprefix('flea: ')}"
+        return decision.state(), rows, None
+
+    def _compared(self, reader: Reader, loader: DataLoader[Any], progress: bool) -> tuple[Decision, list[Any]]:
+        read, rows = reader.read(loader, self.most, self.options.get("random_state", 0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = filter_sources(
+                read.x,
+                read.y,
+                sensitive_features=read.groups,
+                sources=read.sources,
+                max_rows_per_source=self.most,
+                progress=progress,
+                **self.options,
+            )
+        for warning in caught:
+            warnings.warn(f"flea: {warning.message}", FLEAWarning, stacklevel=2)
+        return Decision.of(result, rows), rows
+
+
+def refuse_unreadable(loader: Any) -> None:
+    """Raise before anything is read if rows could not be chosen anyway.
+
+    Raises:
+        PluginError: ``loader`` is no DataLoader, or its data set has no rows by number.
+    """
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return
+    what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+    raise PluginError(
+        f"flea: the training rows of a {what} cannot be read by number -> use one DataLoader with a map-style data "
+        "set; several data sets fit into one as SourceDatasets({'name': data set, ...})"
+    )
+
+
+def remembered(reader: Reader, loader: DataLoader[Any], decision: Decision) -> list[Any]:
+    """Sources of all rows, for which the decision was made before.
+
+    Raises:
+        PluginError: A source is new.
+    """
+    rows = reader.sources(loader)
+    unseen = decision.unseen(rows)
+    if unseen:
+        raise PluginError(
+            f"the training data have sources that the checkpoint's decision does not know: "
+            f"{', '.join(map(repr, unseen[:5]))}; it knows {', '.join(map(repr, decision.sources))} -> resume with the "
+            "same sources, or start a new fit from the weights alone"
+        )
+    if source_hash(rows) != decision.hash:
+        text = "flea: the rows are not those of the checkpoint's decision, which is used for their sources all the same"
+        warnings.warn(text, FLEAWarning, stacklevel=2)
+    return rows
+
+
+def apply(decision: Decision, rows: list[Any], mode: str, data: TrainData) -> None:
+    """Choose or weight the rows, unless that changes nothing."""
+    if mode == "report" or all(decision.kept):
+        return
+    if mode == "filter":
+        data.keep(np.flatnonzero(decision.keeps(rows)).tolist())
+    else:
+        data.weights(decision.weights(rows).tolist())

@@ -1,0 +1,71 @@
+"""The distances as the published code computes them: one pair at a time, with scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from groundwire_flea.functional import Array
+
+if TYPE_CHECKING:
+    from groundwire_flea.distances import Settings, Split
+    from groundwire_flea.rows import Banks, Rows
+
+
+def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+    """Disc of each pair by scikit-learn's unpenalised logistic regression."""
+    return np.array([_discrepancy(*_pair(banks.rows, *pair)) for pair in pairs])
+
+
+def disparities(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:
+    """Disp of each ordered pair by SciPy's BFGS."""
+    return np.array([_disparity(*_pair(banks.rows, *pair)) for pair in pairs])
+
+
+def _pair(rows: Rows, i: int, j: int) -> tuple[Array, Array, Array, int]:
+    """Standardised rows of both sources, their labels, their groups, and how many rows are the first source's."""
+    index = np.concatenate([rows.starts[s] + np.arange(rows.sizes[s]) for s in (i, j)])
+    return StandardScaler().fit_transform(rows.x[index]), rows.y[index], rows.a[index], int(rows.sizes[i])
+
+
+def _logistic(x: Array, t: Array, weights: Array | None, c: float) -> Array:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it stops at max_iter on separable data, as it did in the published runs
+        model = LogisticRegression(C=c, max_iter=700, tol=1e-4).fit(x, t, sample_weight=weights)
+    return np.append(model.coef_[0], model.intercept_)
+
+
+def _discrepancy(x: Array, y: Array, a: Array, m: int) -> float:
+    second = np.arange(len(y)) >= m
+    theta = _logistic(x, np.where(second, 1 - y, y), np.where(second, 1 / (len(y) - m), 1 / m), np.inf)
+    wrong = (x @ theta[:-1] + theta[-1] >= 0) != (y == 1)
+    return float(min(1, abs(wrong[:m].mean() - wrong[m:].mean())))
+
+
+def _disparity(x: Array, y: Array, a: Array, m: int) -> float:
+    x = np.column_stack([x, np.ones(len(x))])
+    z = a == 0
+    own, other, target = x[:m], x[m:], z[:m].astype(float)
+    weights = np.where(z[:m], 0.5 / max(z[:m].sum(), 1), 0.5 / max((~z[:m]).sum(), 1))
+    signs = np.where(z[m:], 1 / max(z[m:].sum(), 1), -1 / max((~z[m:]).sum(), 1))
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        scores, p = own @ theta, expit(other @ theta)
+        gap = signs @ p
+        root = np.sqrt(gap**2 + 1e-8)
+        value = weights @ (np.logaddexp(0, scores) - target * scores) + gap**2 / root
+        slope = (gap / root) * (2 - gap**2 / root**2)
+        gradient = own.T @ (weights * (expit(scores) - target)) + slope * (other.T @ (signs * p * (1 - p)))
+        return value, gradient
+
+    start = _logistic(x[:m, :-1], target, None, 1.0)
+    theta = minimize(objective, start, jac=True, method="BFGS", options={"gtol": 1e-4, "maxiter": 500}).x
+    predicted = x @ theta >= 0
+    gaps = [abs(predicted[s][z[s]].mean() - predicted[s][~z[s]].mean()) for s in (slice(m), slice(m, None))]
+    return float(abs(gaps[0] - gaps[1]))
