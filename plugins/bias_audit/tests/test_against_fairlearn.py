@@ -56,9 +56,7 @@ def test_every_aggregate_equals_metricframe_exactly(seed):
         assert difference.abs().max() == 0.0, aggregate
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=200)
-)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=200))
 @settings(max_examples=40, deadline=None)
 def test_rates_equal_metricframe_wherever_they_are_defined(table):
     g, y, p = map(np.array, zip(*table, strict=True))

@@ -101,7 +101,9 @@ def compare(before: Outputs, after: Outputs, groups: Groups, gate: Gate, **inter
         ValueError: They differ in rows, labels or classes, or the task is a regression.
     """
     if after.task == "regression":
-        raise ValueError("a baseline is compared by flips of predictions, which a regression has not -> audit each model")
+        raise ValueError(
+            "a baseline is compared by flips of predictions, which a regression has not -> audit each model"
+        )
     if before.names != after.names or before.labels.shape != after.labels.shape:
         raise ValueError(f"the baseline has the targets {before.names} and the model {after.names}")
     assert groups.codes is not None

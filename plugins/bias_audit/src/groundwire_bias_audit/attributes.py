@@ -190,7 +190,9 @@ def _table(source: Any) -> pd.DataFrame:
         source = source.set_index("id")
     twice = source.index[source.index.duplicated()]
     if len(twice):
-        raise PluginError(f"the side table has {len(twice)} repeated ids, such as {twice[0]!r} -> keep one row for each")
+        raise PluginError(
+            f"the side table has {len(twice)} repeated ids, such as {twice[0]!r} -> keep one row for each"
+        )
     return source
 
 

@@ -82,7 +82,9 @@ def bootstrap(
         by_group, overall = rate(draws, metric), rate(total, metric)
         aggregates = {"by_group": by_group, "overall": overall, **spread(by_group, overall, axis=1)}
         names, flat = list(aggregates), [value.reshape(n_boot, -1) for value in aggregates.values()]
-        found = np.split(quantiles(np.concatenate(flat, axis=1), ci_quantiles), np.cumsum([f.shape[1] for f in flat])[:-1], axis=1)
+        found = np.split(
+            quantiles(np.concatenate(flat, axis=1), ci_quantiles), np.cumsum([f.shape[1] for f in flat])[:-1], axis=1
+        )
         result[metric] = {
             name: part.reshape(len(ci_quantiles), *aggregates[name].shape[1:])
             for name, part in zip(names, found, strict=True)

@@ -296,9 +296,7 @@ class BiasAudit(Plugin):
             stream.update(record.outputs, record.features)
         return stream.merged(lambda value: gathered(run.trainer, value))
 
-    def _compared(
-        self, run: RunContext, first: Record | None, second: Record | None, dense: AuditResult
-    ) -> Comparison:
+    def _compared(self, run: RunContext, first: Record | None, second: Record | None, dense: AuditResult) -> Comparison:
         groups = dense.evidence.groups
         own = None if first is None or second is None else compared(first, second, groups)
         found = [pair for pair in gathered(run.trainer, own) if pair is not None]

@@ -75,7 +75,9 @@ def _made(task: Task, scores: Tensor, labels: Any, threshold: float) -> Outputs:
     if p.ndim == 1:
         p, labels = p[:, None], labels[:, None]
     if p.shape != labels.shape:
-        raise PluginError(f"scores have shape {tuple(scores.shape)} and targets {labels.shape}: not one for each target")
+        raise PluginError(
+            f"scores have shape {tuple(scores.shape)} and targets {labels.shape}: not one for each target"
+        )
     names = ("",) if task == "binary" else tuple(range(p.shape[1]))
     return Outputs(task, names, labels.astype(np.uint8), (p >= np.float32(threshold)).view(np.uint8), p)
 

@@ -29,13 +29,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("file", type=Path, help="one row a sample; .csv, or .parquet where pyarrow is installed")
     made.add_argument("--label", required=True, nargs="+", metavar="COLUMN", help="true labels; several for multilabel")
     given = made.add_mutually_exclusive_group(required=True)
-    given.add_argument("--score", nargs="+", metavar="COLUMN", help="P(label = 1), or one column for each class or label")
+    given.add_argument(
+        "--score", nargs="+", metavar="COLUMN", help="P(label = 1), or one column for each class or label"
+    )
     given.add_argument("--pred", nargs="+", metavar="COLUMN", help="hard predictions, in the form of the labels")
     made.add_argument("--groups", required=True, nargs="+", metavar="COLUMN", help="sensitive features")
     made.add_argument("--control", nargs="+", metavar="COLUMN", help="compare groups within the values of these")
     made.add_argument("--weight", metavar="COLUMN", help="sample weights")
-    made.add_argument("--baseline", nargs="+", metavar="COLUMN", help="the model before, in the form of --score or --pred")
-    made.add_argument("--task", choices=("binary", "multiclass", "multilabel", "regression"), help="guessed if left out")
+    made.add_argument(
+        "--baseline", nargs="+", metavar="COLUMN", help="the model before, in the form of --score or --pred"
+    )
+    made.add_argument(
+        "--task", choices=("binary", "multiclass", "multilabel", "regression"), help="guessed if left out"
+    )
     made.add_argument("--threshold", type=float, default=0.5, help="predicted 1 where score >= this (default: 0.5)")
     made.add_argument("--pos-label", help="the positive label, where labels are words")
     made.add_argument("--logits", action="store_true", help="the scores are logits")
@@ -63,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         result = _audited(options)
-        for path, write in ((options.json, result.to_json), (options.html, result.to_html), (options.csv, result.to_csv)):
+        for path, write in (
+            (options.json, result.to_json),
+            (options.html, result.to_html),
+            (options.csv, result.to_csv),
+        ):
             if path is not None:
                 write(path)
         verdict = result.verdict

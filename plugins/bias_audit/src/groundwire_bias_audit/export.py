@@ -117,7 +117,9 @@ def to_html(result: AuditResult, path: str | Path | None = None) -> str:
     from groundwire_bias_audit.report import section
 
     reasons = "; ".join(describe(test) for test in result.disparities)
-    message = f"Bias audit of {int(result.evidence.size.sum())} rows: {result.verdict}{': ' if reasons else ''}{reasons}."
+    message = (
+        f"Bias audit of {int(result.evidence.size.sum())} rows: {result.verdict}{': ' if reasons else ''}{reasons}."
+    )
     finding = Finding("bias_audit", "verdict", SEVERITY[result.verdict], str(result.verdict), message)
     shown = section({"dense": result}) if result.comparison is None else section({"model": result})
     limits = Section("Limitations", "\n\n".join(LIMITATIONS))

@@ -68,7 +68,9 @@ def curves(results: Mapping[str, AuditResult], feature: str, metric: str = "accu
     x = np.arange(len(table.columns))
     for group, values in table.head(MOST).iterrows():
         axes.plot(x, values, marker="o", label=label(group))
-    axes.set(xticks=x, xlabel="version of the model", ylabel=metric, title=f"{metric} of each group of {label(feature)}")
+    axes.set(
+        xticks=x, xlabel="version of the model", ylabel=metric, title=f"{metric} of each group of {label(feature)}"
+    )
     axes.set_xticklabels([label(name, 14) for name in table.columns])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)

@@ -114,7 +114,9 @@ def _changes(plugin: str, version: str, result: AuditResult) -> Iterator[Finding
     comparison, suffix = result.comparison, f"@{version}"
     rows = comparison.pairs.sum() / max(comparison.pairs.shape[1], 1)
     flips = float(comparison.flips.sum() / comparison.flips.shape[1] / rows)
-    yield Finding(plugin, f"flip_rate{suffix}", "info", flips, f"Share of rows whose prediction changed ({_named(version)}).")
+    yield Finding(
+        plugin, f"flip_rate{suffix}", "info", flips, f"Share of rows whose prediction changed ({_named(version)})."
+    )
     worst = [describe(test) for test in comparison.tests if test.disparity]
     text = f"Did {_named(version)} change more for some groups than for others: {comparison.verdict}"
     text += f": {'; '.join(worst)}." if worst else "."

@@ -219,7 +219,9 @@ def _binary(
     else:
         predictions = _zero_one(values, "y_pred", pos_label)
     if y.shape != predictions.shape:
-        raise ValueError(f"y_true has shape {y.shape} and {what} {predictions.shape} -> give one column for each target")
+        raise ValueError(
+            f"y_true has shape {y.shape} and {what} {predictions.shape} -> give one column for each target"
+        )
     if y.ndim == 1:
         y, predictions = y[:, None], predictions[:, None]
         scores = None if scores is None else scores[:, None]

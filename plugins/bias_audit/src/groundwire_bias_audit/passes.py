@@ -82,7 +82,9 @@ class Pass:
             return
         batches, self._batches, self._rows = self._batches, [], 0
         targets = [b[1] for b in batches]
-        joined = torch.cat(targets) if isinstance(targets[0], Tensor) else np.concatenate([np.asarray(t) for t in targets])
+        joined = (
+            torch.cat(targets) if isinstance(targets[0], Tensor) else np.concatenate([np.asarray(t) for t in targets])
+        )
         outputs = outputs_of(torch.cat([b[0] for b in batches]), joined, self.threshold, self.task)
         self.task = outputs.task
         features = {name: [v for b in batches for v in _listed(b[2][name])] for name in batches[0][2]}

@@ -71,7 +71,9 @@ class Reporter:
         tables = [*made.tables]
         for name, table in self.lists.items():
             if f"-{stage}" in name and len(table):
-                tables.append(_table(f"{name.replace('-', ' ', 2)} (first {min(len(table), SHOWN)})", table.head(SHOWN)))
+                tables.append(
+                    _table(f"{name.replace('-', ' ', 2)} (first {min(len(table), SHOWN)})", table.head(SHOWN))
+                )
         drawn = [
             partial(figures.image_row, images, titles, f"Flipped in version {figures.label(name)}")
             for name, (images, titles) in self.images.items()
@@ -215,7 +217,14 @@ def _verdicts(results: Mapping[str, AuditResult]) -> Table:
             flips = float(result.comparison.flips.sum() / max(int(result.comparison.pairs.sum()), 1))
         uncertain = float(overall["uncertainty"].mean()) if "uncertainty" in overall else None
         rows.append((name, str(result.verdict), float(overall[main].mean()), uncertain, flips, change))
-    columns = ("version", "verdict", _shown(next(iter(results.values())))[0], "uncertainty", "flip rate", "uneven change")
+    columns = (
+        "version",
+        "verdict",
+        _shown(next(iter(results.values())))[0],
+        "uncertainty",
+        "flip rate",
+        "uneven change",
+    )
     return Table("Versions of the model", columns, plain(rows))
 
 

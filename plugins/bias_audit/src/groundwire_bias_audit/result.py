@@ -90,7 +90,9 @@ class AuditResult:
             frames = {name: self._frame(evidence, i) for i, name in enumerate(self.targets)}
             names = [*evidence.groups.names, "target"]
             joined = pd.concat(frames, names=["target", *evidence.groups.names])
-            return joined.reorder_levels(names).reindex([(*_tuple(g), t) for g in evidence.groups.index for t in frames])
+            return joined.reorder_levels(names).reindex(
+                [(*_tuple(g), t) for g in evidence.groups.index for t in frames]
+            )
         return self._frame(evidence, self._target(target))
 
     def summary(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
@@ -362,9 +364,7 @@ class AuditResult:
         )  # fmt: skip
 
 
-def _by_control(
-    evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats
-) -> list[Question]:
+def _by_control(evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats) -> list[Question]:
     """One question for each combination of control values; combinations that no row has are no groups."""
     groups = evidence.groups
     labels = list(groups.index)

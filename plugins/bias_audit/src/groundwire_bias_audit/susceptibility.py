@@ -63,7 +63,7 @@ def susceptibility(
         return np.random.default_rng(random_state).random(len(p))
     logit = _logit(p)
     if method == "confidence":
-        return -np.abs(logit)
+        return 0.0 - np.abs(logit)
     if sensitive_features is None:
         raise ValueError("method 'shortcut' needs sensitive_features")
     groups = read_groups(sensitive_features, rows=len(p))
@@ -178,7 +178,9 @@ def bias_risk(scores: ArrayLike, sensitive_features: Any) -> pd.DataFrame:
     n = np.bincount(groups.codes, minlength=groups.size)
     k = np.bincount(groups.codes, inside, minlength=groups.size).astype(np.int64)
     rest_n, rest_k = n.sum() - n, k.sum() - k
-    p_values = [homogeneity([a, b], [m, o]) if m and o else np.nan for a, b, m, o in zip(k, rest_k, n, rest_n, strict=True)]
+    p_values = [
+        homogeneity([a, b], [m, o]) if m and o else np.nan for a, b, m, o in zip(k, rest_k, n, rest_n, strict=True)
+    ]
     adjusted = adjust(p_values)
     excess = ratio(k, n) - ratio(rest_k, rest_n)
     table = pd.DataFrame(
