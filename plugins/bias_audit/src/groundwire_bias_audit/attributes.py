@@ -121,7 +121,7 @@ class GroupReader:
             lost = [key for key, place in zip(keys, places, strict=True) if place < 0]
             raise PluginError(
                 f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id {lost[0]!r} "
-                f"(its index looks like {list(self.table.index[:3])}) -> complete the table, or mend the ids"
+                f"(its index looks like {self.table.index[:3].tolist()}) -> complete the table, or mend the ids"
             )
         return {str(name): self.table[name].to_numpy()[places] for name in self.table}
 
@@ -188,8 +188,8 @@ def _table(source: Any) -> pd.DataFrame:
         source = source.to_frame("group" if source.name is None else str(source.name))
     if "id" in source:
         source = source.set_index("id")
-    twice = source.index[source.index.duplicated()]
-    if len(twice):
+    twice = source.index[source.index.duplicated()].tolist()
+    if twice:
         raise PluginError(
             f"the side table has {len(twice)} repeated ids, such as {twice[0]!r} -> keep one row for each"
         )

@@ -266,9 +266,8 @@ class BiasAudit(Plugin):
             records[variant.name], streams[variant.name] = own, self._counted(run, own)
         reference, against = self._reference(records)
         for name in records:
-            if name != against:
-                comparison = self._compared(run, reference, records[name], results[DENSE])
-                results[name] = self._result(streams[name], run, comparison)
+            comparison = None if name == against else self._compared(run, reference, records[name], results[DENSE])
+            results[name] = self._result(streams[name], run, comparison)
         for name, result in results.items():
             if name != DENSE or result.comparison is not None:
                 found += findings_of(self.name, name, result, streams[name], self._training)

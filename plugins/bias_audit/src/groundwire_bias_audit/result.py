@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import pandas as pd
 
 from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap_scores
 from groundwire_bias_audit.evidence import Evidence, regression_table
-from groundwire_bias_audit.functional import RATES, Floats, parts, rate, ratio, spread
+from groundwire_bias_audit.functional import RATES, Floats, parts, rate, spread
 from groundwire_bias_audit.gate import Gate, Question, Test, Verdict, ask, check_metric, decide
-from groundwire_bias_audit.null import adjust, permutation_f
+from groundwire_bias_audit.null import adjust, welch
 from groundwire_bias_audit.paired import Comparison
 
 SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
@@ -331,53 +331,75 @@ class AuditResult:
         ]
 
     def _regression_tests(self) -> list[Test]:
-        rows = self.evidence.rows
-        if rows is None:
-            raise ValueError("a regression is gated from rows, and this audit has sums only")
-        error, scale = rows.outputs.predictions - rows.outputs.labels, float(np.std(rows.outputs.labels)) or 1.0
-        kinds = {"mean_error": error, "mean_absolute_error": np.abs(error)}
+        """Gaps of mean and mean absolute error in standard deviations of the label, by Welch's test from sums."""
+        whole = self.evidence.overall().moments
+        assert whole is not None
+        n, label, squared = (float(whole[:, i].sum()) for i in (0, 1, 5))
+        scale = math.sqrt(max(squared / n - (label / n) ** 2, 0.0)) or 1.0
         raw = [
-            self._regression_test(name, metric, values / scale)
+            test
             for name in self.features
-            for metric, values in kinds.items()
+            for metric in ("mean_error", "mean_absolute_error")
+            for test in self._regression_questions(name, metric, scale)
         ]
         adjusted = adjust([test.p_value for test in raw], self.gate.correction)
         return [
-            Test(**{**vars(test), "p_adjusted": float(p), "disparity": bool(test.gap > self.gate.tolerance and p <= self.gate.alpha)})
+            replace(test, p_adjusted=float(p), disparity=bool(test.gap > self.gate.tolerance and p <= self.gate.alpha))
             for test, p in zip(raw, adjusted, strict=True)
-        ]  # fmt: skip
+        ]
 
-    def _regression_test(self, attribute: str, metric: str, values: Floats) -> Test:
-        groups = self.evidence.groups.keep([attribute])
-        assert groups.codes is not None
-        size = np.bincount(groups.codes, minlength=groups.size)
-        enough = size >= self.gate.min_count
-        labels = list(groups.index)
-        held = enough[groups.codes]
-        means = ratio(np.bincount(groups.codes, values, minlength=groups.size), size)[enough]
-        p = permutation_f(values[held], groups.codes[held], groups.size, draws=self.gate.draws, seed=self.random_state)
-        two = len(means) > 1
-        return Test(
-            attribute, metric, "", (), tuple(g for g, ok in zip(labels, enough, strict=True) if ok),
-            tuple(g for g, ok, n in zip(labels, enough, size, strict=True) if n and not ok),
-            float(np.ptp(means)) if two else math.nan, p if two else math.nan,
-        )  # fmt: skip
+    def _regression_questions(self, attribute: str, metric: str, scale: float) -> list[Test]:
+        evidence = self.evidence.of([attribute])
+        assert evidence.moments is not None
+        total = evidence.moments[:, 3] if metric == "mean_absolute_error" else np.diff(evidence.moments[:, 1:3])[:, 0]
+        sums = np.stack([total, evidence.moments[:, 4]], axis=1)
+        return [
+            _welch(question, sums[cells], evidence.size[cells], scale, self.gate)
+            for question, cells in _blocks(evidence, attribute, metric, "")
+        ]
 
 
-def _by_control(evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats) -> list[Question]:
+def _welch(question: Question, sums: Floats, size: Floats, scale: float, gate: Gate) -> Test:
+    enough = size >= gate.min_count
+    groups, small = (
+        tuple(g for g, ok in zip(question.groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
+    )
+    n, total, squares = size[enough].astype(float), sums[enough, 0], sums[enough, 1]
+    if len(n) < 2:
+        return replace(_untested(question), groups=groups, small=small)
+    means = total / n
+    variances = np.maximum(squares - n * means**2, 0) / (n - 1)
+    return replace(
+        _untested(question), groups=groups, small=small, gap=float(np.ptp(means)) / scale,
+        p_value=welch(means, variances, n),
+    )  # fmt: skip
+
+
+def _untested(question: Question) -> Test:
+    return Test(question.attribute, question.metric, question.target, question.control)
+
+
+def _by_control(
+    evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats
+) -> list[Question]:
     """One question for each combination of control values; combinations that no row has are no groups."""
-    groups = evidence.groups
+    found = _blocks(evidence, attribute, metric, target)
+    return [replace(question, successes=k[cells], trials=n[cells]) for question, cells in found]
+
+
+def _blocks(evidence: Evidence, attribute: str, metric: str, target: str) -> list[tuple[Question, list[int]]]:
+    """Questions without counts, and the cells of each."""
+    groups, found, none = evidence.groups, [], np.empty(0)
     labels = list(groups.index)
     blocks = math.prod(groups.shape[: groups.controls])
     width = groups.size // blocks
-    found = []
     for block in range(blocks):
         cells = [i for i in range(block * width, (block + 1) * width) if evidence.size[i]]
         if cells:
             keys = [_tuple(labels[i]) for i in cells]
-            control = keys[0][: groups.controls]
             names = tuple(_plain(key[groups.controls :]) for key in keys)
-            found.append(Question(attribute, metric, target, control, names, k[cells], n[cells]))
+            control = keys[0][: groups.controls]
+            found.append((Question(attribute, metric, target, control, names, none, none), cells))
     return found
 
 
