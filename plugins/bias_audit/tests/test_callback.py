@@ -422,6 +422,7 @@ def test_a_gate_must_be_a_gate():
         BiasAudit(gate=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 def test_two_processes_count_every_row_once_and_bit_equal_to_one(kit):
     class Dumping(BiasAudit):
         def on_validation_end(self, trainer, pl_module):
