@@ -96,7 +96,7 @@ def welch(means: NDArray[np.float64], variances: NDArray[np.float64], sizes: NDA
 
     Example:
         >>> round(welch(np.array([1.0, 1.5]), np.array([1.0, 2.0]), np.array([50.0, 60.0])), 4)
-        0.0331
+        0.0326
     """
     if (variances <= 0).any():
         return float(np.ptp(means) == 0)

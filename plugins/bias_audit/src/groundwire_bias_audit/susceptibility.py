@@ -51,7 +51,7 @@ def susceptibility(
         >>> susceptibility([0.5, 0.05, 0.8]).round(3).tolist()
         [0.0, -2.944, -1.386]
         >>> p, g = [0.6, 0.6, 0.9, 0.9, 0.1, 0.1], [0, 1, 0, 0, 1, 1]
-        >>> susceptibility(p, g, method="shortcut").argmax()  # predicted 1 in a group that mostly is 0
+        >>> int(susceptibility(p, g, method="shortcut").argmax())  # predicted 1 in a group that mostly is 0
         1
     """
     p = np.asarray(scores, dtype=float)
