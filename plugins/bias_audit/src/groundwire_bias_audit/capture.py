@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 from torch import Tensor
 
 from groundwire import PluginError
@@ -62,7 +63,7 @@ def _made(task: Task, scores: Tensor, labels: Any, threshold: float) -> Outputs:
     if task == "regression":
         return Outputs(task, ("",), labels.astype(np.float64), scores.double().cpu().numpy(), None)
     if task == "multiclass":
-        probabilities = scores.softmax(dim=1).cpu().numpy()
+        probabilities = softmax(scores.double().cpu().numpy(), axis=1).astype(np.float32)
         classes = probabilities.shape[1]
         _in_range(labels, classes)
         return Outputs(
@@ -71,7 +72,8 @@ def _made(task: Task, scores: Tensor, labels: Any, threshold: float) -> Outputs:
     _in_range(labels, 2)
     if task == "binary" and scores.ndim == 2:
         scores = scores[:, 1] - scores[:, 0]
-    p = scores.sigmoid().cpu().numpy()
+    # Row by row in double precision: torch's vectorised sigmoid depends on a row's place in the batch.
+    p = expit(scores.double().cpu().numpy()).astype(np.float32)
     if p.ndim == 1:
         p, labels = p[:, None], labels[:, None]
     if p.shape != labels.shape:
