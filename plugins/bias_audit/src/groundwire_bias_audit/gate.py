@@ -175,7 +175,7 @@ def ask(questions: Sequence[Question], gate: Gate, seed: int = 0) -> list[Test]:
     ]
     adjusted = adjust(p_values, gate.correction)
     return [
-        _test(question, kept, p, float(corrected), gate, draws)
+        _test(question, kept, p, float(corrected), gate, draws, len(questions))
         for question, kept, p, corrected in zip(questions, held, p_values, adjusted, strict=True)
     ]
 
@@ -206,27 +206,31 @@ def _enough(question: Question, gate: Gate) -> _Held:
     return groups, np.rint(rates * n).astype(np.int64), n
 
 
-def _test(question: Question, held: _Held, p: float, adjusted: float, gate: Gate, draws: int) -> Test:
+def _test(question: Question, held: _Held, p: float, adjusted: float, gate: Gate, draws: int, tests: int) -> Test:
     groups, k, n = held
     small = tuple(group for group in question.groups if group not in groups)
     rates = k / n
     gap = float(rates.max() - rates.min()) if len(n) > 1 else math.nan
     disparity = len(n) > 1 and gap > gate.tolerance and adjusted <= gate.alpha
-    outliers = _outliers(question.metric, held, gate, draws) if disparity else ()
+    level = gate.alpha if gate.correction == "none" else gate.alpha / tests
+    outliers = _outliers(question.metric, held, gate.tolerance, level, draws) if disparity else ()
     return Test(
         question.attribute, question.metric, question.target, question.control,
         groups, small, gap, p, adjusted, disparity, outliers,
     )  # fmt: skip
 
 
-def _outliers(metric: str, held: _Held, gate: Gate, draws: int) -> tuple[Any, ...]:
-    """Leave out the most deviating group until the rest shows no disparity; of two groups the worse one is named."""
+def _outliers(metric: str, held: _Held, tolerance: float, level: float, draws: int) -> tuple[Any, ...]:
+    """Leave out the most deviating group until the rest shows no disparity; of two groups the worse one is named.
+
+    Naming a further group needs the strictest level of the correction, so that naming adds no false accusations.
+    """
     (groups, k, n), found = held, []
     sign = 1.0 if metric in _GOOD_WHEN_HIGH else -1.0
     while len(n) > 1:
         rates = k / n
         if found and (
-            rates.max() - rates.min() <= gate.tolerance or homogeneity(k, n, draws=min(draws, 2000)) > gate.alpha
+            rates.max() - rates.min() <= tolerance or homogeneity(k, n, draws=draws) > level
         ):
             break
         rest = (k.sum() - k) / (n.sum() - n)
