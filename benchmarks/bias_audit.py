@@ -228,12 +228,12 @@ class Mlp(pl.LightningModule):
     def on_validation_epoch_start(self):
         self.begin = time.perf_counter()
 
-    def on_validation_end(self):
+    def on_validation_epoch_end(self):  # after the callbacks' own
         self.seconds = time.perf_counter() - self.begin
 
 
 def overhead(repeats: int, batches: int = 100) -> list[Row]:
-    """A validation epoch with the audit of the model itself, relative to one without."""
+    """A validation epoch with the audit of the model itself, relative to one without; the page is written later."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(256 * batches, 784, generator=generator), torch.randint(0, 2, (256 * batches,))
     loader, groups = DataLoader(TensorDataset(x, y), 256), dict(enumerate(np.arange(len(y)) % 10))

@@ -93,7 +93,7 @@ class AuditResult:
             return joined.reorder_levels(names).reindex(
                 [(*_tuple(g), t) for g in evidence.groups.index for t in frames]
             )
-        return self._frame(evidence, self._target(target))
+        return self._frame(evidence, self._target(target), target is not None)
 
     def summary(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """Overall, smallest and largest value, differences and ratios, as fairlearn's ``MetricFrame`` has them.
@@ -103,9 +103,10 @@ class AuditResult:
             ``group_min``, ``group_max``, ``difference``, ``difference_to_overall``, ``ratio``, ``ratio_to_overall``.
         """
         evidence = self._by(features)
-        by_group = self._frame(evidence, self._target(target)).drop(columns="count")
+        which = self._target(target), target is not None
+        by_group = self._frame(evidence, *which).drop(columns="count")
         whole = evidence.overall()
-        overall = self._frame(whole, self._target(target)).drop(columns="count")
+        overall = self._frame(whole, *which).drop(columns="count")
         size, found = len(overall), {}
         values = by_group.to_numpy().reshape(size, -1, by_group.shape[1])
         for i, control in enumerate(overall.index):
@@ -123,7 +124,7 @@ class AuditResult:
         evidence, which = self._by(features), self._target(target)
         found: dict[str, Floats] = {}
         if evidence.counts is not None:
-            found |= self._rate_intervals(evidence, which)
+            found |= self._rate_intervals(evidence, which, target is not None)
         histogram = None if self.task == "multiclass" and target is not None else evidence.score_histogram()
         if histogram is not None and evidence.squares is None:
             scores = bootstrap_scores(
@@ -131,7 +132,7 @@ class AuditResult:
             )
             axis = which if self.task == "multilabel" else 0
             found |= {name: value[:, :, axis] for name, value in scores.items()}
-        shown = [name for name in self._columns(evidence, target is not None) if name in found]
+        shown = [name for name in self._columns(target is not None) if name in found]
         columns = pd.MultiIndex.from_product([shown, list(self.ci_quantiles)], names=["metric", "quantile"])
         values = [found[name][i] for name in shown for i in range(len(self.ci_quantiles))]
         data = np.stack(values, axis=1) if values else np.empty((evidence.groups.size, 0))
@@ -260,24 +261,25 @@ class AuditResult:
             raise ValueError(f"there is no target {target!r}; there are {list(self.targets)}")
         return self.targets.index(target)
 
-    def _columns(self, evidence: Evidence, one_class: bool = False) -> list[str]:
+    def _columns(self, one: bool) -> list[str]:
+        """Metrics of the task; ``one`` for a single target or class."""
         if self.task == "regression":
             known: Sequence[str] = REGRESSION_METRICS
-        elif self.task == "multiclass" and not one_class:
-            known = ("accuracy", *SCORE_METRICS[1:])
+        elif self.task == "multiclass":
+            known = tuple(RATES) if one else ("accuracy", *SCORE_METRICS[1:])
         else:
             known = (*RATES, *SCORE_METRICS)
         return [name for name in known if self.metrics is None or name in self.metrics]
 
-    def _frame(self, evidence: Evidence, target: int) -> pd.DataFrame:
+    def _frame(self, evidence: Evidence, target: int, one: bool = False) -> pd.DataFrame:
         values: dict[str, Any] = {"count": evidence.size}
         if evidence.moments is not None:
             values |= regression_table(evidence.moments)
-        elif evidence.hits is not None and target == 0:
+        elif evidence.hits is not None and not one:
             values["accuracy"] = rate(evidence.hits[:, 0], "accuracy")
         elif evidence.counts is not None:
             values |= {name: rate(evidence.counts[:, target], name) for name in RATES}
-        shown = self._columns(evidence, one_class=evidence.hits is None)
+        shown = self._columns(one)
         if set(shown) & set(SCORE_METRICS):
             undefined = np.full((evidence.groups.size, len(self.targets)), np.nan)
             table = evidence.score_table()
@@ -285,20 +287,24 @@ class AuditResult:
             values |= {name: table.get(name, undefined)[:, axis] for name in SCORE_METRICS}
         return pd.DataFrame({name: values[name] for name in ("count", *shown)}, index=evidence.groups.index)
 
-    def _rate_intervals(self, evidence: Evidence, target: int) -> dict[str, Floats]:
+    def _rate_intervals(self, evidence: Evidence, target: int, one: bool) -> dict[str, Floats]:
         options: dict[str, Any] = {
             "n_boot": self.n_boot, "ci_quantiles": self.ci_quantiles, "random_state": self.random_state,
         }  # fmt: skip
-        counts = evidence.counts if evidence.hits is None else evidence.hits
+        single = evidence.hits is not None and not one
+        counts = evidence.hits if single else evidence.counts
         assert counts is not None
-        names = tuple(RATES) if evidence.hits is None else ("accuracy",)
+        names = ("accuracy",) if single else tuple(RATES)
         if evidence.squares is None:
             found = bootstrap(counts[:, min(target, counts.shape[1] - 1)], names, **options)
             return {name: aggregates["by_group"] for name, aggregates in found.items()}
         if evidence.rows is None or evidence.rows.weights is None or evidence.groups.codes is None:
             return {}
         labels, predictions = evidence.rows.outputs.targets
-        cells = evidence.groups.codes.astype(np.int64) * 4 + labels[:, target] * 2 + predictions[:, target]
+        label, prediction = labels[:, target], predictions[:, target]
+        if single:
+            label, prediction = np.ones_like(label), evidence.rows.outputs.correct
+        cells = evidence.groups.codes.astype(np.int64) * 4 + label * 2 + prediction
         return bootstrap_rows(cells, evidence.rows.weights, evidence.groups.size, names, **options)
 
     def _questions(self) -> list[Question]:
