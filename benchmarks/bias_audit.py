@@ -199,7 +199,9 @@ def planted(seeds: int, epochs: int) -> list[Row]:
             found += outcomes(seed, epochs, folder)
     rows = [
         Row("planted group missed, of all versions", "%", [100 * (1 - np.mean([o.found for o in found]))], 0.0),
-        Row("versions in which another attribute is accused", "%", [100 * np.mean([bool(o.others) for o in found])], 0.0),
+        Row(
+            "versions in which another attribute is accused", "%", [100 * np.mean([bool(o.others) for o in found])], 0.0
+        ),
     ]
     for version in dict.fromkeys(o.version for o in found):
         own = [o for o in found if o.version == version]

@@ -110,7 +110,7 @@ def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, M
 
 
 def fine_tuned(model: Classifier, sparsity: float, loader: Any, epochs: int) -> dict[str, torch.Tensor]:
-    """Weights of ``model`` after magnitude pruning and some more training of what is left, as in post-training pruning."""
+    """Weights of ``model`` after magnitude pruning and some more training of what is left."""
     small = copy.deepcopy(model)
     with pruned(small, sparsity):
         masks = {name: p != 0 for name, p in small.named_parameters()}

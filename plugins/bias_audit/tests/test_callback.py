@@ -277,7 +277,7 @@ def test_an_earlier_model_can_be_the_baseline(kit):
 
 def test_a_version_can_be_the_baseline(kit):
     plugin = BiasAudit(variants=[0.5, 0.9], baseline="0.5")
-    module, _ = fitted(kit, plugin)
+    fitted(kit, plugin)
     results = plugin.results["validate"]
     assert results["0.5"].comparison is None
     half, most = results["0.5"].to_frame(), results["0.9"].comparison.to_frame()
@@ -301,13 +301,18 @@ def test_training_is_bit_for_bit_as_without(kit):
 
 def test_findings_and_files_tell_the_verdict(kit):
     plugin = BiasAudit(variants=[0.5])
-    module, trainer = fitted(kit, plugin)
+    fitted(kit, plugin)
     report = Report.read(kit.path)
     codes = {f.code: f for f in report.findings}
-    assert {"verdict", "accuracy", "roc_auc", "uncertainty", "worst_group_accuracy", "accuracy_gap[group]"} <= set(codes)
+    assert {"verdict", "accuracy", "roc_auc", "uncertainty", "worst_group_accuracy", "accuracy_gap[group]"} <= set(
+        codes
+    )
     assert {"verdict@0.5", "flip_rate@0.5", "change_verdict@0.5"} <= set(codes)
     assert codes["verdict"].value == str(plugin.results["validate"]["dense"].verdict)
-    assert codes["verdict"].severity == {"pass": "info", "insufficient data": "warn", "disparity": "fail"}[codes["verdict"].value]
+    assert (
+        codes["verdict"].severity
+        == {"pass": "info", "insufficient data": "warn", "disparity": "fail"}[codes["verdict"].value]
+    )
     folder = report.path.parent / "bias_audit"
     written = json.loads((folder / "validate-dense.json").read_text())
     assert written["schema"] == 1
@@ -429,7 +434,11 @@ def test_two_processes_count_every_row_once_and_bit_equal_to_one(kit):
             if trainer.is_global_zero:
                 torch.save(
                     {
-                        name: (r.evidence.histogram.counts, r.evidence.histogram.mass, r.comparison and r.comparison.pairs)
+                        name: (
+                            r.evidence.histogram.counts,
+                            r.evidence.histogram.mass,
+                            r.comparison and r.comparison.pairs,
+                        )
                         for name, r in self.results["validate"].items()
                     },
                     kit.path / f"world{trainer.world_size}.pt",

@@ -1,11 +1,12 @@
 """The gate: what it lets through, what it stops, and when it refuses to say."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2_contingency, ttest_ind
-from statistics import NormalDist
 
 from groundwire_bias_audit import Gate, Verdict, audit
 from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, welch

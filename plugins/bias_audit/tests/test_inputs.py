@@ -139,7 +139,13 @@ def test_confidence_splits_the_confusion_matrix():
     y, p = np.array([1, 1, 0, 0, 1]), np.array([0.95, 0.6, 0.05, 0.7, 0.1])
     found = audit(y, p, sensitive_features=["f"] * 5).confidence()
     row = {key: int(value) for key, value in found.iloc[0].items() if value}
-    assert row == {("TP", "certain"): 1, ("TP", "uncertain"): 1, ("TN", "certain"): 1, ("FP", "uncertain"): 1, ("FN", "certain"): 1}
+    assert row == {
+        ("TP", "certain"): 1,
+        ("TP", "uncertain"): 1,
+        ("TN", "certain"): 1,
+        ("FP", "uncertain"): 1,
+        ("FN", "certain"): 1,
+    }
 
 
 def test_a_baseline_is_compared_row_by_row():

@@ -153,7 +153,10 @@ def test_labelling_the_unsure_beats_labelling_at_random():
     p = np.clip(0.5 + 0.35 * (2 * y - 1) + rng.normal(0, 0.1 + 0.25 * g), 0.001, 0.999)
     table = compare_override(y, p, g, budgets=[0.05, 0.1], draws=30)
     assert table.loc[0.0, "accuracy_gap"] == pytest.approx(table.loc[0.0, "random_accuracy_gap"])
-    assert table.loc[0.1, "worst_group"] > table.loc[0.1, "random_worst_group"] + 3 * table.loc[0.1, "random_std_worst_group"]
+    assert (
+        table.loc[0.1, "worst_group"]
+        > table.loc[0.1, "random_worst_group"] + 3 * table.loc[0.1, "random_std_worst_group"]
+    )
 
 
 def cnn(seed):

@@ -14,7 +14,7 @@ from groundwire import Fields, PluginError
 
 #: What ``BiasAudit(groups=...)`` takes.
 Source: TypeAlias = (
-    None | str | Path | Sequence[str] | pd.DataFrame | pd.Series | Mapping[Any, Any] | Callable[[Any], Any]
+    str | Path | Sequence[str] | pd.DataFrame | pd.Series | Mapping[Any, Any] | Callable[[Any], Any] | None
 )
 DATASET_NAMES = ("groups", "group", "sensitive", "sensitive_features")
 
@@ -120,8 +120,8 @@ class GroupReader:
         if (places < 0).any():
             lost = [key for key, place in zip(keys, places, strict=True) if place < 0]
             raise PluginError(
-                f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id {lost[0]!r} "
-                f"(its index looks like {self.table.index[:3].tolist()}) -> complete the table, or mend the ids"
+                f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id "
+                f"{lost[0]!r} (its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
             )
         return {str(name): self.table[name].to_numpy()[places] for name in self.table}
 

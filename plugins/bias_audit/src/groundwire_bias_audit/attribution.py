@@ -44,7 +44,11 @@ class AttributionShift:
     interpretable: bool
 
     def __str__(self) -> str:
-        note = "" if self.interpretable else "\nuninterpretable: no null model was given, so there is nothing to compare with"
+        note = (
+            ""
+            if self.interpretable
+            else "\nuninterpretable: no null model was given, so there is nothing to compare with"
+        )
         return f"Attribution shift by {self.method}\n{self.table}{note}"
 
 

@@ -42,7 +42,7 @@ def quantiles(draws: NDArray[Any], q: Sequence[float]) -> Floats:
     """Quantiles over the first axis; draws in which a metric is undefined do not count. Shape (len(q), ...)."""
     undefined = np.isnan(draws)
     if not undefined.any():
-        return np.quantile(draws, q, axis=0)
+        return np.asarray(np.quantile(draws, q, axis=0))
     result = np.full((len(q), *draws.shape[1:]), np.nan)
     some = ~undefined.all(axis=0)
     if some.any():

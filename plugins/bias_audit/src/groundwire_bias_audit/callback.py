@@ -15,8 +15,8 @@ from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
 from groundwire_bias_audit.findings import findings_of
 from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.padding import counted
 from groundwire_bias_audit.inputs import read_outputs
+from groundwire_bias_audit.padding import counted
 from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned, compared
 from groundwire_bias_audit.report import Reporter

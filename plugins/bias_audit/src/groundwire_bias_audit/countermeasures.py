@@ -117,7 +117,8 @@ def _codes(features: Any, rows: int) -> NDArray[Any]:
     groups = read_groups(features, rows=rows)
     assert groups.codes is not None
     names = np.array([str(name) for name in groups.index])
-    return names[groups.codes]
+    found: NDArray[Any] = names[groups.codes]
+    return found
 
 
 def compare_override(
@@ -142,9 +143,9 @@ def compare_override(
         random_state: Their seed.
 
     Returns:
-        Index: the budget, 0 for no override first. Columns: ``accuracy_gap``, ``true_positive_rate_gap``, ``worst_group``
-        (lowest accuracy of a group) and ``amplification`` (largest |BA|, without eligibility rules) after overriding
-        uncertain rows, and the same with ``random_`` (mean) and ``random_std_``.
+        Index: the budget, 0 (no override) first. Columns: ``accuracy_gap``, ``true_positive_rate_gap``,
+        ``worst_group`` (lowest accuracy of a group) and ``amplification`` (largest |BA|, without eligibility rules)
+        after overriding uncertain rows, and the same with ``random_`` (mean) and ``random_std_``.
 
     Raises:
         ValueError: A budget is outside [0, 1].

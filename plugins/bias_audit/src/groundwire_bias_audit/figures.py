@@ -18,11 +18,11 @@ MOST = 24
 
 
 def label(value: Any, most: int = 28) -> str:
-    """A group's name, without mathematics and not too long.
+    r"""A group's name, without mathematics and not too long.
 
     Example:
         >>> label(("f", "$x$"))
-        'f, \\\\$x\\\\$'
+        'f, \\$x\\$'
     """
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     text = text if len(text) <= most else f"{text[: most - 1]}…"

@@ -48,10 +48,10 @@ def confusion_counts(groups: ArrayLike, y_true: ArrayLike, y_pred: ArrayLike, n_
         [[[0, 1], [0, 1]], [[0, 0], [1, 0]]]
     """
     dtype = np.uint8 if n_groups <= 64 else np.int64
-    code = np.asarray(groups).astype(dtype)
-    code *= 4
-    code += _bits(y_true, 1).astype(dtype, copy=False)
-    code += _bits(y_pred, 0).astype(dtype, copy=False)
+    code: NDArray[Any] = np.asarray(groups).astype(dtype)
+    np.multiply(code, 4, out=code)
+    np.add(code, _bits(y_true, 1), out=code)
+    np.add(code, _bits(y_pred, 0), out=code)
     return _histogram(code, 4 * n_groups).reshape(n_groups, 2, 2)
 
 

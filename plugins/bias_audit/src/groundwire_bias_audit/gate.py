@@ -225,13 +225,12 @@ def _outliers(metric: str, held: _Held, tolerance: float, level: float, draws: i
 
     Naming a further group needs the strictest level of the correction, so that naming adds no false accusations.
     """
-    (groups, k, n), found = held, []
+    found: list[Any] = []
+    groups, k, n = held
     sign = 1.0 if metric in _GOOD_WHEN_HIGH else -1.0
     while len(n) > 1:
         rates = k / n
-        if found and (
-            rates.max() - rates.min() <= tolerance or homogeneity(k, n, draws=draws) > level
-        ):
+        if found and (rates.max() - rates.min() <= tolerance or homogeneity(k, n, draws=draws) > level):
             break
         rest = (k.sum() - k) / (n.sum() - n)
         pooled = k.sum() / n.sum()

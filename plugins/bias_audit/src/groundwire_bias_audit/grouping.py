@@ -67,7 +67,7 @@ class Groups:
     def marginal(self, counts: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
         """``counts`` (cells first) summed over the features that are not in ``names`` and not control features."""
         other = tuple(i for i, name in enumerate(self.names) if i >= self.controls and name not in names)
-        summed = counts.reshape(*self.shape, *counts.shape[1:]).sum(axis=other)
+        summed: NDArray[Any] = counts.reshape(*self.shape, *counts.shape[1:]).sum(axis=other)
         return summed.reshape(-1, *counts.shape[1:])
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit, softmax
 
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel", "regression"]
 TASKS = ("binary", "multiclass", "multilabel", "regression")
@@ -81,7 +82,7 @@ def _missing(values: NDArray[Any]) -> NDArray[np.bool_] | None:
         return None
     missing = np.asarray(pd.isna(values))
     rows = missing.any(axis=1) if missing.ndim == 2 else missing
-    return rows if rows.any() else None
+    return np.asarray(rows, bool) if rows.any() else None
 
 
 def read_outputs(
@@ -155,7 +156,7 @@ def _zero_one(values: NDArray[Any], what: str, pos_label: Any) -> NDArray[np.uin
         found = pd.unique(values.ravel())
         if len(found) > 2 or (len(found) == 2 and pos_label not in list(found)):
             raise ValueError(f"{what} has the labels {_some(found)}, and pos_label is {pos_label!r}")
-        return (values == pos_label).astype(np.uint8)
+        return np.asarray(values == pos_label).astype(np.uint8)
     if values.dtype.kind in "iuf":
         low, high = values.min(), values.max()
         bits = values.astype(np.uint8) if low >= 0 and high <= 1 else None
@@ -184,14 +185,12 @@ def probabilities(values: NDArray[Any], from_logits: bool, axis: bool = False) -
         raise ValueError(f"scores must be numbers, got type {values.dtype}")
     values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
     if from_logits:
-        shifted = values - values.max(axis=-1, keepdims=True) if axis else values
-        with np.errstate(over="ignore"):
-            return np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True) if axis else 1 / (1 + np.exp(-values))
+        return np.asarray(softmax(values, axis=-1) if axis else expit(values))
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         outside = int(((values < 0) | (values > 1)).sum())
         raise ValueError(
-            f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}); they look like logits "
+            f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), as logits are "
             "-> pass from_logits=True if they are, or probabilities P(y=1)"
         )
     return values

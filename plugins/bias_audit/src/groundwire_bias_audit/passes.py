@@ -1,4 +1,4 @@
-"""One evaluation pass of one version of the model: counted as a stream and, where versions are compared, kept by row."""
+"""One evaluation pass of one version of the model: added up and, where versions are compared, kept by row."""
 
 from __future__ import annotations
 

@@ -196,8 +196,9 @@ def _text(results: Mapping[str, AuditResult]) -> str:
     parts = [f"{name}: {result.verdict}" for name, result in results.items()]
     lines = [
         "Verdicts: " + "; ".join(parts) + ".",
-        f"A disparity is a gap (max - min over groups) of more than {gate.tolerance:g} in {', '.join(gate.metrics or ())} "
-        f"that an exact permutation test finds significant at {gate.alpha:g} over all tests together ({gate.correction}). "
+        f"A disparity is a gap (max - min over groups) of more than {gate.tolerance:g} in "
+        f"{', '.join(gate.metrics or ())} that an exact permutation test finds significant at {gate.alpha:g} over all "
+        f"tests together ({gate.correction}). "
         f"Groups with fewer than {gate.min_count} rows in a denominator are not judged, and then there is no pass. "
         "Intervals are 95 % bootstrap intervals; an interval of a gap is no test.",
     ]

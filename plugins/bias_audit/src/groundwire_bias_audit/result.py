@@ -14,7 +14,7 @@ import pandas as pd
 
 from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap_scores
 from groundwire_bias_audit.evidence import Evidence, regression_table
-from groundwire_bias_audit.functional import RATES, Floats, parts, rate, spread
+from groundwire_bias_audit.functional import RATES, Counts, Floats, parts, rate, spread
 from groundwire_bias_audit.gate import Gate, Question, Test, Verdict, ask, check_metric, decide
 from groundwire_bias_audit.null import adjust, welch
 from groundwire_bias_audit.paired import Comparison
@@ -218,7 +218,8 @@ class AuditResult:
     def gaps(self) -> pd.DataFrame:
         """The tests as a table."""
         columns = [
-            "attribute", "metric", "target", "control", "gap", "p_value", "p_adjusted", "disparity", "outliers", "small",
+            "attribute", "metric", "target", "control", "gap", "p_value", "p_adjusted", "disparity", "outliers",
+            "small",
         ]  # fmt: skip
         return pd.DataFrame([[getattr(test, name) for name in columns] for test in self.tests], columns=columns)
 
@@ -325,7 +326,8 @@ class AuditResult:
             if metric != "accuracy" and not self.gate.named:
                 return []  # by class, there would hardly ever be enough rows in every cell
             if metric == "accuracy":
-                counts, names, squares = evidence.hits, ("",), None
+                counts, names = evidence.hits, ("",)
+                squares = None if squares is None else _all_right(squares)
         assert counts is not None
         k, n = parts(counts, metric)
         if evidence.squares is not None:
@@ -385,9 +387,7 @@ def _untested(question: Question) -> Test:
     return Test(question.attribute, question.metric, question.target, question.control)
 
 
-def _by_control(
-    evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats
-) -> list[Question]:
+def _by_control(evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats) -> list[Question]:
     """One question for each combination of control values; combinations that no row has are no groups."""
     found = _blocks(evidence, attribute, metric, target)
     return [replace(question, successes=k[cells], trials=n[cells]) for question, cells in found]
@@ -415,6 +415,13 @@ def _effective(k: Floats, n: Floats, squares: Any, metric: str) -> tuple[Floats,
     with np.errstate(divide="ignore", invalid="ignore"):
         effective = np.where(q > 0, n**2 / q, 0.0)
         return np.where(n > 0, k / n, 0.0) * effective, effective
+
+
+def _all_right(squares: Counts) -> Counts:
+    """Squared weights of all rows of each group, as the counts of "right" have them."""
+    found = np.zeros((len(squares), 1, 2, 2))
+    found[:, 0, 1, 1] = squares[:, 0].sum(axis=(1, 2))
+    return found
 
 
 def _tuple(label: Any) -> tuple[Any, ...]:

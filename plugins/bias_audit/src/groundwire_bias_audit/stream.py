@@ -1,4 +1,4 @@
-"""Evidence gathered batch by batch: integer sums by group that are the same for any order and any number of processes."""
+"""Evidence gathered batch by batch: integer sums by group, the same for any order and any number of processes."""
 
 from __future__ import annotations
 

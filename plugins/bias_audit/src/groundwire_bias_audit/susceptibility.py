@@ -155,7 +155,7 @@ def bias_risk(scores: ArrayLike, sensitive_features: Any) -> pd.DataFrame:
 
     Compression flips uncertain predictions first, so a group with more of them has more to lose. A group is
     ``exposed`` where its share of uncertain scores is significantly above that of the rest (exact permutation test,
-    Holm over groups, 5 %). It is a warning, not a forecast: whether the flips harm is seen only in the compressed model.
+    Holm over groups, 5 %). It is a warning, not a forecast: whether flips harm is seen only in the compressed model.
 
     Args:
         scores: P(y=1) of the dense model, shape (n,).

@@ -71,7 +71,7 @@ def pruned(module: nn.Module, sparsity: float) -> Iterator[nn.Module]:
         with torch.no_grad():
             # torch prunes attributes of modules; one that only holds the magnitudes leaves the model's own untouched.
             flat = torch.cat([p.detach().abs().flatten() for p in weights])
-            mask = prune.L1Unstructured(sparsity).compute_mask(flat, torch.ones_like(flat))
+            mask = prune.L1Unstructured(sparsity).compute_mask(flat, torch.ones_like(flat))  # type: ignore[no-untyped-call]
             for p, part in zip(weights, mask.split([p.numel() for p in weights]), strict=True):
                 p.mul_(part.view_as(p))
         yield module
