@@ -47,7 +47,9 @@ class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
         convolutions = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
-        self.net = nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.net = nn.Sequential(
+            *convolutions, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 1)
+        )
 
     def forward(self, x):
         return self.net(x)

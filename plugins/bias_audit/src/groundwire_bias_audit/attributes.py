@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from groundwire import Fields, PluginError
@@ -43,6 +44,9 @@ class GroupReader:
             return
         if isinstance(source, Mapping | pd.DataFrame | pd.Series | Path) or _is_file(source):
             self.table = _table(source)
+            self._columns = {str(name): self.table[name].to_numpy() for name in self.table}
+            # Ids are often the rows of the data set; looking them up would cost more than all the rest of a batch.
+            self._by_position = self.table.index.equals(pd.RangeIndex(len(self.table)))
         elif source is not None and not isinstance(source, str):
             names = list(source)
             if not names or not all(isinstance(name, str) for name in names):
@@ -115,15 +119,22 @@ class GroupReader:
                 "a side table is joined on sample ids, and this batch has none (no key ids, id or index, and no data "
                 "set indices) -> give the batch an 'id', or use a map-style data set"
             )
-        keys = keys.tolist() if hasattr(keys, "tolist") else list(keys)
-        places = self.table.index.get_indexer(keys)
+        keys = np.asarray(_host(keys))
+        places = self._places(keys)
         if (places < 0).any():
             lost = [key for key, place in zip(keys, places, strict=True) if place < 0]
             raise PluginError(
                 f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id "
-                f"{lost[0]!r} (its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
+                f"{lost[0].item() if hasattr(lost[0], 'item') else lost[0]!r} (its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
             )
-        return {str(name): self.table[name].to_numpy()[places] for name in self.table}
+        return {name: values[places] for name, values in self._columns.items()}
+
+    def _places(self, keys: NDArray[Any]) -> NDArray[Any]:
+        """Row of the table for each id, -1 where there is none."""
+        assert self.table is not None
+        if self._by_position and keys.dtype.kind in "iu":
+            return np.where((keys >= 0) & (keys < len(self.table)), keys, -1)
+        return np.asarray(self.table.index.get_indexer(keys))
 
 
 def named(values: Any) -> dict[str, Any]:
