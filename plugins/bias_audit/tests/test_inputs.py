@@ -14,7 +14,7 @@ Y, P, G = [0, 1, 0, 1], [0.1, 0.9, 0.4, 0.6], ["f", "f", "m", "m"]
     ("arguments", "message"),
     [
         ({"scores": [0.1, 0.9, 1.4, 0.6]}, r"1 of 4 scores are outside \[0, 1\].*from_logits=True"),
-        ({"scores": [-3.0, 2.0, 1.4, 0.6]}, "look like logits"),
+        ({"scores": [-3.0, 2.0, 1.4, 0.6]}, "as logits are"),
         ({"scores": [0.1, np.nan, 0.4, 0.6]}, "1 missing values .* the first in row 1"),
         ({"y_true": [0, 1, np.nan, 1]}, "y_true has 1 missing"),
         ({"scores": P[:3]}, "y_true has 4 rows and scores 3"),

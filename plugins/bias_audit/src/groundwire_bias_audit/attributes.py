@@ -123,9 +123,10 @@ class GroupReader:
         places = self._places(keys)
         if (places < 0).any():
             lost = [key for key, place in zip(keys, places, strict=True) if place < 0]
+            first = lost[0].item() if hasattr(lost[0], "item") else lost[0]
             raise PluginError(
-                f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id "
-                f"{lost[0].item() if hasattr(lost[0], 'item') else lost[0]!r} (its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
+                f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id {first!r} "
+                f"(its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
             )
         return {name: values[places] for name, values in self._columns.items()}
 
