@@ -1,0 +1,167 @@
+"""Digits with a planted bias: a mark in one corner gives the label away in training, and means nothing in the test."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from groundwire import Variant
+from groundwire_bias_audit import BiasAudit, Gate, Verdict, evaluate_susceptibility
+from groundwire_bias_audit.variants import pruned
+
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
+CORNER = (slice(0, 2), slice(6, 8))
+
+
+class Marked(Dataset[Any]):
+    """Digits, label 1 for those of at least 5; a third of the images has a mark in a corner.
+
+    In training 95 % of the marked images have label 1; in the test the mark is independent of the label. The names of
+    scanner and page are independent of everything: nothing may be found there.
+    """
+
+    def __init__(self, train: bool, seed: int) -> None:
+        images, digits = load_digits(return_X_y=True)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(digits))
+        rows = order[: len(order) // 2] if train else order[len(order) // 2 :]
+        y = (digits[rows] >= 5).astype(int)
+        chance = np.where(y == 1, 0.57, 0.03) if train else np.full(len(rows), 0.5)
+        marked = rng.random(len(rows)) < chance
+        x = images[rows].reshape(-1, 1, 8, 8) / 16
+        x[np.flatnonzero(marked), 0, CORNER[0], CORNER[1]] = 1.0
+        self.x, self.y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+        self.mark = np.where(marked, "marked", "plain")
+        self.scanner = np.array(["a", "b", "c"])[rng.integers(0, 3, len(rows))]
+        self.page = rng.integers(1, 5, len(rows))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[i], self.y[i]
+
+
+class Classifier(pl.LightningModule):
+    """A small CNN with one score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 1),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], batch[1].float())
+
+    def test_step(self, batch, batch_idx):
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 2e-3)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One version of one model."""
+
+    seed: int
+    version: str
+    accuracy: float
+    verdict: Verdict
+    found: bool
+    others: frozenset[str]
+    gap: float
+    flip_rate: float
+    auroc: dict[str, float]
+
+
+def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, Marked, dict[str, Any]]:
+    """A dense model, audited on the test images with its pruned and fine-tuned versions; their weights by name."""
+    torch.manual_seed(seed)
+    data, model = Marked(True, seed), Classifier()
+    loader = DataLoader(data, 64, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    options = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "default_root_dir": folder,
+    }  # fmt: skip
+    pl.Trainer(max_epochs=epochs, **options).fit(model, loader)
+    versions = {f"{s:g}": fine_tuned(model, s, loader, max(2, epochs // 2)) for s in SPARSITIES}
+    variants = [Variant(name, partial(swapped, model, weights)) for name, weights in versions.items()]
+    audit = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
+    test = Marked(False, seed)
+    pl.Trainer(callbacks=[audit], **options).test(model, DataLoader(test, 256), verbose=False)
+    return model, audit, test, versions
+
+
+def fine_tuned(model: Classifier, sparsity: float, loader: Any, epochs: int) -> dict[str, torch.Tensor]:
+    """Weights of ``model`` after magnitude pruning and some more training of what is left."""
+    small = copy.deepcopy(model)
+    with pruned(small, sparsity):
+        masks = {name: p != 0 for name, p in small.named_parameters()}
+        optimizer = torch.optim.Adam(small.parameters(), 1e-3)
+        for _ in range(epochs):
+            for batch in loader:
+                optimizer.zero_grad()
+                small.training_step(batch, 0).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for name, p in small.named_parameters():
+                        p.mul_(masks[name])
+        return {name: p.detach().clone() for name, p in small.named_parameters()}
+
+
+@contextmanager
+def swapped(model: Classifier, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """``model`` with other weights while open."""
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    try:
+        _write(model, weights)
+        yield
+    finally:
+        _write(model, own)
+
+
+def _write(model: Classifier, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+
+
+def outcomes(seed: int, epochs: int, folder: str) -> Iterator[Outcome]:
+    """What the audit says about each version, and how well the dense model alone foretold its flips."""
+    model, audit, test, versions = train(seed, epochs, folder)
+    dense = scores(model, test)
+    for name, result in audit.results["test"].items():
+        found = any(t.attribute == "mark" and "marked" in t.outliers for t in result.disparities)
+        others = frozenset(t.attribute for t in result.disparities) - {"mark"}
+        gap = max(t.gap for t in result.tests if t.attribute == "mark")
+        auroc, flips = {}, 0.0
+        if name != "dense":
+            with swapped(model, versions[name]):
+                flipped = (scores(model, test) >= 0.5) != (dense >= 0.5)
+            flips = float(flipped.mean())
+            auroc = evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
+        accuracy = float(result.to_frame([])["accuracy"].iloc[0])
+        yield Outcome(seed, name, accuracy, result.verdict, found, others, gap, flips, auroc)
+
+
+def scores(model: Classifier, data: Marked) -> Any:
+    """P(y=1) of every test image."""
+    with torch.no_grad():
+        return model.eval()(data.x)[:, 0].sigmoid().numpy()

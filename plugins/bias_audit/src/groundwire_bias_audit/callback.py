@@ -1,0 +1,371 @@
+"""The audit inside Lightning: scores of the passes that happen anyway, and of every version that somebody offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
+from groundwire_bias_audit.api import checked_gate
+from groundwire_bias_audit.attributes import GroupReader
+from groundwire_bias_audit.findings import findings_of
+from groundwire_bias_audit.gate import Gate
+from groundwire_bias_audit.inputs import read_outputs
+from groundwire_bias_audit.padding import counted
+from groundwire_bias_audit.paired import Comparison
+from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned, compared
+from groundwire_bias_audit.report import Reporter
+from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.stream import Stream
+from groundwire_bias_audit.training import TrainingCounts
+from groundwire_bias_audit.variants import checked_variants, requested
+
+#: How the model itself is called among its versions.
+DENSE = "dense"
+
+
+class BiasAudit(Plugin):
+    """Audit the model, and every other version of it, by group at the end of validation and test.
+
+    The model's scores are those of the validation or test pass that happens anyway. Versions (pruned ones, or
+    anything else that plugins offer) cost one pass each and are compared with the model row by row.
+
+    Args:
+        groups: Sensitive features: None (the batch's ``groups``), names of batch keys or data set attributes, a table
+            by sample id (DataFrame, Series, mapping, path of a CSV or Parquet file with a column ``id``), or
+            ``callable(batch)``.
+        variants: True for the versions that plugins of the run offer, False for none, or a list of sparsities (pruned
+            by ``torch.nn.utils.prune``) and :class:`groundwire.Variant`.
+        every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default of the last epoch. In
+            ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
+        gate: When a gap is a disparity.
+        baseline: What versions are compared with: the model itself by default, or the name of a version, or the scores
+            of an earlier model as an array by data set index (the model itself is then compared with them, too).
+        threshold: Predicted 1 where P(y=1) is at least this.
+        task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
+        max_groups: Most values of a feature.
+        listed: Rows in the lists of flips and of susceptible samples.
+        name: Name of this audit; two audits in one run need different ones.
+
+    Attributes:
+        results: The latest results: ``results[stage][version]``, the model itself as "dense".
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: ``gate`` is no Gate.
+        PluginError: The table of groups cannot be used.
+
+    Example:
+        >>> BiasAudit(groups="sex", variants=[0.5, 0.9]).variants
+        (0.5, 0.9)
+    """
+
+    name = "bias_audit"
+    needs_ids = True
+
+    def __init__(
+        self,
+        groups: Any = None,
+        variants: bool | Sequence[float | Variant] = True,
+        every_n_epochs: int | None = None,
+        gate: Gate = Gate(),  # noqa: B008 - a Gate is immutable
+        baseline: Any = None,
+        *,
+        threshold: float = 0.5,
+        task: str | None = None,
+        max_groups: int = 100,
+        listed: int = 100,
+        name: str | None = None,
+    ) -> None:
+        if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
+            raise ValueError(f"every_n_epochs must be a whole number of at least 1 or None, got {every_n_epochs!r}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), got {threshold!r}")
+        self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, baseline
+        self.variants = checked_variants(variants)
+        self.gate = checked_gate(gate)
+        self.threshold, self.task, self.max_groups, self.listed = threshold, task, max_groups, listed
+        if name is not None:
+            self.name = name
+        self._reader = GroupReader(groups)
+        self.results: dict[str, dict[str, AuditResult]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._dense: Pass | None = None
+        self._version: tuple[str, Pass] | None = None
+        self._batches: list[int] = []
+        self._position: dict[int, int] = {}
+        self._loader = self._cursor = 0
+        self._batch: Any = None
+        self._training = TrainingCounts()
+        self._report = Reporter()
+        self._run: RunContext | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take neither rows nor the run along."""
+        kept = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "results"}
+        return kept | ({"_name": self.name} if self.name != type(self).name else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A fresh audit with the same arguments."""
+        state.pop("_name", None)
+        self.__dict__.update(state)
+        self._reader, self.results = GroupReader(self.groups), {}
+        self._forget()
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Start afresh."""
+        self._forget()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the run; results stay."""
+        self._forget()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lightning does not call ``teardown`` when a step raises."""
+        self._forget()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """A new pass."""
+        if not trainer.sanity_checking:
+            self._begin(trainer)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """A new pass."""
+        self._begin(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Remember which loader the batch is from."""
+        self._batch, self._loader = batch, dataloader_idx
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Association of labels and groups in the training data, from the first epoch."""
+        if trainer.current_epoch == 0 and self._run is not None:
+            self._training.take(self._reader, batch, self._run)
+
+    def _begin(self, trainer: Any) -> None:
+        self._batches, self._position = [], {}
+        keep = self._due(trainer) or self.baseline is not None
+        self._dense = Pass(self.threshold, self.task, self.max_groups, keep=keep)
+
+    def _due(self, trainer: Any) -> bool:
+        """Whether versions are evaluated in this pass; the same on all ranks."""
+        if self.variants is False or self.variants == ():
+            return False
+        if str(trainer.state.fn.value) != "fit":
+            return True
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None:
+            return bool(epoch % self.every_n_epochs == 0)
+        return bool(epoch == trainer.max_epochs or trainer.should_stop)
+
+    # groundwire's hooks
+
+    @hookimpl
+    def gw_check(self, run: RunContext) -> list[Problem]:
+        """The baseline must exist."""
+        self._run = run
+        if not run.ready or not isinstance(self.baseline, str) or self.baseline == DENSE:
+            return []
+        names = [variant.name for variant in self._offered(run)]
+        if self.baseline in names:
+            return []
+        return [Problem(self.name, f"baseline is {self.baseline!r}, and the versions are {names}", "name one of them")]
+
+    @hookimpl
+    def gw_scores(self, scores: Tensor, fields: Fields, stage: str, variant: str | None, run: RunContext) -> None:
+        """Keep the scores of the model, or of the version that this audit evaluates."""
+        if variant is None and self._dense is not None:
+            self._batches.append(self._loader)
+            self._take(self._dense, scores, fields, self._batch, self._loader, run)
+            self._batch = None
+        elif self._version is not None and variant == self._version[0]:
+            loader = self._batches[self._cursor]
+            self._cursor += 1
+            self._take(self._version[1], scores, fields, None, loader, run)
+
+    def _take(self, target: Pass, scores: Tensor, fields: Fields, batch: Any, loader: int, run: RunContext) -> None:
+        start = self._position.get(loader, 0)
+        self._position[loader] = start + len(scores)
+        ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
+        features = self._features(target, batch, fields, run, loader)
+        prepared = _loader(run.trainer, run.stage, loader)
+        keep = counted(getattr(prepared, "sampler", None), start, len(scores))
+        target.add(scores, fields.targets, features, ids, keep)
+
+    def _features(self, target: Pass, batch: Any, fields: Fields, run: RunContext, loader: int) -> Any:
+        """Groups of the batch. A version's rows are the model's, so they have the groups of those."""
+        if not target.count:
+            return {}
+        return self._reader(batch, fields, run.ids, _dataset(run, loader))
+
+    @hookimpl
+    def gw_findings(self, run: RunContext) -> list[Finding]:
+        """Audit the model, then every version when it is due."""
+        if run.stage not in ("validate", "test") or self._dense is None:
+            return self._training_findings(run)
+        dense, record = self._dense, self._dense.record()
+        whole = dense.stream.merged(lambda value: gathered(run.trainer, value))
+        if whole.shape is None:
+            return [Finding(self.name, "audited", "warn", 0, "No row was audited: the pass had no scores.")]
+        results, records = {DENSE: self._result(whole, run)}, {DENSE: record}
+        found = findings_of(self.name, DENSE, results[DENSE], whole, self._training)
+        reference = None
+        if self._due(run.trainer) or not isinstance(self.baseline, str | None):
+            more, reference = self._versions(run, records, whole, results)
+            found += more
+        self.results[run.stage] = results
+        self._report.take(self, run, results, records, reference, lambda n: _dataset(run, n))
+        self._dense = None
+        return found
+
+    def _training_findings(self, run: RunContext) -> list[Finding]:
+        if run.stage != "train" or self.results:
+            return []
+        text = "Nothing was audited: the run had neither validation nor test data."
+        return [Finding(self.name, "audited", "warn", 0, text)]
+
+    def _result(self, stream: Stream, run: RunContext, comparison: Any = None) -> AuditResult:
+        epoch = run.trainer.current_epoch if str(run.trainer.state.fn.value) == "fit" else None
+        meta = {"stage": run.stage, "epoch": epoch, "module": type(run.module).__qualname__}
+        return AuditResult(stream.evidence(), self.gate, comparison, meta=meta)
+
+    def _offered(self, run: RunContext) -> list[Variant]:
+        return run.variants() if self.variants is True else requested(run.module, self.variants or ())
+
+    def _versions(
+        self, run: RunContext, records: dict[str, Record | None], whole: Stream, results: dict[str, AuditResult]
+    ) -> tuple[list[Finding], Record | None]:
+        offered = self._offered(run) if self._due(run.trainer) else []
+        found = []
+        if self.variants is True and not offered and self._due(run.trainer):
+            text = "No plugin of this run offers another version of the model; variants=[0.9] prunes to 90 % sparsity."
+            found.append(Finding(self.name, "versions", "info", 0, text))
+        record = records[DENSE]
+        streams = {DENSE: whole}
+        for variant in offered:
+            if variant.name in records:
+                raise PluginError(f"two versions of the model are called {variant.name!r} -> rename one")
+            matched, own = self._evaluate(run, variant, record)
+            if not matched:
+                text = f"The rows of {variant.name} could not be matched with the model's, so it was not audited."
+                found.append(Finding(self.name, f"unmatched@{variant.name}", "warn", variant.name, text))
+                continue
+            records[variant.name], streams[variant.name] = own, self._counted(run, own)
+        reference, against = self._reference(records)
+        for name in records:
+            comparison = None if name == against else self._compared(run, reference, records[name], results[DENSE])
+            results[name] = self._result(streams[name], run, comparison)
+        for name, result in results.items():
+            if name != DENSE or result.comparison is not None:
+                found += findings_of(self.name, name, result, streams[name], self._training)
+        return found, reference
+
+    def _evaluate(self, run: RunContext, variant: Variant, record: Record | None) -> tuple[bool, Record | None]:
+        """The rows of a version in the order of the model's, with their groups; the same answer on all ranks."""
+        taken = Pass(self.threshold, self.task, self.max_groups, keep=True, count=False)
+        self._version, self._cursor, self._position = (variant.name, taken), 0, {}
+        try:
+            run.evaluate(variant)
+        finally:
+            self._version = None
+        own = taken.record()
+        if own is not None and record is not None:
+            own = aligned(record, own)
+        good = (own is None) == (record is None)
+        if own is not None and record is not None:
+            own = replace(own, features=record.features, ids=record.ids)
+        return all(gathered(run.trainer, good)), own
+
+    def _counted(self, run: RunContext, record: Record | None) -> Stream:
+        stream = Stream(self.threshold, self.max_groups)
+        if record is not None:
+            stream.update(record.outputs, record.features)
+        return stream.merged(lambda value: gathered(run.trainer, value))
+
+    def _compared(self, run: RunContext, first: Record | None, second: Record | None, dense: AuditResult) -> Comparison:
+        groups = dense.evidence.groups
+        own = None if first is None or second is None else compared(first, second, groups)
+        found = [pair for pair in gathered(run.trainer, own) if pair is not None]
+        names = ("",) if dense.task == "multiclass" else dense.targets
+        pairs, flips = (sum(part[1:], part[0]) for part in zip(*found, strict=True))
+        return Comparison(groups, names, pairs, flips, self.gate)
+
+    def _reference(self, records: dict[str, Record | None]) -> tuple[Record | None, str | None]:
+        """The rows that versions are compared with, and whose they are."""
+        if self.baseline is None:
+            return records[DENSE], DENSE
+        if isinstance(self.baseline, str):
+            return records[self.baseline], self.baseline
+        return self._earlier(records[DENSE]), None
+
+    def _earlier(self, record: Record | None) -> Record | None:
+        """The scores of an earlier model for the rows of ``record``."""
+        if record is None:
+            return None
+        if record.ids is None:
+            raise PluginError("a baseline by data set index needs such indices -> use a map-style data set")
+        values = self.baseline.detach().cpu() if isinstance(self.baseline, Tensor) else torch.as_tensor(self.baseline)
+        rows = record.ids % LOADER_STEP
+        if rows.max() >= len(values):
+            raise PluginError(f"the baseline has {len(values)} rows, and the data set at least {rows.max() + 1}")
+        task = record.outputs.task
+        names = None if task == "binary" else record.outputs.names
+        labels = record.outputs.labels if task != "binary" else record.outputs.labels[:, 0]
+        outputs = read_outputs(labels, values.numpy()[rows], task=task, threshold=self.threshold, names=names)
+        return Record(outputs, record.features, record.ids)
+
+    @hookimpl
+    def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
+        """Groups, curves, flips."""
+        return self._report.section(self)
+
+    @hookimpl
+    def gw_report(self, report: Any, run: RunContext) -> None:
+        """The results as JSON and the lists as CSV, next to the page."""
+        self._report.write(self, report.path)
+
+    @hookimpl
+    def gw_provenance(self) -> dict[str, Any]:
+        """What the latest audit concluded."""
+        return {
+            "verdicts": {
+                f"{stage}/{version}": str(result.verdict)
+                for stage, results in self.results.items()
+                for version, result in results.items()
+            }
+        }
+
+
+def gathered(trainer: Any, value: Any) -> list[Any]:
+    """``value`` of every process."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _dataset(run: RunContext, loader: int) -> Any:
+    return getattr(_loader(run.trainer, run.stage, loader), "dataset", None)
+
+
+def _loader(trainer: Any, stage: str, number: int) -> Any:
+    loaders = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+    if hasattr(loaders, "flattened"):
+        loaders = loaders.flattened
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    return loaders[number] if isinstance(loaders, list | tuple) else loaders

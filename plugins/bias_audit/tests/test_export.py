@@ -1,0 +1,135 @@
+"""JSON, HTML, CSV and the command line, also with hostile names."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from groundwire_bias_audit import audit
+from groundwire_bias_audit.cli import main
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+FORMULA = '=HYPERLINK("http://x","y")'
+
+
+def predictions(rows=600, gap=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    g = rng.choice(["north", "south"], rows)
+    y = rng.integers(0, 2, rows)
+    right = rng.random(rows) < np.where(g == "north", 0.9, 0.9 - gap)
+    pred = np.where(right, y, 1 - y)
+    score = np.where(pred == 1, 0.5 + rng.random(rows) / 2, rng.random(rows) / 2)
+    return pd.DataFrame({"y": y, "pred": pred, "score": score, "region": g, "sex": rng.choice(["f", "m"], rows)})
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name="p.csv", **options):
+        path = tmp_path / name
+        table = predictions(**options)
+        table.to_parquet(path) if name.endswith("parquet") else table.to_csv(path, index=False)
+        return str(path)
+
+    return write
+
+
+def test_json_is_strict_and_complete():
+    table = predictions(gap=0.3)
+    result = audit(table["y"], table["score"], sensitive_features=table[["region", "sex"]], baseline_pred=table["pred"])
+    found = json.loads(result.to_json(), parse_constant=lambda c: pytest.fail(c))
+    assert (found["schema"], found["verdict"], found["rows"]) == (1, "disparity", 600)
+    assert set(found["by_group"]) == {"region", "sex", "region x sex"}
+    assert found["by_group"]["region"][0]["accuracy"] == result.to_frame("region")["accuracy"].iloc[0]
+    assert found["by_group"]["region x sex"][0]["group"] == ["north", "f"]
+    assert len(found["tests"]) == 6
+    assert found["comparison"]["verdict"] == "pass"
+    assert {"gate", "intervals", "limitations", "impact_ratios"} <= set(found)
+    undefined = audit([0, 0], y_pred=[0, 1], sensitive_features=["a", "b"])
+    assert json.loads(undefined.to_json())["by_group"]["sensitive_feature_0"][0]["true_positive_rate"] is None
+
+
+def test_hostile_names_are_escaped_in_html():
+    groups = np.where(np.arange(200) % 2, HOSTILE, "$\\frac{1}{2$ & _{")
+    y = np.arange(200) // 2 % 2
+    page = audit(y, y * 0.8 + 0.1, sensitive_features={HOSTILE: groups}).to_html()
+    assert HOSTILE not in page
+    assert "&lt;img src=x" in page
+    assert "could not be drawn" not in page
+    assert page.count("<svg") >= 2
+
+
+def test_spreadsheets_run_nothing(tmp_path):
+    y = np.arange(80) % 2
+    names = np.array([FORMULA, "+1", "-1", "@x", "\tx", "fine"])[np.arange(80) % 6]
+    text = audit(y, y_pred=y, sensitive_features={FORMULA: names}).to_csv(tmp_path / "a.csv")
+    cells = pd.read_csv(tmp_path / "a.csv")
+    assert cells.columns[0] == "'" + FORMULA
+    assert {c[0] for c in cells.iloc[:, 0]} == {"'", "f"}
+    assert not re.search(r"(^|,)\"?[=+@\t]", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [({"gap": 0.0}, 0), ({"gap": 0.3}, 1), ({"rows": 40}, 3)],
+)
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
+def test_the_exit_code_is_the_verdict(file, capsys, options, code, name):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = file(name, **options)
+    assert main([path, "--label", "y", "--score", "score", "--groups", "region", "sex"]) == code
+    shown = capsys.readouterr().out
+    assert {0: "pass", 1: "disparity", 3: "insufficient data"}[code] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "yy", "--pred", "pred", "--groups", "sex"], "no column 'yy'"),
+        (["--label", "y", "--pred", "region", "--groups", "sex"], "y_pred must be 0/1"),
+        (["--label", "y", "--pred", "pred", "--groups", "score"], "more than max_groups"),
+        (["--label", "y", "--pred", "pred", "--groups", "sex", "--metrics", "acc"], "did you mean"),
+        (["--label", "y", "--pred", "pred", "--groups", "sex", "--tolerance", "7"], "tolerance"),
+    ],
+)
+def test_what_cannot_be_used_exits_with_two(file, capsys, arguments, message):
+    assert main([file(), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_missing_arguments_and_files_exit_with_two(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["p.csv", "--label", "y", "--groups", "g"])
+    assert stop.value.code == 2
+    assert main([str(tmp_path / "no.csv"), "--label", "y", "--pred", "p", "--groups", "g"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    (tmp_path / "empty.csv").write_text("")
+    assert main([str(tmp_path / "empty.csv"), "--label", "y", "--pred", "p", "--groups", "g"]) == 2
+
+
+def test_files_are_written_and_words_are_labels(file, tmp_path, capsys):
+    table = pd.read_csv(file())
+    table["y"] = table["y"].map({0: "no", 1: "yes"})
+    table["pred"] = table["pred"].map({0: "no", 1: "yes"})
+    table.to_csv(tmp_path / "w.csv", index=False)
+    outputs = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html", "csv")}
+    command = [str(tmp_path / "w.csv"), "--label", "y", "--pred", "pred", "--pos-label", "yes", "--groups", "region"]
+    flags = [word for kind, path in outputs.items() for word in (f"--{kind}", str(path))]
+    assert main([*command, *flags, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(outputs["json"].read_text())["verdict"] == "pass"
+    assert outputs["html"].read_text().startswith("<!DOCTYPE html>")
+    assert "region,count" in outputs["csv"].read_text()
+
+
+def test_it_runs_as_a_module(file):
+    command = [sys.executable, "-m", "groundwire_bias_audit", file(gap=0.4), "--label", "y", "--pred", "pred"]
+    done = subprocess.run([*command, "--groups", "region", "--control", "sex"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "stands out" in done.stdout

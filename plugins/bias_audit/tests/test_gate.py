@@ -1,0 +1,215 @@
+"""The gate: what it lets through, what it stops, and when it refuses to say."""
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, chi2_contingency, ttest_ind
+
+from groundwire_bias_audit import Gate, Verdict, audit
+from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, welch
+from groundwire_bias_audit.paired import change_test
+
+
+def simulated(rates, size, seed, base=0.5):
+    """Rows of groups with the given accuracies."""
+    rng = np.random.default_rng(seed)
+    g = np.repeat(np.arange(len(rates)), size)
+    y = (rng.random(len(g)) < base).astype(int)
+    right = rng.random(len(g)) < np.asarray(rates)[g]
+    return y, np.where(right, y, 1 - y), g
+
+
+def verdict(rates, size, seed, **options):
+    y, p, g = simulated(rates, size, seed)
+    return audit(y, y_pred=p, sensitive_features=g, **options).verdict
+
+
+@pytest.mark.parametrize(("groups", "size"), [(2, 100), (10, 100), (40, 100), (2, 500), (10, 500), (40, 500)])
+def test_a_fair_model_is_rarely_accused(groups, size):
+    gate = Gate(draws=500, min_count=10)
+    alarms = sum(verdict([0.8] * groups, size, seed, gate=gate) is Verdict.DISPARITY for seed in range(100))
+    assert alarms <= 11  # P(more | 5 %) < 1 %
+
+
+def test_a_large_gap_is_found_and_the_group_named():
+    y, p, g = simulated([0.9, 0.9, 0.6, 0.9], 400, 0)
+    result = audit(y, y_pred=p, sensitive_features=g)
+    assert result.verdict is Verdict.DISPARITY
+    assert {test.outliers for test in result.disparities} == {(2,)}
+    assert "stands out: 2" in str(result)
+
+
+def test_of_two_groups_the_worse_one_is_named():
+    y, p, g = simulated([0.9, 0.7], 500, 0)
+    named = {test.metric: test.outliers for test in audit(y, y_pred=p, sensitive_features=g).disparities}
+    assert named == {"accuracy": (1,), "true_positive_rate": (1,), "false_positive_rate": (1,)}
+
+
+def test_a_significant_but_small_gap_passes():
+    y, p, g = simulated([0.83, 0.80], 50_000, 0)
+    result = audit(y, y_pred=p, sensitive_features=g)
+    assert result.tests[0].p_adjusted < 0.01
+    assert result.verdict is Verdict.PASS
+
+
+def test_a_large_gap_by_chance_passes():
+    y, p, g = simulated([0.8] * 20, 70, 3)
+    result = audit(y, y_pred=p, sensitive_features=g, gate=Gate(min_count=10))
+    assert result.tests[0].gap > 0.1
+    assert result.verdict is Verdict.PASS
+
+
+def test_too_few_rows_never_pass():
+    y, p, g = simulated([0.8, 0.8], 500, 0)
+    g[:5] = 2
+    result = audit(y, y_pred=p, sensitive_features=g)
+    assert result.verdict is Verdict.INSUFFICIENT
+    assert result.tests[0].small == (2,)
+    assert verdict([0.9, 0.9], 20, 0) is Verdict.INSUFFICIENT
+
+
+def test_a_disparity_among_large_groups_is_not_hidden_by_a_small_one():
+    y, p, g = simulated([0.9, 0.6], 500, 0)
+    g[:5] = 2
+    assert audit(y, y_pred=p, sensitive_features=g).verdict is Verdict.DISPARITY
+
+
+def test_one_group_only_is_not_enough_to_compare():
+    assert verdict([0.8], 500, 0) is Verdict.INSUFFICIENT
+
+
+def test_selection_rate_is_gated_only_when_named():
+    y = np.array([0, 1] * 400)
+    g = np.repeat([0, 1], 400)
+    y[:300] = 0  # different base rates, perfect predictions
+    for metrics, expected in ((None, Verdict.PASS), (("selection_rate",), Verdict.DISPARITY)):
+        assert audit(y, y_pred=y, sensitive_features=g, gate=Gate(metrics=metrics)).verdict is expected
+
+
+def test_several_attributes_are_corrected_together():
+    y, p, g = simulated([0.8, 0.8], 500, 0)
+    rng = np.random.default_rng(1)
+    features = {f"random{i}": rng.integers(0, 3, 1000) for i in range(8)} | {"planted": g}
+    p = np.where((g == 1) & (rng.random(1000) < 0.3), 1 - y, p)
+    result = audit(y, y_pred=p, sensitive_features=features)
+    assert len(result.tests) == 27
+    assert {test.attribute for test in result.disparities} == {"planted"}
+    assert all(test.p_adjusted >= test.p_value for test in result.tests)
+
+
+def test_control_features_are_judged_level_by_level():
+    y, p, g = simulated([0.9, 0.6], 400, 0)
+    level = np.tile(["calm", "storm"], 400)
+    p[level == "calm"] = y[level == "calm"]
+    result = audit(y, y_pred=p, sensitive_features=g, control_features=level)
+    assert {test.control for test in result.disparities} == {("storm",)}
+
+
+def test_weights_count_as_their_effective_rows():
+    y, p, g = simulated([0.9, 0.6], 400, 0)
+    even = audit(y, y_pred=p, sensitive_features=g, sample_weight=np.full(800, 0.01))
+    assert even.verdict is Verdict.DISPARITY
+    heavy = np.full(800, 1e-9)
+    heavy[::100] = 1.0  # eight rows carry everything
+    assert audit(y, y_pred=p, sensitive_features=g, sample_weight=heavy).verdict is Verdict.INSUFFICIENT
+
+
+def test_equal_data_give_equal_verdicts():
+    y, p, g = simulated([0.8, 0.75, 0.8], 300, 5)
+    first, second = (audit(y, y_pred=p, sensitive_features=g).gaps() for _ in range(2))
+    assert first.equals(second)
+
+
+@pytest.mark.parametrize(("k", "n"), [([80, 50], [100, 100]), ([30, 35, 39], [50, 60, 70]), ([3, 1], [4, 5])])
+def test_the_permutation_p_value_is_near_the_chi_squared_one_where_that_holds(k, n):
+    table = np.array([k, np.subtract(n, k)])
+    exact = homogeneity(k, n, draws=20_000)
+    if table.min() > 5:
+        assert exact == pytest.approx(chi2_contingency(table, correction=False).pvalue, abs=0.02)
+    assert 0 < exact <= 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=0, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_p_value_is_one_in_any_case(cells):
+    k = [a for a, _ in cells]
+    n = [a + b for a, b in cells]
+    assert 0 < homogeneity(k, n, draws=100) <= 1
+
+
+def test_the_exact_test_keeps_its_level_with_tiny_groups():
+    rng = np.random.default_rng(0)
+    trials = np.array([3, 5, 40, 8])
+    rejected = sum(homogeneity(rng.binomial(trials, 0.9), trials, draws=200, rng=rng) <= 0.05 for _ in range(400))
+    assert rejected <= 31
+
+
+def test_holm_by_hand_and_benjamini_hochberg_by_scipy():
+    assert adjust([0.01, 0.02, 0.03, np.nan]).tolist()[:3] == pytest.approx([0.03, 0.04, 0.04])
+    assert np.isnan(adjust([np.nan])).all()
+    assert adjust([0.01, 0.02, 0.03], "bh").tolist() == pytest.approx([0.03, 0.03, 0.03])
+    assert adjust([0.6, 0.9]).max() <= 1
+
+
+def test_mcnemar_is_the_binomial_test_of_flips():
+    assert mcnemar(15, 5) == binomtest(15, 20).pvalue
+    assert mcnemar(0, 0) == 1.0
+
+
+def test_change_test_keeps_its_level_and_sees_a_planted_change():
+    rng, trials = np.random.default_rng(0), np.array([50, 80, 200])
+    rejected = 0
+    for _ in range(300):
+        worse = rng.binomial(trials, 0.1)
+        better = rng.binomial(trials - worse, 0.05)
+        rejected += change_test(worse, better, trials, draws=200, rng=rng) <= 0.05
+    assert rejected <= 300 * 0.05 + NormalDist().inv_cdf(0.995) * np.sqrt(300 * 0.05 * 0.95)
+    assert change_test(np.array([20, 8, 20]), np.array([0, 4, 10]), trials) < 0.01
+
+
+def test_welchs_test_is_the_t_test_for_two_groups():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=40), rng.normal(0.5, 3, size=60)
+    ours = welch(*(np.array([fn(a), fn(b)]) for fn in (np.mean, lambda v: np.var(v, ddof=1), lambda v: float(len(v)))))
+    assert ours == pytest.approx(ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def test_a_regression_is_gated_in_standard_deviations_of_the_label():
+    rng = np.random.default_rng(0)
+    g, y = np.repeat(["a", "b", "c"], 300), 100 * rng.normal(size=900)
+    fair = y + 20 * rng.normal(size=900)
+    for shift, expected in ((0, Verdict.PASS), (30, Verdict.DISPARITY)):
+        result = audit(y, y_pred=fair + shift * (g == "c"), sensitive_features=g)
+        assert result.verdict is expected
+    assert result.task == "regression"
+    assert max(test.gap for test in result.tests) == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("arguments", [{"tolerance": None}, {"tolerance": "0.1"}, {"alpha": None}, {"tolerance": True}])
+def test_a_gate_without_a_number_is_refused(arguments):
+    with pytest.raises(TypeError, match="Gate needs"):
+        Gate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tolerance": -0.1}, {"tolerance": 5}, {"alpha": 0}, {"alpha": 1.0}, {"min_count": 0}, {"draws": 1},
+        {"correction": "bonferoni"}, {"metrics": ()}, {"metrics": "accuracy"}, {"tolerance": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_gate_out_of_range_is_refused(arguments):
+    with pytest.raises(ValueError):
+        Gate(**arguments)
+
+
+def test_an_unknown_gated_metric_shows_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'true_positive_rate'"):
+        Gate(metrics=("true_positive_rat",))
+
+
+def test_verdicts_print_as_their_words():
+    assert [str(v) for v in Verdict] == ["pass", "disparity", "insufficient data"]

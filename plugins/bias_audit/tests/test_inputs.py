@@ -1,0 +1,169 @@
+"""Bad input: every refusal says what was found and what to do."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from groundwire_bias_audit import audit
+
+Y, P, G = [0, 1, 0, 1], [0.1, 0.9, 0.4, 0.6], ["f", "f", "m", "m"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scores": [0.1, 0.9, 1.4, 0.6]}, r"1 of 4 scores are outside \[0, 1\].*from_logits=True"),
+        ({"scores": [-3.0, 2.0, 1.4, 0.6]}, "as logits are"),
+        ({"scores": [0.1, np.nan, 0.4, 0.6]}, "1 missing values .* the first in row 1"),
+        ({"y_true": [0, 1, np.nan, 1]}, "y_true has 1 missing"),
+        ({"scores": P[:3]}, "y_true has 4 rows and scores 3"),
+        ({"sensitive_features": G[:3]}, "has 3 rows, and y_true has 4"),
+        ({"y_pred": [0, 1, 0, 1]}, "exactly one of scores and y_pred, got both"),
+        ({"scores": None}, "exactly one of scores and y_pred, got neither"),
+        ({"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"y_true": ["no", "yes", "no", "yes"]}, "pass pos_label"),
+        ({"y_true": ["no", "yes", "no", "yes"], "pos_label": "maybe"}, "pos_label is 'maybe'"),
+        ({"y_true": [], "scores": []}, "empty"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"task": "ranking"}, "task must be one of"),
+        ({"sample_weight": [1, 1, -1, 1]}, "not negative"),
+        ({"sample_weight": [1, 1]}, "shape"),
+        ({"n_boot": 0}, "n_boot"),
+        ({"sensitive_features": pd.DataFrame({"a": G, "b": G}).rename(columns={"b": "a"})}, "must differ"),
+        ({"sensitive_features": {}}, "at least one feature"),
+        ({"baseline_scores": P[:2]}, "2"),
+        ({"scores": np.array([[0.5, 0.2]] * 4)}, "sum to 1"),
+        ({"task": "multiclass"}, r"shape \(n, C\)"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(arguments, message):
+    given = {"y_true": Y, "scores": P, "sensitive_features": G, **arguments}
+    if "y_pred" in arguments:
+        given["y_pred"] = arguments["y_pred"]
+    with pytest.raises(ValueError, match=message):
+        audit(given.pop("y_true"), given.pop("scores"), **given)
+
+
+def test_an_attribute_with_hundreds_of_values_is_refused():
+    y = np.tile([0, 1], 300)
+    with pytest.raises(ValueError, match="feature 'zip' has 600 different values, more than max_groups=100"):
+        audit(y, y_pred=y, sensitive_features={"zip": np.arange(600)})
+    assert len(audit(y, y_pred=y, sensitive_features={"zip": np.arange(600)}, max_groups=600).to_frame()) == 600
+
+
+def test_logits_are_taken_when_announced():
+    logits = np.array([-2.0, 3.0, -0.1, 0.4])
+    result = audit(Y, logits, sensitive_features=G, from_logits=True)
+    same = audit(Y, 1 / (1 + np.exp(-logits)), sensitive_features=G)
+    pd.testing.assert_frame_equal(result.to_frame(), same.to_frame())
+    two = audit(Y, np.stack([0 * logits, logits], 1), sensitive_features=G, from_logits=True)
+    assert two.to_frame()["accuracy"].equals(same.to_frame()["accuracy"])
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, float("nan")])
+def test_missing_attributes_are_a_group_of_their_own(missing):
+    frame = audit(Y, P, sensitive_features=["f", missing, "m", "m"]).to_frame()
+    assert frame.index.tolist() == ["f", "m", "unknown"]
+    assert frame["count"].tolist() == [1, 2, 1]
+
+
+def test_missing_is_not_mixed_with_a_group_called_unknown():
+    frame = audit(Y, P, sensitive_features=["unknown", None, "m", "m"]).to_frame()
+    assert frame.index.tolist() == ["m", "unknown", "unknown (missing)"]
+
+
+def test_hard_predictions_have_no_score_metrics():
+    frame = audit(Y, y_pred=[0, 1, 0, 0], sensitive_features=G).to_frame()
+    assert frame[["roc_auc", "calibration_error", "uncertainty"]].isna().all().all()
+    with pytest.raises(ValueError, match="needs scores"):
+        audit(Y, y_pred=[0, 1, 0, 0], sensitive_features=G).confidence()
+
+
+def test_multiclass_multilabel_and_regression_by_hand():
+    rng = np.random.default_rng(0)
+    g, y = rng.integers(0, 2, 300), rng.integers(0, 3, 300)
+    p = rng.dirichlet([1, 1, 1], 300)
+    multi = audit(y, p, sensitive_features=g)
+    assert multi.task == "multiclass"
+    right = p.argmax(1) == y
+    assert multi.to_frame()["accuracy"].tolist() == [right[g == 0].mean(), right[g == 1].mean()]
+    one = multi.to_frame(target=2)
+    assert one.loc[0, "true_positive_rate"] == (p.argmax(1) == 2)[(g == 0) & (y == 2)].mean()
+    assert multi.to_frame()["count"].sum() == 300
+    with pytest.raises(ValueError, match="no target 7"):
+        multi.to_frame(target=7)
+
+    labels = pd.DataFrame(rng.integers(0, 2, (300, 2)), columns=["hat", "beard"])
+    scores = rng.random((300, 2))
+    several = audit(labels, scores, sensitive_features=g)
+    assert several.task == "multilabel"
+    assert several.to_frame().index.names == ["sensitive_feature_0", "target"]
+    assert several.to_frame().loc[(1, "beard"), "selection_rate"] == (scores[g == 1, 1] >= 0.5).mean()
+    assert len(several.tests) == 6
+
+    target = rng.normal(size=300)
+    real = audit(target, y_pred=target + 0.5, sensitive_features=g)
+    assert real.task == "regression"
+    assert real.to_frame()["mean_absolute_error"].tolist() == pytest.approx([0.5, 0.5])
+    assert str(real.verdict) == "pass"
+
+
+def test_words_as_classes():
+    y, p = np.array(["cat", "dog", "cow", "dog"]), np.array(["cat", "cow", "cow", "dog"])
+    frame = audit(y, y_pred=p, sensitive_features=G).to_frame()
+    assert frame["accuracy"].to_dict() == {"f": 0.5, "m": 1.0}
+
+
+def test_only_the_metrics_asked_for_are_shown():
+    result = audit(Y, P, sensitive_features=G, metrics=["accuracy", "uncertainty"])
+    assert result.to_frame().columns.tolist() == ["count", "accuracy", "uncertainty"]
+    assert result.summary().index.tolist() == ["accuracy", "uncertainty"]
+
+
+def test_bfloat16_scores_are_read():
+    scores = torch.tensor(P, dtype=torch.bfloat16)
+    assert audit(torch.tensor(Y), scores, sensitive_features=G).to_frame()["accuracy"].tolist() == [1.0, 1.0]
+
+
+def test_impact_ratio_and_worst_group_by_hand():
+    y, p = [1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0, 0, 0]
+    result = audit(y, y_pred=p, sensitive_features=["f"] * 4 + ["m"] * 4)
+    ratios = result.impact_ratios()
+    assert ratios["impact_ratio"].tolist() == pytest.approx([1.0, 1 / 3])
+    assert ratios["four_fifths"].tolist() == [True, False]
+    assert result.worst_group in [(("f", "", 0), 0.5), (("m", "", 1), 0.5)]
+
+
+def test_confidence_splits_the_confusion_matrix():
+    y, p = np.array([1, 1, 0, 0, 1]), np.array([0.95, 0.6, 0.05, 0.7, 0.1])
+    found = audit(y, p, sensitive_features=["f"] * 5).confidence()
+    row = {key: int(value) for key, value in found.iloc[0].items() if value}
+    assert row == {
+        ("TP", "certain"): 1,
+        ("TP", "uncertain"): 1,
+        ("TN", "certain"): 1,
+        ("FP", "uncertain"): 1,
+        ("FN", "certain"): 1,
+    }
+
+
+def test_a_baseline_is_compared_row_by_row():
+    before = [0.1, 0.9, 0.4, 0.4]
+    comparison = audit(Y, P, baseline_scores=before, sensitive_features=G).comparison
+    frame = comparison.to_frame()
+    assert frame["flip_rate"].to_dict() == {"f": 0.0, "m": 0.5}
+    assert frame["mended"].to_dict() == {"f": 0, "m": 1}
+    assert frame["accuracy_change"].to_dict() == {"f": 0.0, "m": 0.5}
+    assert str(comparison.verdict) == "insufficient data"
+
+
+def test_a_change_that_hits_one_group_is_a_disparity():
+    rng = np.random.default_rng(0)
+    y, g = rng.integers(0, 2, 1000), np.repeat(["f", "m"], 500)
+    before = np.where(rng.random(1000) < 0.9, y, 1 - y)
+    after = np.where((g == "m") & (rng.random(1000) < 0.2), 1 - before, before)
+    result = audit(y, y_pred=after, baseline_pred=before, sensitive_features=g)
+    assert str(result.comparison.verdict) == "disparity"
+    assert {t.outliers for t in result.comparison.tests if t.metric == "accuracy_change"} == {("m",)}
+    assert result.comparison.to_frame().loc["m", "mcnemar_p_adjusted"] < 0.001
