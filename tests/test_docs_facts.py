@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import tomllib
@@ -66,8 +67,9 @@ def test_hooks_page_lists_the_default_keys():
         assert f"| {role} | {', '.join(f'`{key}`' for key in keys)} |" in section_of("gw_fields")
 
 
-@pytest.mark.parametrize("package", [groundwire, groundwire_cram])
-def test_every_public_name_is_on_the_api_page(package):
+@pytest.mark.parametrize("name", ["groundwire", *(path.parent.name for path in PROJECTS[1:])])
+def test_every_public_name_is_on_the_api_page(name):
+    package = importlib.import_module(name if name == "groundwire" else f"groundwire_{name}")
     text = (ROOT / "docs/api.md").read_text("utf-8")
     missing = [n for n in package.__all__ if not re.search(rf"\b{package.__name__}\.{re.escape(n)}\b", text)]
     assert not missing

@@ -26,7 +26,7 @@ class LayerBound:
         path: Name of the layer, or of the traced operation.
         operation: What it is.
         constant: Its own Lipschitz constant (L2); for a sum or concatenation the result's relative to its largest
-        input.
+            input.
         lipschitz: Bound from the model's input to this step's output.
         proof: How the constant was proved.
     """

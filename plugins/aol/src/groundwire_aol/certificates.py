@@ -35,7 +35,7 @@ def certified_radius(
         logits: Shape (B, K), K >= 2, floating.
         target: Shape (B,), integers in [0, K).
         lipschitz: Bound L of the model that made ``logits``: a number or :func:`groundwire_aol.lipschitz_bound`'s
-        result.
+            result.
         input_std: Deviations that the data was divided by, outside the model. Radii are then in units of the undivided
             pixels: L is multiplied by ``1 / min(input_std)``.
         slack: Error of the scores that the margin must cover, such as that of their rounding.
