@@ -22,6 +22,7 @@ from groundwire._lightning import before_restoring
 from groundwire.discovery import Installed, installed, load_plugin
 from groundwire.errors import PluginError
 from groundwire.hooks import Hooks, implementations
+from groundwire.offset import without_offset
 from groundwire.order import name_of
 from groundwire.transform import plugins_of, remember
 from groundwire.version import __version__
@@ -278,6 +279,7 @@ def export(module: _Module, plugins: Sequence[Any] | None = None) -> _Module:
                 f"{name_of(plugin)} changed the model and has no gw_export, so it cannot be taken out again"
             )
     plain = copy.deepcopy(module)
+    without_offset(plain)
     _separate_classes(plain)
     _hooks_of(plugins).call("gw_export", module=plain)
     left = {part for key in plain.state_dict() for part in key.split(".") if part.startswith(BUFFER_PREFIX)}

@@ -2,6 +2,7 @@
 
 The vector is a non-persistent buffer, so state dicts stay the user's, and it is written in place, so torch.compile
 does not recompile. The hook is a module-level function: a bound method would take its object along in every deepcopy.
+Vectors that differ from row to row are a plain attribute: DDP would overwrite a buffer with the first rank's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from torch import Tensor, nn
 
 from groundwire.errors import PluginError
 
-BUFFER = "gw_offset"
+BUFFER, ROWS = "gw_offset", "gw_offset_rows"
 
 
 def add_offset(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-    """``output`` plus the layer's offset, in the output's dtype; without the buffer, ``output``."""
+    """``output`` plus the layer's offset; without the buffer, ``output``.
+
+    The offset is float32 and promotes a half-precision output: rounded to bfloat16, it would be off by up to 1 %.
+    """
+    rows = getattr(layer, ROWS, None)
+    if rows is not None:
+        return output + rows_along_scores(layer, rows, output)
     vector = getattr(layer, BUFFER, None)
-    return output if vector is None else output + along_scores(layer, vector).to(output.dtype)
+    return output if vector is None else output + along_scores(layer, vector)
 
 
 def along_scores(layer: nn.Module, vector: Tensor) -> Tensor:
@@ -35,17 +42,61 @@ def along_scores(layer: nn.Module, vector: Tensor) -> Tensor:
     return vector.reshape(-1, *[1] * spatial)
 
 
+def rows_along_scores(layer: nn.Module, rows: Tensor, output: Tensor) -> Tensor:
+    """``rows`` (B, K) shaped to broadcast over ``output``: (B, 1, ..., K) for a Linear, (B, K, 1, ...) for a Conv.
+
+    Raises:
+        PluginError: ``output`` has another number of rows.
+
+    Example:
+        >>> rows_along_scores(nn.Linear(2, 3), torch.zeros(5, 3), torch.zeros(5, 7, 3)).shape
+        torch.Size([5, 1, 3])
+    """
+    if len(rows) != len(output):
+        raise PluginError(
+            f"a forward pass of {len(output)} rows in a batch whose {len(rows)} rows have offsets of their own -> "
+            "make batches whose rows share one offset"
+        )
+    between = [1] * (output.dim() - 2)
+    return (
+        rows.reshape(len(rows), -1, *between)
+        if hasattr(layer, "kernel_size")
+        else rows.reshape(len(rows), *between, -1)
+    )
+
+
+def offset_of(layer: nn.Module, output: Tensor) -> Tensor:
+    """The layer's offset, float32, shaped to broadcast over ``output``."""
+    rows = getattr(layer, ROWS, None)
+    found = rows_along_scores(layer, rows, output) if rows is not None else along_scores(layer, getattr(layer, BUFFER))
+    return found.float()
+
+
 @contextmanager
 def offset_on(layer: nn.Module) -> Iterator[None]:
     """A zero offset on ``layer`` while open."""
     weight = next(layer.parameters())
-    layer.register_buffer(BUFFER, torch.zeros(outputs_of(layer), device=weight.device), persistent=False)
+    layer.register_buffer(
+        BUFFER, torch.zeros(outputs_of(layer), dtype=torch.float32, device=weight.device), persistent=False
+    )
+    setattr(layer, ROWS, None)
     handle = layer.register_forward_hook(add_offset)
     try:
         yield
     finally:
         handle.remove()
         delattr(layer, BUFFER)
+        delattr(layer, ROWS)
+
+
+def without_offset(module: nn.Module) -> None:
+    """Take the offset, and the hook that adds it, off a copy of a module that was made during a run."""
+    for layer in module.modules():
+        if hasattr(layer, BUFFER):
+            delattr(layer, BUFFER)
+            delattr(layer, ROWS)
+            for key in [key for key, hook in layer._forward_hooks.items() if hook is add_offset]:
+                del layer._forward_hooks[key]
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -61,12 +112,14 @@ def is_compiled(module: nn.Module) -> bool:
 def moves_scores(layer: nn.Module, forward: Callable[[], Tensor]) -> bool:
     """Whether the offset of ``layer`` reaches what ``forward()`` returns. The offset is afterwards as before."""
     vector = getattr(layer, BUFFER)
-    before = vector.clone()
+    before, rows = vector.clone(), getattr(layer, ROWS)
+    setattr(layer, ROWS, None)
     with torch.no_grad():
         plain = forward()
         vector.add_(1 + plain.abs().max().to(vector.dtype))
         moved = forward()
         vector.copy_(before)
+    setattr(layer, ROWS, rows)
     return not torch.equal(plain, moved)
 
 
@@ -77,12 +130,20 @@ def outputs_of(layer: nn.Module) -> int:
 
 
 def write_offset(layer: nn.Module, vector: Tensor) -> None:
-    """Set the offset of ``layer``.
+    """Set the offset of ``layer``: of shape (K,), or (B, K) for rows that differ.
 
     Raises:
-        PluginError: ``vector`` is not of shape (K,).
+        PluginError: ``vector`` is of another shape, or not finite.
     """
-    if tuple(vector.shape) != (outputs_of(layer),):
-        raise PluginError(f"an offset of shape {tuple(vector.shape)} does not fit {layer} -> give one of shape (K,)")
-    with torch.no_grad():
-        getattr(layer, BUFFER).copy_(vector)
+    if vector.dim() not in (1, 2) or vector.shape[-1] != outputs_of(layer):
+        raise PluginError(
+            f"an offset of shape {tuple(vector.shape)} does not fit {layer} -> give one of shape (K,) or (B, K)"
+        )
+    if vector.device.type == "cpu" and not bool(torch.isfinite(vector).all()):
+        # On another device the question would wait for it, at every step.
+        raise PluginError(f"an offset for {layer} has values that are not finite -> clamp the priors away from zero")
+    buffer = getattr(layer, BUFFER)
+    setattr(layer, ROWS, vector.detach().to(buffer.device, torch.float32) if vector.dim() == 2 else None)
+    if vector.dim() == 1:
+        with torch.no_grad():
+            buffer.copy_(vector)

@@ -53,6 +53,7 @@ class Plugin(Callback):
         score_stages: Stages in which ``gw_scores`` is called: of "train", "validate", "test", "predict".
         needs_features: Set True to have ``run.features``, the head's input.
         needs_ids: Set True to have ``run.ids``, the dataset indices of the batch.
+        head: Name of the layer that produces the scores, if the user told this plugin; found by itself when None.
         loss_fn: ``loss_fn(module, batch) -> loss`` for gradient owners under manual optimization, or None.
 
     Example:
@@ -72,6 +73,7 @@ class Plugin(Callback):
     score_stages: tuple[str, ...] = ("validate", "test")
     needs_features: bool = False
     needs_ids: bool = False
+    head: str | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -117,9 +117,11 @@ class RunContext:
 
         Args:
             owner: Name of the plugin that corrects this head. A head takes one correction.
-            vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv).
+            vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv); or (B, K), a
+                vector for each row of the coming forward passes, until the next call.
 
         Raises:
-            PluginError: The head is unknown, ``vector`` does not fit it, or another plugin corrects it already.
+            PluginError: The head is unknown, ``vector`` does not fit it or is not finite, or another plugin corrects it
+                already.
         """
         self._host.scores.set_offset(owner, vector)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import BUFFER, along_scores, is_compiled, moves_scores, offset_on, write_offset
+from groundwire.offset import is_compiled, moves_scores, offset_of, offset_on, write_offset
 from groundwire.order import name_of
 from groundwire.types import Fields, Head, Problem
 from groundwire.window import tensors_in
@@ -87,6 +87,7 @@ class ScoreService:
         self._capture: Capture | None = None
         self.offset_owner: str | None = None
         self._probed = False
+        self._seen: set[str] = set()
         self._receivers: dict[str, list[str]] = {}
         self.head: Head | None = None
         self.raw: Tensor | None = None
@@ -110,10 +111,14 @@ class ScoreService:
         return stage in self._receivers
 
     def ready(self) -> list[Problem]:
-        """The model exists: take the head that the user named."""
-        name = self._host.settings.head
+        """The model exists: take the head that the user named, to the run or to a plugin."""
+        names = {f"head={self._host.settings.head!r} of Plugins": self._host.settings.head}
+        names |= {f"head={p.head!r} of {name_of(p)}": p.head for p in self._host.plugins if hasattr(p, "head")}
+        named = {text: name for text, name in names.items() if name is not None}
+        if len(set(named.values())) > 1:
+            return [Problem("Plugins", f"two heads are named: {' and '.join(named)}", "name one")]
         try:
-            self.head = named_head(self._host.module, name) if name is not None else None
+            self.head = next((named_head(self._host.module, name) for name in named.values()), None)
         except PluginError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem("Plugins", message, hint)]
@@ -137,8 +142,11 @@ class ScoreService:
         fields = self._host.fields(batch)
         rows = _rows(fields)
         raw = combine(self._capture.outputs, rows)
+        if raw is None and stage in self._seen:
+            return  # a step that the module skipped
         if raw is None:
             raise PluginError(self._bypassed())
+        self._seen.add(stage)
         self.raw = raw.float()
         self.features = combine(self._capture.features, rows)
         arguments = {"scores": self._offset(self.raw), "fields": fields, "stage": stage, "variant": variant}
@@ -192,7 +200,7 @@ class ScoreService:
     def _offset(self, raw: Tensor) -> Tensor:
         if self.offset_owner is None or self.head is None:
             return raw
-        return raw + along_scores(self.head.module, getattr(self.head.module, BUFFER)).float()
+        return raw + offset_of(self.head.module, raw)
 
     def _attach(self, batch: Any) -> None:
         if self.head is None:

@@ -1,0 +1,220 @@
+"""LIMES against the published rule, other forecasters, no correction and the true prior, on streams of real rows."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from limes_cost import cost
+from limes_data import TASKS
+from limes_simulation import delayed_ways, mean_and_worst, simulate, ways
+from measure import Row, show
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+#: Days of each regime's stream.
+DAYS = {"cycle": 10, "weekly": 14, "shift": 8, "walk": 8, "stationary": 8, "random": 8}
+LATE = 24
+#: Smallest share of the gap from incremental to oracle that is to be closed, in percent: mean, worst hour.
+GAPS = {
+    ("digits", "cycle"): (95, 94),
+    ("letters", "cycle"): (90, 85),
+    ("digits", "weekly"): (92, 90),
+    ("letters", "weekly"): (85, 70),
+}
+#: By how many points LIMES may be below incremental: mean, worst hour.
+NEVER_WORSE = {"walk": (0.3, 0.5), "stationary": (0.3, 0.5), "random": (0.3, 0.5)}
+
+
+def run(job: tuple[str, str, int, int, int]) -> dict[str, Any]:
+    """One stream: (task, regime, seed, days, hours that labels come late)."""
+    name, regime, seed, days, delay = job
+    torch.set_num_threads(1)
+    found = simulate(TASKS[name](), regime, seed, days, delayed_ways() if delay else ways(), delay)
+    skip = 2 if delay == 0 else 3
+    kind = f"{regime}, labels {delay} h late" if delay else regime
+    results = {way: mean_and_worst(accuracy, skip) for way, accuracy in found.items()}
+    return {"task": name, "regime": kind, "seed": seed, "days": days, "results": results}
+
+
+def jobs(tasks: Iterable[str], seeds: int, quick: bool) -> list[tuple[str, str, int, int, int]]:
+    if quick:
+        pairs = [("digits", "cycle", 6, 0), ("digits", "random", 6, 0), ("letters", "cycle", 4, 0)]
+        return [(task, regime, 0, days, delay) for task, regime, days, delay in pairs if task in tasks]
+    plain = [(t, r, s, d, 0) for s, t, (r, d) in itertools.product(range(seeds), tasks, DAYS.items())]
+    late = [(t, r, s, 12, LATE) for s, t, r in itertools.product(range(seeds), tasks, ("shift",))]
+    return plain + late
+
+
+def simulated(
+    wanted: Sequence[tuple[str, str, int, int, int]], processes: int, partial: Path | None
+) -> list[dict[str, Any]]:
+    """All streams, some at a time; what is done is written to ``partial`` as it comes."""
+    found = []
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=8) as pool:
+        for result in track(pool.imap(run, wanted), "streams", total=len(wanted), transient=True):
+            found.append(result)
+            if partial is not None:
+                partial.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def means(found: list[dict[str, Any]], task: str, regime: str) -> dict[str, list[tuple[float, float]]]:
+    """(mean, worst hour) of each way by seed."""
+    rows = [f["results"] for f in found if (f["task"], f["regime"]) == (task, regime)]
+    return {way: [tuple(r[way]) for r in rows] for way in rows[0]} if rows else {}
+
+
+def gap_closed(values: dict[str, list[tuple[float, float]]], way: str, which: int) -> list[float]:
+    """Share of the gap from incremental to oracle, in percent: of the means over seeds, then of each seed."""
+    triples = [[v[which] for v in values[name]] for name in (way, "incremental", "oracle")]
+    ours, low, high = map(statistics.mean, triples)
+    each = [100 * (a - b) / (c - b) for a, b, c in zip(*triples, strict=True)]
+    return [100 * (ours - low) / (high - low), *each]
+
+
+def table(found: list[dict[str, Any]], task: str, regime: str) -> Table:
+    """Every way of one task and regime."""
+    values = means(found, task, regime)
+    seeds = len(values["oracle"])
+    shown = Table(
+        "", "mean", "sd", "worst hour", "sd", "gap closed, mean", "worst", title=f"{task}, {regime} ({seeds} seeds)"
+    )
+    for way, pairs in values.items():
+        cells = []
+        for which in (0, 1):
+            numbers = [p[which] for p in pairs]
+            cells += [f"{statistics.mean(numbers):.2f}", f"{statistics.pstdev(numbers):.2f}"]
+        shares = [f"{gap_closed(values, way, which)[0]:.0f} %" for which in (0, 1)]
+        shown.add_row(way, *cells, *shares)
+    return shown
+
+
+def figures(found: list[dict[str, Any]]) -> list[tuple[str, str, str, str, bool | None]]:
+    """Each promise: what, target, measured, spread over seeds, met."""
+    rows = []
+    for task, regime in sorted({(f["task"], f["regime"]) for f in found}):
+        values = means(found, task, regime)
+        if (task, regime) in GAPS:
+            for which, kind in enumerate(("mean", "worst hour")):
+                total, *each = gap_closed(values, "LIMES", which)
+                published = gap_closed(values, "published rule", which)[0]
+                target = GAPS[task, regime][which]
+                text = f"{total:.1f} % (published rule {published:.0f} %)"
+                rows.append(
+                    (f"gap closed, {task} {regime}, {kind}", f">= {target} %", text, spread(each), total >= target)
+                )
+            rows.append(order(values, f"{task} {regime}"))
+        elif regime in NEVER_WORSE:
+            for which, kind in enumerate(("mean", "worst hour")):
+                each = [a[which] - b[which] for a, b in zip(values["LIMES"], values["incremental"], strict=True)]
+                rule = [
+                    a[which] - b[which] for a, b in zip(values["published rule"], values["incremental"], strict=True)
+                ]
+                least, mean = -NEVER_WORSE[regime][which], statistics.mean(each)
+                text = f"{mean:+.2f} points (published rule {statistics.mean(rule):+.2f})"
+                rows.append(
+                    (f"against incremental, {task} {regime}, {kind}", f">= {least}", text, spread(each), mean >= least)
+                )
+        elif "late" in regime:
+            rows += late_figures(values, f"{task} {regime}")
+    return rows
+
+
+def order(values: dict[str, list[tuple[float, float]]], what: str) -> tuple[str, str, str, str, bool | None]:
+    names = ("LIMES", "incremental", "ensemble of 24", "restart")
+    numbers = [statistics.mean(v[0] for v in values[name]) for name in names]
+    met = all(a > b for a, b in itertools.pairwise(numbers))
+    return (
+        f"order, {what}",
+        "LIMES > incremental > ensemble > restart",
+        " > ".join(f"{n:.1f}" for n in numbers),
+        "",
+        met,
+    )
+
+
+def late_figures(
+    values: dict[str, list[tuple[float, float]]], what: str
+) -> list[tuple[str, str, str, str, bool | None]]:
+    fixed = {
+        n: statistics.mean(v[0] for v in vs)
+        for n, vs in values.items()
+        if n not in ("oracle", "LIMES, unlabelled=True")
+    }
+    best = max(fixed, key=fixed.__getitem__)
+    ours = [v[0] for v in values["LIMES, unlabelled=True"]]
+    below = [o - v[0] for o, v in zip(ours, values[best], strict=True)]
+    above = [o - v[0] for o, v in zip(ours, values["incremental"], strict=True)]
+    return [
+        (
+            f"against the best fixed choice, {what}",
+            ">= -0.5",
+            f"{statistics.mean(below):+.2f} points ({best})",
+            spread(below),
+            statistics.mean(below) >= -0.5,
+        ),
+        (
+            f"against incremental, {what}",
+            "> 0",
+            f"{statistics.mean(above):+.2f} points",
+            spread(above),
+            statistics.mean(above) > 0,
+        ),
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def show_figures(rows: Iterable[tuple[str, str, str, str, bool | None]], console: Console) -> None:
+    shown = Table("figure", "target", "measured", "over seeds", "met")
+    for *cells, met in rows:
+        shown.add_row(*cells, {None: "", True: "yes", False: "NO"}[met])
+    console.print(shown)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed of three short streams, and the cost")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values of all seeds")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--task", choices=[*TASKS], action="append", help="only this task")
+    parser.add_argument("--jobs", type=int, default=1, help="streams at a time")
+    parser.add_argument("--only", choices=["streams", "cost"], help="only this part")
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    console = Console(width=150)
+    found: list[dict[str, Any]] = []
+    if options.only != "cost":
+        wanted = jobs(options.task or TASKS, options.seeds, options.quick)
+        found = simulated(wanted, options.jobs, options.json)
+        for task, regime in dict.fromkeys((f["task"], f["regime"]) for f in found):
+            console.print(table(found, task, regime))
+        show_figures(figures(found), console)
+    rows: list[Row] = []
+    if options.only != "streams":
+        rows = cost(3 if options.quick else 11, options.steps or 400)
+        show(rows)
+    if options.json is not None:
+        costs = [{"what": r.what, "values": list(r.values), "target": r.target, "met": r.met} for r in rows]
+        named = ("figure", "target", "measured", "over_seeds", "met")
+        summary = [dict(zip(named, row, strict=True)) for row in figures(found)]
+        options.json.write_text(json.dumps({"streams": found, "figures": summary, "cost": costs}, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

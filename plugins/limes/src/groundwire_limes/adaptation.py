@@ -1,0 +1,57 @@
+"""MAP-EM on a batch that is about to be predicted: one forward pass more, for its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundwire import RunContext
+from groundwire.guard import unseen
+from groundwire.offset import outputs_of
+from groundwire_limes.functional import LIMIT, log_offset
+from groundwire_limes.labels import class_scores, two_columns
+from groundwire_limes.timeline import Timeline
+from groundwire_limes.unlabelled import Memory
+
+
+def adapted_offsets(
+    line: Timeline, memory: Memory, run: RunContext, batch: Any, steps: np.ndarray[Any, Any]
+) -> Tensor | None:
+    """Offsets of the batch's rows from its own scores, each step for itself.
+
+    Returns:
+        Shape (K,), or (B, K) for a batch of several steps; None where the gate is shut for all of them.
+    """
+    gates = {step: memory.gate(line.extrapolator, line.forecast(step).ahead) for step in np.unique(steps).tolist()}
+    if not any(gate is not None and gate.is_open for gate in gates.values()):
+        return None
+    scores = raw_scores(run, batch)
+    each = len(scores) // len(steps)
+    table = torch.zeros(len(steps), 1 if outputs_of(run.head.module) == 1 else scores.shape[1])  # type: ignore[union-attr]
+    for step, gate in gates.items():
+        rows = steps == step
+        center = line.forecast(step).prior
+        prior = center if gate is None else gate.prior(scores[np.repeat(rows, each)], center)
+        table[torch.as_tensor(rows)] = line.fitted(torch.as_tensor(log_offset(prior, LIMIT)))
+    return table[0] if len(gates) == 1 else table
+
+
+def raw_scores(run: RunContext, batch: Any) -> np.ndarray[Any, Any]:
+    """The batch's scores without any offset, (N, K), from a forward pass that leaves no trace."""
+    module, head = run.module, run.head
+    assert head is not None
+    found: list[Tensor] = []
+    handle = head.module.register_forward_hook(lambda _, __, output: found.append(output.detach()), prepend=True)
+    inputs = run.fields(batch).inputs
+    try:
+        with unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+            module.eval()
+            module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    finally:
+        handle.remove()
+    scores = two_columns(class_scores(found[-1].float(), hasattr(head.module, "kernel_size")))
+    return np.asarray(scores.cpu().double().numpy())

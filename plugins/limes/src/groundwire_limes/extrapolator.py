@@ -1,0 +1,340 @@
+"""Forecasting class priors from past label counts. NumPy only, so it also runs where a model is served."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from groundwire_limes import kalman
+from groundwire_limes.functional import Array, log_odds, published_forecast, shrunk, smoothed
+from groundwire_limes.hedge import Track, tracked
+from groundwire_limes.history import History, checked_counts, checked_step, horizon, usual_gap
+from groundwire_limes.members import MEMBERS, Past, members
+
+Method = Literal["auto", "nearest", "persistence", "seasonal", "kalman", "long_run"]
+METHODS: tuple[str, ...] = get_args(Method)
+#: Largest move per step in log-odds that "auto" makes unless told otherwise, in nats; more only where moves that are
+#: larger than all but a tenth of the recent ones are usual, so that one flooded step does not open the door for itself.
+MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 0.9, 48
+#: How many labels of the running mean a row is shrunk by, per class.
+SHRINKAGE = 0.2
+#: States kept to return to when late labels revise a recent row.
+KEPT = 64
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A forecast and how it came about.
+
+    Attributes:
+        step: What it is for.
+        prior: Shape (K,), float64, positive, sums to 1.
+        ahead: How many observed steps after the last one.
+        weights: Of the members of "auto", by name; empty for the other methods.
+        trust: 1 if the guard lets the mixture through, 0 if it holds the long-run prior; 1 for the other methods.
+    """
+
+    step: int
+    prior: Array
+    ahead: int
+    weights: Mapping[str, float]
+    trust: float = 1.0
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the forecast is held near the long-run prior, because the order of the past is no guide."""
+        return self.trust < 0.5 or self.weights.get("long_run", 0.0) > 0.5
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is known after some rows, besides the rows."""
+
+    rows: int
+    total: Array
+    pooled: Array
+    filter: kalman.Filter | None
+    tracks: Mapping[int, Track]
+    moves: tuple[float, ...] = ()
+
+
+class PriorExtrapolator:
+    """Forecasts the class prior of a time step from the label counts of earlier ones.
+
+    ``"auto"`` mixes its members by their past log-loss, separately for every horizon, and holds on to the long-run
+    prior while the members do not beat it. ``"nearest"`` is the published rule: rows ``(1 + counts)`` normalised,
+    forecast by the successor of the past row nearest to the last one in L1; uniform until two steps are observed. It
+    knows neither clamp nor guard nor largest move. The others are members alone.
+
+    Whatever the order in which counts arrive, the forecast is a function of the counts by step: labels that come late
+    revise history. A forecast for a step uses earlier steps only. A step that was never updated is missing: rules
+    count observed steps. If labels are D steps late, ask for the step D ahead; the members are then judged D ahead.
+
+    Args:
+        num_classes: K, at least 2.
+        method: ``"auto"``, ``"nearest"``, ``"persistence"`` (last step), ``"seasonal"`` (same slot of earlier
+            seasons), ``"kalman"`` (level and harmonics), or ``"long_run"`` (all labels).
+        period: Steps in a season, for example 24 for hours of a day; None if there is none, then the seasonal member
+            sits out.
+        smoothing: Count added to each class of a step. By default 1 for ``"nearest"`` and shrinkage towards the
+            long-run prior for the others.
+        max_move: Largest move of a forecast per step, in log-odds (nats), for ``"auto"`` only; infinity for no limit.
+            By default 3, or what is usual in the stream if that is more.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> extrapolator = PriorExtrapolator(2, method="nearest")
+        >>> for step, counts in enumerate([[8, 0], [0, 8], [8, 0]]):
+        ...     extrapolator.update(step, counts)
+        >>> extrapolator.forecast(3).tolist()
+        [0.1, 0.9]
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        method: Method = "auto",
+        period: int | None = None,
+        smoothing: float | None = None,
+        max_move: float | None = None,
+    ) -> None:
+        _check(num_classes, method, period, smoothing, max_move)
+        self.num_classes = int(num_classes)
+        self.method: Method = method
+        self.period = None if period is None else int(period)
+        self.smoothing = smoothing
+        self.max_move = max_move
+        self._clear(History(self.num_classes))
+
+    def _clear(self, history: History) -> None:
+        self._history = history
+        self._priors = np.zeros((64, self.num_classes))
+        self._states: dict[int, _State] = {}
+        self._tracks: tuple[int, ...] = (1,)
+
+    # What is observed
+
+    def update(self, step: int, counts: Any) -> None:
+        """Add label counts to a step. A second update of a step adds; a step may be older than others.
+
+        Args:
+            step: Any whole number; the next step is ``step + 1``.
+            counts: Shape (K,), finite, at least 0; fractions are allowed (weighted or soft labels).
+
+        Raises:
+            TypeError: ``step`` is not a whole number.
+            ValueError: ``counts`` does not fit; the class is named.
+        """
+        step, row = checked_step(step), checked_counts(counts, self.num_classes)
+        if self.method != "nearest" and not row.any():
+            return  # No label says nothing; the published rule makes a uniform row of it.
+        changed = self._history.add(step, row)
+        self._states = {n: state for n, state in self._states.items() if n <= changed}
+
+    @property
+    def observed(self) -> int:
+        """How many steps have counts."""
+        return len(self._history)
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that has counts."""
+        return self._history.steps[-1] if self._history.steps else None
+
+    # What is forecast
+
+    def forecast(self, step: int, *, known: int | None = None) -> Array:
+        """The class prior expected at ``step``, from earlier steps.
+
+        Args:
+            step: Any whole number.
+            known: Use steps up to this one only, as if later labels had not come yet.
+
+        Returns:
+            Shape (K,), float64, positive, sums to 1; uniform if no earlier step is known.
+
+        Raises:
+            TypeError: ``step`` is not a whole number.
+        """
+        return self.explain(step, known=known).prior
+
+    def explain(self, step: int, *, known: int | None = None) -> Forecast:
+        """:meth:`forecast` with the members' weights and what the guard did.
+
+        Example:
+            >>> PriorExtrapolator(2).explain(0).prior.tolist()
+            [0.5, 0.5]
+        """
+        step = checked_step(step)
+        rows = self._history.before(step if known is None else min(step, checked_step(known) + 1))
+        ahead = horizon(self._history.steps[:rows], step)
+        if self.method == "nearest":
+            alpha = 1.0 if self.smoothing is None else self.smoothing
+            return Forecast(step, published_forecast(smoothed(self._history.counts[:rows], alpha), ahead), ahead, {})
+        if rows == 0:
+            return Forecast(step, np.full(self.num_classes, 1 / self.num_classes), ahead, {})
+        if self.method == "auto":
+            return self._mixed(step, rows, ahead)
+        past = self._past(self._state(rows))
+        return Forecast(step, np.array(MEMBERS[self.method](past, step)), ahead, {})
+
+    def _mixed(self, step: int, rows: int, ahead: int) -> Forecast:
+        at = tracked(ahead)
+        if at not in self._tracks:
+            self._tracks = (*self._tracks, at)
+            self._states = {}
+        state = self._state(rows)
+        past, track = self._past(state), state.tracks[at]
+        prior = track.forecast(self._predictions(past, step), state.pooled, self._limit(state))
+        weights = dict(zip(members(self.period), track.weights.tolist(), strict=True))
+        return Forecast(step, prior, ahead, weights, track.trust())
+
+    def _limit(self, state: _State) -> float:
+        if self.max_move is not None:
+            return self.max_move
+        usual = np.quantile(state.moves, USUAL) if len(state.moves) >= 10 else 0.0
+        return max(MAX_MOVE, MARGIN * float(usual))
+
+    def _predictions(self, past: Past, step: int) -> Array:
+        return np.stack([member(past, step) for member in members(self.period).values()])
+
+    def _past(self, state: _State) -> Past:
+        assert state.filter is not None
+        n = state.rows
+        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self.period)
+
+    # The state after each row, in order
+
+    def _state(self, rows: int) -> _State:
+        """The state after the first ``rows`` rows, from the newest kept one."""
+        start = max((n for n in self._states if n <= rows), default=0)
+        state = self._states[start] if start else self._initial()
+        while state.rows < rows:
+            state = self._next(state)
+            self._states[state.rows] = state
+        for old in sorted(self._states)[:-KEPT]:
+            del self._states[old]
+        return state
+
+    def _initial(self) -> _State:
+        uniform = np.full(self.num_classes, 1 / self.num_classes)
+        size = len(members(self.period))
+        tracks = {h: Track(np.full(size, 1 / size)) for h in self._tracks} if self.method == "auto" else {}
+        return _State(0, np.zeros(self.num_classes), uniform, None, tracks)
+
+    def _next(self, state: _State) -> _State:
+        n = state.rows
+        step, counts = self._history.steps[n], self._history.counts[n]
+        tracks = {h: self._scored(track, h, state, step, counts) for h, track in state.tracks.items()}
+        row = self._smoothed(counts, state.pooled)
+        self._keep(n, row)
+        total = state.total + counts
+        after = replace(
+            state,
+            rows=n + 1,
+            total=total,
+            pooled=smoothed(total, 1.0 if self.smoothing is None else self.smoothing),
+            filter=self._filtered(state.filter, step, row, float(counts.sum())),
+            tracks=tracks,
+            moves=(*state.moves, self._move(n))[-RECENT:] if n else (),
+        )
+        return replace(after, tracks=self._with_pending(after, step)) if tracks else after
+
+    def _smoothed(self, counts: Array, pooled: Array) -> Array:
+        if self.smoothing is not None:
+            return smoothed(counts, self.smoothing)
+        return shrunk(counts, pooled, SHRINKAGE * self.num_classes)
+
+    def _keep(self, n: int, row: Array) -> None:
+        if n == len(self._priors):
+            self._priors = np.concatenate([self._priors, np.zeros_like(self._priors)])
+        self._priors[n] = row
+
+    def _move(self, n: int) -> float:
+        return float(np.abs(log_odds(self._priors[n]) - log_odds(self._priors[n - 1])).max())
+
+    def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
+        if state is None:
+            return kalman.start(step, row, size, self.period)
+        return kalman.updated(state, step, row, size, self.period)
+
+    def _scored(self, track: Track, ahead: int, state: _State, step: int, counts: Array) -> Track:
+        pending = {s: p for s, p in track.pending.items() if s > step}
+        predictions = track.pending.get(step)
+        if predictions is None and ahead == 1 and state.rows:
+            predictions = self._predictions(self._past(state), step)  # a step before this one is missing
+        if predictions is None:
+            return replace(track, pending=pending)
+        observed = counts / counts.sum()
+        return replace(track.scored(predictions, state.pooled, observed, self._limit(state)), pending=pending)
+
+    def _with_pending(self, state: _State, step: int) -> dict[int, Track]:
+        past = self._past(state)
+        gap = usual_gap(past.steps)
+        tracks = {}
+        for ahead, track in state.tracks.items():
+            target = step + ahead * gap
+            tracks[ahead] = replace(track, pending={**track.pending, target: self._predictions(past, target)})
+        return tracks
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in plain types: what was asked for and the counts. Forecasts after loading are bit-identical."""
+        return {
+            "num_classes": self.num_classes,
+            "method": self.method,
+            "period": self.period,
+            "smoothing": self.smoothing,
+            "max_move": self.max_move,
+            "steps": list(self._history.steps),
+            "counts": self._history.counts.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: The state is of an extrapolator with other arguments; the differences are listed.
+        """
+        names = ("num_classes", "method", "period", "smoothing", "max_move")
+        missing = [name for name in (*names, "steps", "counts") if name not in state]
+        if missing:
+            raise ValueError(f"this is no state of a PriorExtrapolator: it lacks {', '.join(missing)}")
+        other = [
+            f"{n} is {state[n]!r} there and {getattr(self, n)!r} here" for n in names if state[n] != getattr(self, n)
+        ]
+        if other:
+            raise ValueError(f"the saved state does not fit: {'; '.join(other)} -> make one with the saved arguments")
+        history = History(self.num_classes)
+        for step, counts in zip(state["steps"], state["counts"], strict=True):
+            history.add(checked_step(step), checked_counts(counts, self.num_classes))
+        self._clear(history)
+
+
+def _check(classes: Any, method: Any, period: Any, smoothing: Any, max_move: Any) -> None:
+    if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 2:
+        raise ValueError(f"num_classes must be a whole number of at least 2, got {classes!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if period is not None and (isinstance(period, bool) or not isinstance(period, int | np.integer) or period < 2):
+        raise ValueError(f"period must be a whole number of at least 2 steps, or None, got {period!r}")
+    if method == "seasonal" and period is None:
+        raise ValueError("method='seasonal' needs period=, the number of steps in a season")
+    if smoothing is not None and not (_is_number(smoothing) and 0 < smoothing < math.inf):
+        raise ValueError(f"smoothing must be a positive number or None, got {smoothing!r}")
+    if max_move is not None and not (_is_number(max_move) and max_move > 0):
+        raise ValueError(f"max_move must be a positive number of nats or None, got {max_move!r}")
+    if max_move is not None and method != "auto":
+        raise ValueError(f"max_move acts in method='auto' only, and method is {method!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

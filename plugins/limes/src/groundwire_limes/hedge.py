@@ -1,0 +1,96 @@
+"""Mixing forecasts by their past log-loss, and the guard that steps in where the past is no guide.
+
+A track is kept for every horizon that is asked for: who is best one step ahead need not be best a day ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from groundwire_limes.functional import Array, limited_move, log_loss, tempered
+
+#: Learning rate per step of mean log-loss per label, and share that flows between the members (Herbster and Warmuth).
+RATE, SHARE = 5.0, 0.01
+#: Rows over which forecasts are compared, and how many are needed to judge.
+WINDOW, ENOUGH = 24, 3
+#: Standard errors at which the guard begins to trust the mixture, and the mixture its leader.
+GUARD, LEADER = 0.0, 0.5
+
+#: Horizons that have a track; others use the next smaller one.
+TRACKED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 168)
+
+
+def tracked(ahead: int) -> int:
+    """The horizon whose track serves for ``ahead``.
+
+    Example:
+        >>> tracked(1), tracked(5), tracked(24), tracked(1000)
+        (1, 4, 24, 168)
+    """
+    return max(h for h in TRACKED if h <= ahead)
+
+
+def confidence(gains: Array, threshold: float) -> float:
+    """0 while the mean of ``gains`` is at most ``threshold`` standard errors, 1 from one more on.
+
+    Example:
+        >>> confidence(np.array([1.0, 1.1, 0.9]), 1.0), confidence(np.array([1.0, -1.1, 0.9]), 1.0)
+        (1.0, 0.0)
+    """
+    error = gains.std(ddof=1) / np.sqrt(len(gains))
+    if error == 0:
+        return float(gains.mean() > 0)
+    return float(np.clip(gains.mean() / error - threshold, 0, 1))
+
+
+@dataclass(frozen=True)
+class Track:
+    """How the members did at one horizon. Replaced, never changed.
+
+    Attributes:
+        weights: Of the members, shape (M,), summing to 1.
+        losses: Log-losses of the last rows, newest last: of each member, the mixture and the long-run prior; (M + 2,).
+        pending: Forecasts of rows to come: step -> (M, K).
+        last: The mixture's last forecast, which limits how far the next one may move; None before the first.
+    """
+
+    weights: Array
+    losses: tuple[Array, ...] = ()
+    pending: Mapping[int, Array] = field(default_factory=dict)
+    last: Array | None = None
+
+    def mixture(self, predictions: Array) -> Array:
+        """Linear pool of ``predictions`` (M, K), drawn to one member if that beats the pool beyond doubt."""
+        pooled = self.weights @ predictions
+        pooled = pooled / pooled.sum()
+        if len(self.losses) < ENOUGH:
+            return np.asarray(pooled)
+        losses = np.stack(self.losses)
+        leader = int(losses[:, :-2].mean(axis=0).argmin())
+        lead = confidence(losses[:, -2] - losses[:, leader], LEADER)
+        return tempered(predictions[leader], pooled, lead) if lead else np.asarray(pooled)
+
+    def trust(self) -> float:
+        """How far the guard lets the mixture go from the long-run prior: 0 none, 1 all the way."""
+        if len(self.losses) < ENOUGH:
+            return 1.0
+        losses = np.stack(self.losses)
+        return confidence(losses[:, -1] - losses[:, -2], GUARD)
+
+    def forecast(self, predictions: Array, pooled: Array, max_move: float) -> Array:
+        """The guarded mixture, moved at most ``max_move`` in log-odds from the last one."""
+        guarded = tempered(self.mixture(predictions), pooled, self.trust())
+        before = np.full(len(pooled), 1 / len(pooled)) if self.last is None else self.last
+        return limited_move(guarded, before, max_move)
+
+    def scored(self, predictions: Array, pooled: Array, observed: Array, max_move: float) -> Track:
+        """The track after ``observed`` (frequencies, (K,)) met the ``predictions`` made for it."""
+        pool = self.weights @ predictions
+        losses = log_loss(np.concatenate([predictions, [pool, pooled]]), observed)
+        raised = self.weights * np.exp(-RATE * (losses[:-2] - losses[:-2].min()))
+        weights = (1 - SHARE) * raised / raised.sum() + SHARE / len(raised)
+        last = self.forecast(predictions, pooled, max_move)
+        return Track(weights, (*self.losses, losses)[-WINDOW:], self.pending, last)

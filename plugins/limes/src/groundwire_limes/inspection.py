@@ -1,0 +1,140 @@
+"""Looking at the user's model and data for what a prior correction does not go together with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundwire import Fields, PluginError, RunContext
+from groundwire.guard import unseen
+from groundwire.offset import is_compiled
+from groundwire.window import tensors_in
+
+NO_HISTORY = (
+    "LIMES has no history, so scores stay as they are; if the weights were trained with LIMES, load it with them: pass "
+    "ckpt_path= to the Trainer, or use the LIMES object of the fit"
+)
+
+
+def rows_of(fields: Fields) -> int:
+    """Number of rows of a batch.
+
+    Raises:
+        PluginError: Neither targets nor inputs tell.
+    """
+    for value in (fields.targets, fields.inputs):
+        for tensor in tensors_in(value):
+            if tensor.dim():
+                return len(tensor)
+    raise PluginError("limes: cannot tell how many rows this batch has -> Plugins(fields=...) with tensor targets")
+
+
+def interactions(module: nn.Module, trainer: Any) -> list[tuple[str, str]]:
+    """What gives the batches another prior than the stream's: (code, text) pairs."""
+    found = [
+        (code, f"{name or type(layer).__name__}: {text}")
+        for name, layer in module.named_modules()
+        for code, text in _loss(layer)
+    ]
+    return found + _sampler(trainer)
+
+
+def _loss(layer: nn.Module) -> list[tuple[str, str]]:
+    notes = []
+    kind = type(layer).__name__
+    weights = [getattr(layer, name, None) for name in ("weight", "pos_weight")]
+    if isinstance(layer, nn.CrossEntropyLoss | nn.NLLLoss | nn.BCEWithLogitsLoss) and any(
+        w is not None for w in weights
+    ):
+        notes.append(
+            (
+                "class_weights",
+                f"{kind} has class weights, which move the prior that the loss sees; LIMES "
+                "corrects for the prior of the labels -> leave the weights out, or pass LIMES(weights=...)",
+            )
+        )
+    if getattr(layer, "label_smoothing", 0.0):
+        notes.append(
+            (
+                "smoothed_loss",
+                f"{kind} has label_smoothing, so scores are pulled to equal classes and the "
+                "correction is only approximate -> label_smoothing=0",
+            )
+        )
+    if "focal" in kind.lower():
+        notes.append(
+            (
+                "focal_loss",
+                f"{kind} does not give the posterior probabilities that the correction needs -> cross-entropy",
+            )
+        )
+    return notes
+
+
+def _sampler(trainer: Any) -> list[tuple[str, str]]:
+    loader = getattr(trainer, "train_dataloader", None)
+    sampler = getattr(loader, "sampler", None)
+    names = {type(sampler).__name__, type(getattr(loader, "batch_sampler", None)).__name__}
+    balanced = [n for n in names if "weighted" in n.lower() or "balanced" in n.lower() or "imbalanced" in n.lower()]
+    return [
+        (
+            "balanced_sampler",
+            f"{n} draws the classes with other frequencies than the stream has, so LIMES forecasts the "
+            "sampler's -> give the rows as they came, in the order of time",
+        )
+        for n in balanced
+    ]
+
+
+def say(text: str) -> None:
+    """Where nothing is wrong with the program, but the user should know."""
+    logging.getLogger("groundwire.limes").warning(text)
+
+
+def warn(notes: list[tuple[str, str]]) -> None:
+    """Say each thing once."""
+    for _, text in notes:
+        warnings.warn(f"limes: {text}", UserWarning, stacklevel=3)
+
+
+def refuse_probabilities(run: RunContext, batch: Any) -> None:
+    """Raise if the model's outputs are probabilities: whoever takes a cross-entropy of them trains something else.
+
+    Raises:
+        PluginError: The outputs are the softmax or sigmoid of the head.
+    """
+    head, module = run.head, run.module
+    if head is None or is_compiled(module):
+        return
+    given: list[Tensor] = []
+    inputs = run.fields(batch).inputs
+    with unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+        module.eval()
+        handle = head.module.register_forward_hook(lambda _, __, output: given.append(output.detach()))
+        try:
+            output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+        except Exception:  # a module without a usable forward is not asked
+            return
+        finally:
+            handle.remove()
+    returned = list(tensors_in(list(output.values()) if isinstance(output, Mapping) else output))
+    if given and any(_is_squashed(tensor, given[-1], hasattr(head.module, "kernel_size")) for tensor in returned):
+        raise PluginError(
+            f"limes: {type(run.module).__name__} returns probabilities, the softmax or sigmoid of {head.name!r}; an "
+            "offset belongs to logits, and a loss that takes these for logits would undo it -> return logits, and take "
+            "the softmax where probabilities are shown"
+        )
+
+
+def _is_squashed(output: Tensor, scores: Tensor, conv: bool) -> bool:
+    if output.numel() != scores.numel():
+        return False
+    scores = scores.float()
+    dim = 1 if conv else -1
+    squashed = torch.sigmoid(scores) if scores.shape[dim] == 1 else torch.softmax(scores, dim)
+    return bool(torch.allclose(output.float().reshape(-1), squashed.reshape(-1), atol=1e-3))

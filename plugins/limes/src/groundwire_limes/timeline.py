@@ -1,0 +1,162 @@
+"""Where a stream is, what was observed of it, and the offsets that follow. Knows tensors, not Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundwire.errors import PluginError
+from groundwire_limes.extrapolator import Forecast, PriorExtrapolator
+from groundwire_limes.functional import FLOOR, LIMIT, Array, divergence, log_offset
+from groundwire_limes.tally import Tally
+
+#: Labels that the forecast weighs against those that a step has shown so far.
+STRENGTH = 100.0
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A step that is over: how good its forecast was.
+
+    Attributes:
+        step: Which one.
+        divergence: Kullback-Leibler divergence of the forecast from the realised label frequencies, in nats.
+        guarded: Whether the forecast was held near the long-run prior.
+    """
+
+    step: int
+    divergence: float
+    guarded: bool
+
+
+class Timeline:
+    """One stream.
+
+    Args:
+        extrapolator: Forecasts from what was observed.
+        outputs: Scores that the head gives: K, or 1 for a binary one.
+        lateness: Steps that a batch may be older than the newest one.
+    """
+
+    def __init__(self, extrapolator: PriorExtrapolator, outputs: int, lateness: int = 0) -> None:
+        self.extrapolator = extrapolator
+        self.tally = Tally(extrapolator.num_classes)
+        self.current: int | None = None
+        self.replaying = False
+        self.closed: list[Closed] = []
+        self._outputs = outputs
+        self._lateness = lateness
+        self._forecasts: dict[int, Forecast] = {}
+        self._made: dict[int, Forecast] = {}
+
+    def replays(self, step: int) -> bool:
+        """Whether ``step`` is older than the stream may be by now, or the stream did not come to new steps since."""
+        if self.current is not None:
+            back = step < self.current - self._lateness
+            self.replaying = back or (self.replaying and step <= self.current)
+        return self.replaying
+
+    def advance(self, step: int, gather: Callable[[Any], Iterable[Any]]) -> list[Closed]:
+        """Go on to ``step``, which all ranks agreed on: steps before it are over.
+
+        Returns:
+            The steps that are over since the last call, oldest first.
+        """
+        if self.current is not None and step <= self.current:
+            return []
+        self.absorb(gather)
+        self.current = step
+        closed = [self._close(s) for s in sorted(self._made) if s < step and self.tally.counts(s).sum() > 0]
+        self._made = {s: f for s, f in self._made.items() if s >= step}
+        self.closed += closed
+        return closed
+
+    def absorb(self, gather: Callable[[Any], Iterable[Any]]) -> None:
+        """Let the extrapolator know what the tally saw. It adds, so a step may come in parts."""
+        for step, counts in self.tally.drain(gather).items():
+            self.extrapolator.update(step, counts)
+            self._forecasts = {s: f for s, f in self._forecasts.items() if s <= step}
+
+    def _close(self, step: int) -> Closed:
+        counts, forecast = self.tally.counts(step), self._made[step]
+        return Closed(step, divergence(counts / counts.sum(), forecast.prior), forecast.guarded)
+
+    def forecast(self, step: int) -> Forecast:
+        """What is expected of ``step``, from what was observed before it."""
+        if step not in self._forecasts:
+            self._forecasts[step] = self.extrapolator.explain(step)
+        return self._forecasts[step]
+
+    def expect(self, step: int) -> None:
+        """Note that ``step`` is being learned from, so that its forecast is judged when it is over."""
+        self._made.setdefault(step, self.forecast(step))
+
+    def offset(self, step: int, device: Any = "cpu") -> Tensor:
+        """What corrects the scores at ``step``: shape (K,), or (1,) for a binary head; float32."""
+        return self.fitted(torch.as_tensor(log_offset(self.forecast(step).prior, self._limit), device=device))
+
+    def running_offset(self, step: int, new: Tensor) -> Tensor:
+        """As :meth:`offset`, from the forecast and the labels of ``step`` so far, as a Dirichlet posterior mean.
+
+        Args:
+            step: The step.
+            new: Its labels that are not known to all ranks yet, summed over them: shape (K,).
+        """
+        prior = torch.as_tensor(self.forecast(step).prior, dtype=new.dtype, device=new.device)
+        seen = torch.as_tensor(self.tally.counts(step), dtype=new.dtype, device=new.device) + new
+        mixed = (STRENGTH * prior + seen) / (STRENGTH + seen.sum())
+        offset = torch.log(mixed.clamp_min(FLOOR)) + float(np.log(len(mixed)))
+        return self.fitted(offset.clamp(-self._limit, self._limit))
+
+    def realised_offset(self, counts: Array, device: Any = "cpu") -> Tensor:
+        """As :meth:`offset`, from all labels that the step will have."""
+        center = self.extrapolator.num_classes * [1 / self.extrapolator.num_classes]
+        prior = (np.asarray(counts) + np.asarray(center)) / (np.sum(counts) + 1)
+        return self.fitted(torch.as_tensor(log_offset(prior, self._limit), device=device))
+
+    @property
+    def _limit(self) -> float:
+        return float("inf") if self.extrapolator.method == "nearest" else LIMIT
+
+    def fitted(self, offset: Tensor) -> Tensor:
+        """``offset`` (K,) as the head takes it, float32."""
+        fitted = offset if self._outputs > 1 else (offset[1:] - offset[:1])
+        return fitted.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is known to all ranks, in plain types."""
+        return {
+            "extrapolator": self.extrapolator.state_dict(),
+            "outputs": self._outputs,
+            "current": self.current,
+            "replaying": self.replaying,
+            "quality": {s: row[self.tally.classes :].tolist() for s, row in self.tally.known.items()},
+            "closed": [[c.step, c.divergence, c.guarded] for c in self.closed],
+            "made": [[s, f.prior.tolist(), f.ahead, dict(f.weights), f.trust] for s, f in self._made.items()],
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], extrapolator: PriorExtrapolator, lateness: int) -> Timeline:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            PluginError: The state is of another kind of extrapolator.
+        """
+        try:
+            extrapolator.load_state_dict(state["extrapolator"])
+        except ValueError as error:
+            raise PluginError(f"limes: {error}") from error
+        line = cls(extrapolator, state["outputs"], lateness)
+        line.current, line.replaying = state["current"], state["replaying"]
+        saved = state["extrapolator"]
+        counts = dict(zip(saved["steps"], saved["counts"], strict=True))
+        zeros = [0.0] * extrapolator.num_classes
+        line.tally.known = {int(s): np.array([*counts.get(int(s), zeros), *q]) for s, q in state["quality"].items()}
+        line.closed = [Closed(int(s), float(d), bool(g)) for s, d, g in state["closed"]]
+        line._made = {int(s): Forecast(int(s), np.array(p), a, w, t) for s, p, a, w, t in state["made"]}
+        return line

@@ -1,0 +1,126 @@
+"""The parts that work without a Trainer: times, labels, streams, estimation without labels."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groundwire import PluginError
+from groundwire_limes import PriorExtrapolator, StreamDataModule
+from groundwire_limes.em import map_em
+from groundwire_limes.functional import softmax
+from groundwire_limes.labels import soft_labels
+from groundwire_limes.steps import seconds, step_keys, steps_in
+from groundwire_limes.unlabelled import Memory
+
+
+def test_steps_are_in_utc_whatever_the_zone_and_before_1970_too():
+    east = timezone(timedelta(hours=5, minutes=30))
+    same = [datetime(2026, 3, 29, 12, tzinfo=UTC), datetime(2026, 3, 29, 17, 30, tzinfo=east)]
+    assert len(set(step_keys(same, 3600).tolist())) == 1
+    assert step_keys([-1, -3600, -3601], 3600).tolist() == [-1, -1, -2]
+    assert step_keys(torch.tensor([7200]), 3600).tolist() == [2]
+
+
+def test_naive_times_are_refused():
+    for naive in (datetime(2026, 1, 1), [datetime(2026, 1, 1)], np.array(["2026-01-01"], "datetime64[s]")):
+        with pytest.raises(ValueError, match="time zone"):
+            step_keys(naive, 3600)
+
+
+def test_periods_and_seasons():
+    assert (seconds("2w"), seconds(timedelta(minutes=3)), seconds("1.5h")) == (1209600, 180, 5400)
+    assert (steps_in("1w", 3600), steps_in("1d", 7 * 3600), steps_in("1h", 3600)) == (168, None, None)
+
+
+def test_masked_soft_and_binary_labels():
+    shares, mask = soft_labels(torch.tensor([2, -1, 0]), 3, 3)
+    assert mask.tolist() == [True, False, True]
+    assert shares[0].tolist() == [0, 0, 1]
+    shares, _ = soft_labels(torch.tensor([[0.9], [0.0]]), 2, 2)
+    assert shares[0].tolist() == pytest.approx([0.1, 0.9])
+    with pytest.raises(PluginError, match="do not fit 4 predictions of 3 classes"):
+        soft_labels(torch.zeros(7), 3, 4)
+
+
+def test_the_stream_sorts_by_time_and_never_mixes_steps():
+    times = [7200, 0, 3600, 10, 3601]
+    data = [(torch.tensor(float(i)), i % 2) for i in range(5)]
+    stream = StreamDataModule(data, times, batch_size=3)
+    batches = [(b[0].tolist(), b[2]["timestamp"].tolist()) for b in stream.train_dataloader()]
+    assert batches == [([1.0, 3.0], [0, 10]), ([2.0, 4.0], [3600, 3601]), ([0.0], [7200])]
+    loader = stream.train_dataloader()
+    next(iter(loader))
+    again = stream.train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert [b[0].tolist() for b in again] == [[2.0, 4.0], [0.0]]
+    with pytest.raises(ValueError, match="2 timestamps for 5 rows"):
+        StreamDataModule(data, [0, 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), strength=st.sampled_from([0.0, 10.0, 1e6]))
+def test_map_em_gives_a_distribution_between_forecast_and_batch(seed, strength):
+    rng = np.random.default_rng(seed)
+    center = rng.dirichlet(np.ones(4))
+    prior = map_em(rng.standard_normal((50, 4)) * 3, center, strength)
+    assert (prior > 0).all()
+    assert prior.sum() == pytest.approx(1)
+    if strength == 1e6:
+        assert prior == pytest.approx(center, abs=1e-3)
+
+
+def rows(rng, prior, size, temperature, noise=0.0):
+    """Scores of a classifier that is calibrated up to a temperature, or says nothing."""
+    labels = rng.choice(len(prior), size, p=prior)
+    scores = rng.standard_normal((size, len(prior)))
+    scores[np.arange(size), labels] += 2.0
+    return temperature * (2.0 * scores if noise == 0 else noise * rng.standard_normal(scores.shape)), labels
+
+
+@pytest.mark.parametrize(("noise", "is_open"), [(0.0, True), (8.0, False)])
+def test_the_gate_opens_for_scores_that_tell_the_mix_and_shuts_for_those_that_do_not(noise, is_open):
+    rng = np.random.default_rng(0)
+    memory, extrapolator = Memory(), PriorExtrapolator(3)
+    for step in range(24):
+        prior = rng.dirichlet(np.ones(3))  # nothing foretells it, only the batch itself
+        scores, labels = rows(rng, prior, 256, temperature=3.0, noise=noise)
+        memory.learn(step, scores, labels)
+        extrapolator.update(step, np.bincount(labels, minlength=3))
+    gate = memory.gate(extrapolator, 1)
+    assert gate.is_open == is_open
+    truth = np.array([0.9, 0.05, 0.05])
+    scores, _ = rows(rng, truth, 500, temperature=3.0, noise=noise)
+    center = extrapolator.forecast(24)
+    adapted = gate.prior(scores, center)
+    if is_open:
+        assert np.abs(adapted - truth).sum() < 0.5 * np.abs(center - truth).sum()
+    else:
+        assert np.array_equal(adapted, center)
+
+
+def test_the_gate_is_shut_while_few_labelled_steps_are_known_and_its_memory_comes_back():
+    rng = np.random.default_rng(1)
+    memory, extrapolator = Memory(), PriorExtrapolator(3)
+    assert memory.gate(extrapolator, 1) is None
+    for step in range(12):
+        if step == 7:
+            assert memory.gate(extrapolator, 1) is None
+        scores, labels = rows(rng, np.ones(3) / 3, 64, 1.0)
+        memory.learn(step, scores, labels)
+        extrapolator.update(step, np.bincount(labels, minlength=3))
+    twin = Memory()
+    twin.load_state_dict(memory.state_dict())
+    one, other = memory.gate(extrapolator, 2), twin.gate(extrapolator, 2)
+    assert (one.gain, one.strength, one.calibration.temperature) == (
+        other.gain,
+        other.strength,
+        other.calibration.temperature,
+    )
+
+
+def test_softmax_is_stable():
+    assert np.isfinite(softmax(np.array([1e4, 0.0]))).all()
