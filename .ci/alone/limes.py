@@ -9,12 +9,13 @@ extrapolator = PriorExtrapolator(3)
 extrapolator.update(0, [1, 2, 3])
 assert abs(extrapolator.forecast(1).sum() - 1) < 1e-12
 
-import groundwire_limes  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
-from groundwire_limes import LIMES  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+import groundwire_limes  # noqa: E402
+from groundwire_limes import LIMES  # noqa: E402
 
 
 class Net(pl.LightningModule):
