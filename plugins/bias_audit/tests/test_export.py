@@ -128,6 +128,14 @@ def test_files_are_written_and_words_are_labels(file, tmp_path, capsys):
     assert "region,count" in outputs["csv"].read_text()
 
 
+def test_a_reader_that_stops_reading_does_not_change_the_exit_code(file, monkeypatch):
+    def closed(result):
+        raise SystemExit(1)  # what rich does when the pipe is closed
+
+    monkeypatch.setattr("groundwire_bias_audit.cli.show", closed)
+    assert main([file(), "--label", "y", "--pred", "pred", "--groups", "sex"]) == 0
+
+
 def test_it_runs_as_a_module(file):
     command = [sys.executable, "-m", "groundwire_bias_audit", file(gap=0.4), "--label", "y", "--pred", "pred"]
     done = subprocess.run([*command, "--groups", "region", "--control", "sex"], capture_output=True, text=True)

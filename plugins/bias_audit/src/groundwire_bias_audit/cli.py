@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     if not options.quiet:
-        show(result)
+        # A reader that stops reading (`| head`) makes rich exit with 1, which would mean a disparity here.
+        with suppress(BrokenPipeError, SystemExit):
+            show(result)
     return EXIT_CODES[verdict]
 
 
