@@ -42,7 +42,7 @@ class Row:
         if self.target is None:
             return None
         value = self.mean if self.of_mean else self.median
-        return value >= self.target if self.at_least else value <= self.target
+        return bool(value >= self.target if self.at_least else value <= self.target)
 
 
 def interleaved(what: str, repeats: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
