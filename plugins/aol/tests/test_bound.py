@@ -176,6 +176,16 @@ def test_what_is_unknown_is_refused_with_its_path(name):
     assert raised.value.path.split("_1")[0] == path or raised.value.path.startswith(path)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e6])
+def test_the_scale_of_the_weights_is_no_reason_to_refuse(scale):
+    layer = conv()
+    layer.weight.data.mul_(scale)
+    unit = float(lipschitz_bound(nn.Sequential(conv()), torch.rand(1, 4, 17, 17)))
+    assert float(lipschitz_bound(nn.Sequential(layer), torch.rand(1, 4, 17, 17))) == pytest.approx(
+        scale * unit, rel=1e-4
+    )
+
+
 def test_a_counter_in_forward_is_refused():
     class Counter(nn.Module):
         calls = 0
