@@ -527,7 +527,7 @@ class LIMES(Plugin):
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
         """What the weights need to be read right."""
-        facts = {"head": self._head_name, "method": self.method, "training_prior": self.training_prior}
+        facts: dict[str, Any] = {"head": self._head_name, "method": self.method, "training_prior": self.training_prior}
         if self._line is not None:
             facts |= {
                 "observed_steps": self._line.extrapolator.observed,

@@ -27,7 +27,7 @@ def fold(layer: nn.Module, offset: Tensor) -> None:
         >>> layer.bias.tolist()
         [1.0, 1.0, 1.0]
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor)
     offset = offset.to(weight.device, weight.dtype)
     if bias is None:

@@ -42,7 +42,7 @@ class Past:
 
 def persistence(past: Past, step: int) -> Array:
     """The last row."""
-    return past.priors[-1]
+    return np.asarray(past.priors[-1])
 
 
 def long_run(past: Past, step: int) -> Array:
@@ -54,8 +54,8 @@ def nearest_successor(past: Past, step: int) -> Array:
     """What followed the past row that is most like the last one: the published rule."""
     ahead = past.ahead(step)
     if len(past.priors) <= ahead:
-        return past.priors[-1]
-    return past.priors[nearest(past.priors, ahead) + ahead]
+        return np.asarray(past.priors[-1])
+    return np.asarray(past.priors[nearest(past.priors, ahead) + ahead])
 
 
 def seasonal(past: Past, step: int) -> Array:
@@ -79,7 +79,7 @@ def analogue(past: Past, step: int) -> Array:
     ahead, rows = past.ahead(step), past.priors
     context = min(CONTEXT, len(rows) - ahead)
     if context < 1:
-        return rows[-1]
+        return np.asarray(rows[-1])
     ends = np.arange(context - 1, len(rows) - ahead)
     distances = sum(np.abs(rows[ends - back] - rows[len(rows) - 1 - back]).sum(axis=1) for back in range(context))
     closest = np.argsort(distances, kind="stable")[: min(ANALOGUES, max(1, len(ends) // 4))]

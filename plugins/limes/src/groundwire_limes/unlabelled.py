@@ -2,8 +2,7 @@
 
 The gate replays recent labelled steps as if their labels had been missing: it calibrates the scores on the older ones,
 and on the newer ones compares the log-loss under the forecast with that under MAP-EM around the forecast, as far ahead
-as is asked for now. If MAP-EM was not better by more than a standard error, the
-forecast stays.
+as is asked for now. If MAP-EM was not better, the forecast stays.
 """
 
 from __future__ import annotations
@@ -30,20 +29,18 @@ class Gate:
 
     Attributes:
         gain: Mean decrease of the log-loss by MAP-EM on past steps, in nats.
-        error: Its standard error.
         strength: Of the forecast, in labels; the best one on past steps.
         calibration: Of the scores.
     """
 
     gain: float
-    error: float
     strength: float
     calibration: Calibration
 
     @property
     def is_open(self) -> bool:
-        """Whether MAP-EM helped, by more than chance."""
-        return self.gain > self.error
+        """Whether MAP-EM helped."""
+        return self.gain > 0
 
     def prior(self, scores: Array, center: Array) -> Array:
         """The prior of a batch of raw ``scores`` (N, K) around the forecast ``center``."""
@@ -95,8 +92,7 @@ class Memory:
             for j, strength in enumerate(STRENGTHS):
                 gains[i, j] = plain - label_loss(scores, map_em(tuned, center, strength), labels)
         best = int(gains.mean(axis=0).argmax())
-        error = float(gains[:, best].std(ddof=1) / np.sqrt(len(newer)))
-        return Gate(float(gains[:, best].mean()), error, STRENGTHS[best], calibration)
+        return Gate(float(gains[:, best].mean()), STRENGTHS[best], calibration)
 
     def _calibrated(self, steps: list[int], classes: int) -> Calibration:
         scores, labels = (np.concatenate([self.steps[s][i] for s in steps]) for i in (0, 1))
