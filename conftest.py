@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -13,8 +14,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groundwire import Plugin, hookimpl
 
+# GNU OpenMP cannot be used in a forked process once its parent has used several threads: it waits for ever. Lightning
+# gives forked workers one thread each unless the environment says otherwise, which some libraries set behind one's back.
+torch.set_num_threads(1)
+
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test or a library that it uses puts into the environment goes with the test."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def pytest_configure(config):

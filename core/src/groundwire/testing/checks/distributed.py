@@ -42,11 +42,22 @@ def ranks_agree_under_ddp(subject: Subject) -> None:
     module = transformed(subject.module(), plugin)
     options = {"start_method": "fork", "process_group_backend": "gloo", "timeout": timedelta(seconds=PATIENCE)}
     strategy = package_of(module).strategies.DDPStrategy(**options)
-    with _ended_after(LIMIT):
+    with _ended_after(LIMIT), _one_thread():
         callbacks = [plugin, _WriteRank(subject.directory)]
         subject.fit(callbacks, module, strategy=strategy, devices=2, max_epochs=1)
     ranks = [torch.load(subject.directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     refuse(differences(*ranks), "rank 0 against rank 1")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Forked children inherit it: GNU OpenMP would wait for ever in them, if this process has used several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _require_fork() -> None:
