@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from groundwire import Plugin, hookimpl
 
 # GNU OpenMP cannot be used in a forked process once its parent has used several threads: it waits for ever. Lightning
-# gives forked workers one thread each unless the environment says otherwise, which some libraries set behind one's back.
+# gives forked workers one thread each unless the environment says otherwise, as some libraries make it say.
 torch.set_num_threads(1)
 
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
