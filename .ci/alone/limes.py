@@ -12,7 +12,7 @@ assert abs(extrapolator.forecast(1).sum() - 1) < 1e-12
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 import groundwire_limes  # noqa: E402
 from groundwire_limes import LIMES  # noqa: E402
@@ -27,8 +27,7 @@ class Net(pl.LightningModule):
         return self.layers(x)
 
     def training_step(self, batch):
-        x, y, _ = batch
-        return nn.functional.cross_entropy(self(x), y)
+        return nn.functional.cross_entropy(self(batch["x"]), batch["y"])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -36,10 +35,9 @@ class Net(pl.LightningModule):
 
 assert "site-packages" in groundwire_limes.__file__, f"{groundwire_limes.__file__} is not the installed wheel"
 pl.seed_everything(0)
-net, steps = Net(), torch.arange(64) // 16
-data = TensorDataset(torch.randn(64, 4), torch.randint(3, (64,)), steps * 3600)
+net, x, y = Net(), torch.randn(64, 4), torch.randint(3, (64,))
+rows = [{"x": x[i], "y": y[i], "time": i // 16 * 3600} for i in range(64)]
 options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-limes = LIMES(time=lambda batch: batch[2], head="layers.2")
-pl.Trainer(max_epochs=1, callbacks=[limes], **options).fit(net, DataLoader(data, 16))
+pl.Trainer(max_epochs=1, callbacks=[LIMES(time="time")], **options).fit(net, DataLoader(rows, 16))
 assert list(net.state_dict()) == list(Net().state_dict())
 print("groundwire-limes: fitted with LIMES on a stream of four hours")
