@@ -806,7 +806,7 @@ def test_batches_without_labels_are_adapted_where_past_labels_show_that_it_helps
     limes, module = LIMES(unlabelled=True, season=None), Digits()
     module.configure_optimizers = lambda: torch.optim.Adam(module.parameters(), 2e-2)
     kit.trainer(limes).fit(module, datamodule=StreamDataModule(data, times, batch_size=50))
-    gate = limes._memory.gate(limes.extrapolator, 1)
+    gate = limes._learned.memory.gate(limes.extrapolator, 1)
     assert gate is not None
     rows = data.tensors[1] == 7  # a flood of sevens that no forecast expects
     x = data.tensors[0][rows][:60]
@@ -814,7 +814,7 @@ def test_batches_without_labels_are_adapted_where_past_labels_show_that_it_helps
     [plain] = kit.trainer(LIMES()).predict(module, Listed(batch))
     [adapted] = kit.trainer(limes).predict(module, Listed(batch))
     offset = (adapted - plain)[0].numpy()
-    if limes._memory.gate(limes.extrapolator, 21).is_open:
+    if limes._learned.memory.gate(limes.extrapolator, 21).is_open:
         assert offset.argmax() == 7
         assert offset[7] > log_offset(limes.prior(60 * HOUR))[7]
     else:
