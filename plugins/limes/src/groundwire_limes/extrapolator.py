@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from groundwire_limes import kalman
-from groundwire_limes.functional import Array, log_odds, published_forecast, shrunk, smoothed
-from groundwire_limes.hedge import Track, tracked
-from groundwire_limes.history import History, checked_counts, checked_step, horizon, usual_gap
-from groundwire_limes.members import MEMBERS, Past, members
+from groundwire_limes.functional import Array, published_forecast, smoothed
+from groundwire_limes.hedge import tracked
+from groundwire_limes.history import History, checked_counts, checked_step, horizon
+from groundwire_limes.members import MEMBERS, members
+from groundwire_limes.recursion import Recursion
 
 Method = Literal["auto", "nearest", "persistence", "seasonal", "kalman", "long_run"]
 METHODS: tuple[str, ...] = get_args(Method)
-#: Largest move per step in log-odds that "auto" makes unless told otherwise, in nats; more only where moves that are
-#: larger than all but a tenth of the recent ones are usual, so that one flooded step does not open the door for itself.
-MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 0.9, 48
-#: How many labels of the running mean a row is shrunk by, per class.
-SHRINKAGE = 0.2
-#: States kept to return to when late labels revise a recent row.
-KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -48,18 +41,6 @@ class Forecast:
     def guarded(self) -> bool:
         """Whether the forecast is held near the long-run prior, because the order of the past is no guide."""
         return self.trust < 0.5 or self.weights.get("long_run", 0.0) > 0.5
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is known after some rows, besides the rows."""
-
-    rows: int
-    total: Array
-    pooled: Array
-    filter: kalman.Filter | None
-    tracks: Mapping[int, Track]
-    moves: tuple[float, ...] = ()
 
 
 class PriorExtrapolator:
@@ -115,9 +96,7 @@ class PriorExtrapolator:
 
     def _clear(self, history: History) -> None:
         self._history = history
-        self._priors = np.zeros((64, self.num_classes))
-        self._states: dict[int, _State] = {}
-        self._tracks: tuple[int, ...] = (1,)
+        self._recursion = Recursion(history, self.period, self.smoothing, self.max_move, self.method == "auto")
 
     # What is observed
 
@@ -135,8 +114,7 @@ class PriorExtrapolator:
         step, row = checked_step(step), checked_counts(counts, self.num_classes)
         if self.method != "nearest" and not row.any():
             return  # No label says nothing; the published rule makes a uniform row of it.
-        changed = self._history.add(step, row)
-        self._states = {n: state for n, state in self._states.items() if n <= changed}
+        self._recursion.forget_after(self._history.add(step, row))
 
     @property
     def observed(self) -> int:
@@ -182,107 +160,17 @@ class PriorExtrapolator:
             return Forecast(step, np.full(self.num_classes, 1 / self.num_classes), ahead, {})
         if self.method == "auto":
             return self._mixed(step, rows, ahead)
-        past = self._past(self._state(rows))
+        past = self._recursion.past(self._recursion.state(rows))
         return Forecast(step, np.array(MEMBERS[self.method](past, step)), ahead, {})
 
     def _mixed(self, step: int, rows: int, ahead: int) -> Forecast:
-        at = tracked(ahead)
-        if at not in self._tracks:
-            self._tracks = (*self._tracks, at)
-            self._states = {}
-        state = self._state(rows)
-        past, track = self._past(state), state.tracks[at]
-        prior = track.forecast(self._predictions(past, step), state.pooled, self._limit(state))
+        known = self._recursion
+        known.follow(at := tracked(ahead))
+        state = known.state(rows)
+        past, track = known.past(state), state.tracks[at]
+        prior = track.forecast(known.predictions(past, step), state.pooled, known.limit(state))
         weights = dict(zip(members(self.period), track.weights.tolist(), strict=True))
         return Forecast(step, prior, ahead, weights, track.trust())
-
-    def _limit(self, state: _State) -> float:
-        if self.max_move is not None:
-            return self.max_move
-        usual = np.quantile(state.moves, USUAL) if len(state.moves) >= 10 else 0.0
-        return max(MAX_MOVE, MARGIN * float(usual))
-
-    def _predictions(self, past: Past, step: int) -> Array:
-        return np.stack([member(past, step) for member in members(self.period).values()])
-
-    def _past(self, state: _State) -> Past:
-        assert state.filter is not None
-        n = state.rows
-        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self.period)
-
-    # The state after each row, in order
-
-    def _state(self, rows: int) -> _State:
-        """The state after the first ``rows`` rows, from the newest kept one."""
-        start = max((n for n in self._states if n <= rows), default=0)
-        state = self._states[start] if start else self._initial()
-        while state.rows < rows:
-            state = self._next(state)
-            self._states[state.rows] = state
-        for old in sorted(self._states)[:-KEPT]:
-            del self._states[old]
-        return state
-
-    def _initial(self) -> _State:
-        uniform = np.full(self.num_classes, 1 / self.num_classes)
-        size = len(members(self.period))
-        tracks = {h: Track(np.full(size, 1 / size)) for h in self._tracks} if self.method == "auto" else {}
-        return _State(0, np.zeros(self.num_classes), uniform, None, tracks)
-
-    def _next(self, state: _State) -> _State:
-        n = state.rows
-        step, counts = self._history.steps[n], self._history.counts[n]
-        tracks = {h: self._scored(track, h, state, step, counts) for h, track in state.tracks.items()}
-        row = self._smoothed(counts, state.pooled)
-        self._keep(n, row)
-        total = state.total + counts
-        after = replace(
-            state,
-            rows=n + 1,
-            total=total,
-            pooled=smoothed(total, 1.0 if self.smoothing is None else self.smoothing),
-            filter=self._filtered(state.filter, step, row, float(counts.sum())),
-            tracks=tracks,
-            moves=(*state.moves, self._move(n))[-RECENT:] if n else (),
-        )
-        return replace(after, tracks=self._with_pending(after, step)) if tracks else after
-
-    def _smoothed(self, counts: Array, pooled: Array) -> Array:
-        if self.smoothing is not None:
-            return smoothed(counts, self.smoothing)
-        return shrunk(counts, pooled, SHRINKAGE * self.num_classes)
-
-    def _keep(self, n: int, row: Array) -> None:
-        if n == len(self._priors):
-            self._priors = np.concatenate([self._priors, np.zeros_like(self._priors)])
-        self._priors[n] = row
-
-    def _move(self, n: int) -> float:
-        return float(np.abs(log_odds(self._priors[n]) - log_odds(self._priors[n - 1])).max())
-
-    def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
-        if state is None:
-            return kalman.start(step, row, size, self.period)
-        return kalman.updated(state, step, row, size, self.period)
-
-    def _scored(self, track: Track, ahead: int, state: _State, step: int, counts: Array) -> Track:
-        pending = {s: p for s, p in track.pending.items() if s > step}
-        predictions = track.pending.get(step)
-        if predictions is None and ahead == 1 and state.rows:
-            predictions = self._predictions(self._past(state), step)  # a step before this one is missing
-        if predictions is None:
-            return replace(track, pending=pending)
-        observed = counts / counts.sum()
-        return replace(track.scored(predictions, state.pooled, observed, self._limit(state)), pending=pending)
-
-    def _with_pending(self, state: _State, step: int) -> dict[int, Track]:
-        past = self._past(state)
-        gap = usual_gap(past.steps)
-        tracks = {}
-        for ahead, track in state.tracks.items():
-            target = step + ahead * gap
-            tracks[ahead] = replace(track, pending={**track.pending, target: self._predictions(past, target)})
-        return tracks
 
     # State
 

@@ -91,6 +91,11 @@ def _sampler(trainer: Any) -> list[tuple[str, str]]:
     ]
 
 
+def knows_labels_first(trainer: Any) -> bool:
+    """Whether all labels of a step can be had before the step is learned from; only a fit needs them."""
+    return trainer.state.fn != "fit" or hasattr(trainer.datamodule, "step_counts")
+
+
 def say(text: str) -> None:
     """Where nothing is wrong with the program, but the user should know."""
     logging.getLogger("groundwire.limes").warning(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -60,6 +60,20 @@ class Timeline:
             back = step < self.current - self._lateness
             self.replaying = back or (self.replaying and step <= self.current)
         return self.replaying
+
+    def refuse(self, step: int) -> NoReturn:
+        """Say that time went backwards.
+
+        Raises:
+            PluginError: Always.
+        """
+        current = self.current or 0
+        raise PluginError(
+            f"limes: time goes backwards, from step {current} to {step}: a stream that is over began again "
+            "(max_epochs=1 stops there), a shuffled loader, or rows out of order -> give data in the order of time "
+            f"(StreamDataModule), allow lateness={current - step} steps, or train without counting: "
+            "on_backward='replay'"
+        )
 
     def advance(self, step: int, gather: Callable[[Any], Iterable[Any]]) -> list[Closed]:
         """Go on to ``step``, which all ranks agreed on: steps before it are over.

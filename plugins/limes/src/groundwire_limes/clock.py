@@ -1,0 +1,102 @@
+"""Which time step the rows of a batch belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from groundwire import Fields, PluginError
+from groundwire_limes.arguments import whole
+from groundwire_limes.inspection import rows_of
+from groundwire_limes.steps import step_keys, steps_in
+from groundwire_limes.times import times_of
+
+Steps = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Tells the step, from timestamps or by counting batches.
+
+    Attributes:
+        time: Where a batch has its timestamps: a key, or ``time(batch)``.
+        seconds: Length of a step.
+        batches_per_step: A step is so many training batches; None if timestamps tell.
+    """
+
+    time: str | Callable[[Any], Any]
+    seconds: float
+    batches_per_step: int | None = None
+
+    def training(self, batch: Any, fields: Fields, batches: int) -> Steps:
+        """Step of each row of a training batch, shape (B,), int64.
+
+        Args:
+            batch: As the loader gave it.
+            fields: Its inputs, targets and time.
+            batches: Training batches before this one.
+
+        Raises:
+            PluginError: There are no timestamps, or they do not fit.
+        """
+        rows = rows_of(fields)
+        if self.batches_per_step is not None:
+            return np.full(rows, batches // self.batches_per_step)
+        times = times_of(self.time, batch, fields)
+        if times is None:
+            raise PluginError(
+                f"limes: no {self.time!r} in a training batch -> LIMES(time='its key') or LIMES(time=lambda batch: "
+                "...), or count batches: LIMES(batches_per_step=...)"
+            )
+        return self.steps(times, rows)
+
+    def evaluation(self, batch: Any, fields: Fields, otherwise: int) -> Steps:
+        """As :meth:`training`, of a batch that is only predicted; ``otherwise`` for a batch without time."""
+        rows = rows_of(fields)
+        times = times_of(self.time, batch, fields) if self.batches_per_step is None else None
+        return np.full(rows, otherwise) if times is None else self.steps(times, rows)
+
+    def steps(self, times: Any, rows: int) -> Steps:
+        """Steps of ``times``, one for each row.
+
+        Raises:
+            PluginError: A time is wrong, or there are as many times as neither one nor the rows.
+        """
+        keys = self._keys(times)
+        if keys.size not in (1, rows):
+            raise PluginError(
+                f"limes: {keys.size} timestamps for a batch of {rows} rows -> one for each, or one for all"
+            )
+        return np.broadcast_to(keys, (rows,))
+
+    def distinct(self, times: Sequence[Any]) -> tuple[list[int], float | None]:
+        """Steps in which ``times`` fall, ascending, and how long a step is; step numbers if batches are counted.
+
+        Raises:
+            PluginError: A time is wrong.
+        """
+        if self.batches_per_step is not None:
+            return np.unique(np.asarray(times, np.int64)).tolist(), None
+        return np.unique(self._keys(times)).tolist(), self.seconds
+
+    def season(self, season: str | int | None) -> int | None:
+        """Steps in ``season``; None if there is none.
+
+        Raises:
+            ValueError: It is not two whole steps or more.
+        """
+        if self.batches_per_step is None:
+            return steps_in(season, self.seconds)
+        if isinstance(season, int):
+            whole("season", season, 2)
+            return season
+        return None
+
+    def _keys(self, times: Any) -> Steps:
+        try:
+            return step_keys(times, self.seconds)
+        except ValueError as error:
+            raise PluginError(f"limes: {error}") from error

@@ -1,0 +1,164 @@
+"""What follows from the rows one after the other, with states kept to return to when late labels revise a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from groundwire_limes import kalman
+from groundwire_limes.functional import Array, log_odds, shrunk, smoothed
+from groundwire_limes.hedge import Track
+from groundwire_limes.history import History, usual_gap
+from groundwire_limes.members import Past, members
+
+#: Largest move per step in log-odds that "auto" makes unless told otherwise, in nats; more only where moves that are
+#: larger than all but a tenth of the recent ones are usual, so that one flooded step does not open the door for itself.
+MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 0.9, 48
+#: How many labels of the running mean a row is shrunk by, per class.
+SHRINKAGE = 0.2
+#: States kept to return to when late labels revise a recent row.
+KEPT = 64
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known after some rows, besides the rows.
+
+    Attributes:
+        rows: How many.
+        total: Their label counts together, shape (K,).
+        pooled: Those smoothed and normalised: the long-run prior.
+        filter: The Kalman filter; None before the first row.
+        tracks: How the members of "auto" did, by horizon.
+        moves: Largest moves in log-odds between the last rows, in nats.
+    """
+
+    rows: int
+    total: Array
+    pooled: Array
+    filter: kalman.Filter | None
+    tracks: Mapping[int, Track]
+    moves: tuple[float, ...] = ()
+
+
+class Recursion:
+    """States of a history, computed once for each row.
+
+    Args:
+        history: The rows; whoever adds to it tells :meth:`forget_after`.
+        period: Steps of a season, or None.
+        smoothing: Count added to each class of a row; None for shrinkage towards the long-run prior.
+        max_move: Largest move of a forecast per step, in nats; None for what is usual.
+        judged: Whether to keep the scores of the members, which "auto" needs.
+    """
+
+    def __init__(
+        self, history: History, period: int | None, smoothing: float | None, max_move: float | None, judged: bool
+    ) -> None:
+        self._history = history
+        self._classes = history.counts.shape[1]
+        self._period, self._smoothing, self._max_move = period, smoothing, max_move
+        self._priors = np.zeros((64, self._classes))
+        self._states: dict[int, State] = {}
+        self._horizons: tuple[int, ...] = (1,) if judged else ()
+
+    def forget_after(self, row: int) -> None:
+        """The row with this index changed: what was computed from it is void."""
+        self._states = {n: state for n, state in self._states.items() if n <= row}
+
+    def follow(self, horizon: int) -> None:
+        """Judge the members so many observed steps ahead, too."""
+        if horizon not in self._horizons:
+            self._horizons = (*self._horizons, horizon)
+            self._states = {}
+
+    def limit(self, state: State) -> float:
+        """Largest move of a forecast per step, in nats of log-odds."""
+        if self._max_move is not None:
+            return self._max_move
+        usual = np.quantile(state.moves, USUAL) if len(state.moves) >= 10 else 0.0
+        return max(MAX_MOVE, MARGIN * float(usual))
+
+    def predictions(self, past: Past, step: int) -> Array:
+        """What each member expects of ``step``, shape (M, K)."""
+        return np.stack([member(past, step) for member in members(self._period).values()])
+
+    def past(self, state: State) -> Past:
+        """What the members see."""
+        assert state.filter is not None
+        n = state.rows
+        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self._period)
+
+    def state(self, rows: int) -> State:
+        """The state after the first ``rows`` rows, from the newest one that is kept."""
+        start = max((n for n in self._states if n <= rows), default=0)
+        state = self._states[start] if start else self._initial()
+        while state.rows < rows:
+            state = self._next(state)
+            self._states[state.rows] = state
+        for old in sorted(self._states)[:-KEPT]:
+            del self._states[old]
+        return state
+
+    def _initial(self) -> State:
+        uniform = np.full(self._classes, 1 / self._classes)
+        size = len(members(self._period))
+        tracks = {h: Track(np.full(size, 1 / size)) for h in self._horizons}
+        return State(0, np.zeros(self._classes), uniform, None, tracks)
+
+    def _next(self, state: State) -> State:
+        n = state.rows
+        step, counts = self._history.steps[n], self._history.counts[n]
+        tracks = {h: self._scored(track, h, state, step, counts) for h, track in state.tracks.items()}
+        row = self._row(counts, state.pooled)
+        self._keep(n, row)
+        total = state.total + counts
+        after = replace(
+            state,
+            rows=n + 1,
+            total=total,
+            pooled=smoothed(total, 1.0 if self._smoothing is None else self._smoothing),
+            filter=self._filtered(state.filter, step, row, float(counts.sum())),
+            tracks=tracks,
+            moves=(*state.moves, self._move(n))[-RECENT:] if n else (),
+        )
+        return replace(after, tracks=self._with_pending(after, step)) if tracks else after
+
+    def _row(self, counts: Array, pooled: Array) -> Array:
+        if self._smoothing is not None:
+            return smoothed(counts, self._smoothing)
+        return shrunk(counts, pooled, SHRINKAGE * self._classes)
+
+    def _keep(self, n: int, row: Array) -> None:
+        if n == len(self._priors):
+            self._priors = np.concatenate([self._priors, np.zeros_like(self._priors)])
+        self._priors[n] = row
+
+    def _move(self, n: int) -> float:
+        return float(np.abs(log_odds(self._priors[n]) - log_odds(self._priors[n - 1])).max())
+
+    def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
+        if state is None:
+            return kalman.start(step, row, size, self._period)
+        return kalman.updated(state, step, row, size, self._period)
+
+    def _scored(self, track: Track, ahead: int, state: State, step: int, counts: Array) -> Track:
+        pending = {s: p for s, p in track.pending.items() if s > step}
+        predictions = track.pending.get(step)
+        if predictions is None and ahead == 1 and state.rows:
+            predictions = self.predictions(self.past(state), step)  # a step before this one is missing
+        if predictions is None:
+            return replace(track, pending=pending)
+        observed = counts / counts.sum()
+        return replace(track.scored(predictions, state.pooled, observed, self.limit(state)), pending=pending)
+
+    def _with_pending(self, state: State, step: int) -> dict[int, Track]:
+        past = self.past(state)
+        gap = usual_gap(past.steps)
+        tracks = {}
+        for ahead, track in state.tracks.items():
+            target = step + ahead * gap
+            tracks[ahead] = replace(track, pending={**track.pending, target: self.predictions(past, target)})
+        return tracks

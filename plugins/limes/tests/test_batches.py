@@ -1,0 +1,97 @@
+"""Times, labels and weights of batches, good and bad."""
+
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+from limes_digit_stream import HOUR, Digits, Listed, labels_by_hour, module_of, rows_at
+from torch import nn
+
+from groundwire import PluginError
+from groundwire_limes import LIMES
+
+
+@pytest.mark.parametrize(
+    ("times", "options", "text"),
+    [
+        ([datetime(2026, 1, 1)], {}, "has no time zone"),
+        ([float("nan")], {}, "a timestamp is nan"),
+        ([1.7e12], {}, "looks like milliseconds"),
+        ([torch.tensor(1.7e9, dtype=torch.float32)], {}, "cannot hold Unix seconds"),
+        (["2026-01-01"], {}, "must be numbers"),
+        ([[0.0, 1.0]], {}, "2 timestamps for a batch of 4 rows"),
+        ([0.0, 9999.0, 0.0], {}, "time goes backwards, from step 2 to 0"),
+        ([0.0, 99999.0, 80000.0], {"lateness": 1}, "time goes backwards, from step 27 to 22"),
+        ([0.0], {"time": "when"}, "no 'when' in a training batch"),
+        ([0.0], {"weights": "w"}, "no weights 'w'"),
+    ],
+)
+def test_bad_times_are_refused_with_the_reason(kit, times, options, text):
+    with pytest.raises(PluginError, match=text):
+        kit.trainer(LIMES(**options)).fit(Digits(), Listed(rows_at(times)))
+
+
+def test_a_label_that_the_head_does_not_have_is_named_before_the_loss_sees_it(kit):
+    with pytest.raises(PluginError, match="label 12 is in a training batch, and the head has 10 classes"):
+        kit.trainer(LIMES()).fit(Digits(), Listed(rows_at([0.0], [12])))
+
+
+def test_several_labels_for_each_row_are_refused(kit):
+    class Multi(Digits):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    batch = (torch.zeros(4, 64), torch.ones(4, 10), {"timestamp": 0.0})
+    with pytest.raises(PluginError, match="several independent labels"):
+        kit.trainer(LIMES()).fit(Multi(), Listed([batch]))
+
+
+def test_soft_labels_count_by_their_shares(kit):
+    shares = torch.full((4, 10), 0.05)
+    shares[:, 3] = 0.55
+    limes = LIMES()
+    kit.trainer(limes).fit(Digits(), Listed([(torch.zeros(4, 64), shares, {"timestamp": 0.0})]))
+    assert limes.extrapolator.state_dict()["counts"][0] == pytest.approx((4 * shares[0]).tolist())
+
+
+def test_weighted_rows_count_by_their_weights(kit):
+    batch = (
+        torch.zeros(4, 64),
+        torch.tensor([1, 1, 2, 2]),
+        {"timestamp": 0.0, "w": torch.tensor([1.0, 2.0, 0.0, 0.5])},
+    )
+    limes = LIMES(weights="w")
+    kit.trainer(limes).fit(Digits(), Listed([batch]))
+    assert limes.extrapolator.state_dict()["counts"][0][:3] == [0.0, 3.0, 0.5]
+
+
+def test_late_rows_within_the_lateness_revise_the_history(kit):
+    limes = LIMES(lateness=2)
+    kit.trainer(limes).fit(Digits(), Listed(rows_at([0.0, 2.5 * HOUR, 0.5 * HOUR], [1, 2, 3])))
+    counts = dict(zip(*(limes.extrapolator.state_dict()[k] for k in ("steps", "counts")), strict=True))
+    assert counts[0][1] == counts[0][3] == 4
+
+
+def test_a_replay_trains_without_counting(kit):
+    limes = LIMES(on_backward="replay")
+    datamodule = module_of()
+    kit.trainer(limes, max_epochs=2).fit(Digits(), datamodule=datamodule)
+    counts = np.sum(limes.extrapolator.state_dict()["counts"], axis=0)
+    assert np.array_equal(counts, sum(labels_by_hour(datamodule).values()))
+    with pytest.raises(PluginError, match="max_epochs=1 stops there"):
+        kit.trainer(LIMES(), max_epochs=2).fit(Digits(), datamodule=datamodule)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_hours_without_batches_are_missing_and_empty_ones_harmless(kit):
+    limes = LIMES()
+    masked = (torch.zeros(4, 64), torch.full((4,), -100), {"timestamp": 2.0 * HOUR})
+
+    class Module(Digits):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if (batch[1] >= 0).any() else None
+
+    kit.trainer(limes).fit(Module(), Listed([*rows_at([0.0, 1.0 * HOUR]), masked, *rows_at([7.0 * HOUR, 8.0 * HOUR])]))
+    assert limes.extrapolator.state_dict()["steps"] == [0, 1, 7, 8]
+    assert np.isfinite(limes.prior()).all()

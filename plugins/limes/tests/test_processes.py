@@ -1,0 +1,52 @@
+"""Two processes."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from limes_digit_stream import Digits, Spy, stream
+from torch.utils.data import DataLoader
+
+from groundwire_limes import LIMES
+
+
+@pytest.mark.parametrize("training_prior", ["running", "forecast"])
+def test_two_processes_agree_on_steps_counts_and_offsets(kit, training_prior):
+    data, times = stream(12, rows=80)
+
+    class Ragged(pl.LightningDataModule):
+        """The ranks cross the hours at different batches."""
+
+        def train_dataloader(self):
+            rank = self.trainer.global_rank
+            rows = np.arange(rank, len(data), 2)
+            rows = rows[12:] if rank else rows[:-12]
+            return DataLoader([(*data[i], {"timestamp": float(times[i])}) for i in rows], 26, drop_last=True)
+
+    class Seen(Spy):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            line = limes._line
+            steps = {s: f.prior.tolist() for s, f in line._made.items()}
+            kept.append((line.current, steps))
+
+        def on_train_end(self, trainer, pl_module):
+            state = {"kept": kept, "state": limes.extrapolator.state_dict(), "weights": dict(pl_module.state_dict())}
+            torch.save(state, kit.path / f"rank{trainer.global_rank}.pt")
+
+    kept = []
+    limes = LIMES(training_prior=training_prior)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    trainer = kit.trainer(limes, Seen(), strategy=strategy, devices=2, use_distributed_sampler=False)
+    trainer.fit(Digits(), datamodule=Ragged())
+    one, two = (torch.load(kit.path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert kit.difference(one["weights"], two["weights"]) == 0.0
+    assert one["state"] == two["state"]
+    total = np.sum(one["state"]["counts"], axis=0)
+    used = [(np.arange(r, len(data), 2)[12:] if r else np.arange(r, len(data), 2)[:-12]) for r in (0, 1)]
+    used = np.concatenate([u[: len(u) // 26 * 26] for u in used])
+    assert np.array_equal(total, np.bincount(data.tensors[1][used].numpy(), minlength=10))
+    for (step, made), (other, also) in zip(one["kept"], two["kept"], strict=True):
+        assert step == other
+        assert all(made[s] == also[s] for s in made.keys() & also.keys())

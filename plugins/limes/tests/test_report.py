@@ -1,0 +1,83 @@
+"""What is said of a run."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from limes_digit_stream import Digits, fit, module_of, stream
+from torch import nn
+from torch.utils.data import DataLoader
+
+from groundwire import Report
+from groundwire_limes import LIMES
+from groundwire_limes.functional import log_offset
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.ones(10)), "class weights"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), "label_smoothing"),
+        (type("FocalLoss", (nn.CrossEntropyLoss,), {})(), "does not give the posterior"),
+    ],
+)
+def test_losses_that_move_the_prior_are_said_and_reported(kit, loss, text):
+    class Module(Digits):
+        def __init__(self):
+            super().__init__()
+            self.loss = loss
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(self(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match=text):
+        fit(kit, LIMES(), module_of(2), Module(), report=True)
+    [folder] = (kit.path / "groundwire").iterdir()
+    assert any(text in f.message for f in Report.read(folder).findings if f.severity == "warn")
+
+
+def test_balanced_samplers_are_said(kit):
+    data, times = stream(1)
+    rows = [(x, y, {"timestamp": float(t)}) for (x, y), t in zip(data, times, strict=True)]
+    sampler = torch.utils.data.WeightedRandomSampler(torch.ones(len(rows)), len(rows))
+    with pytest.warns(UserWarning, match="WeightedRandomSampler draws the classes with other frequencies"):
+        kit.trainer(LIMES()).fit(Digits(), DataLoader(rows, 20, sampler=sampler))
+
+
+def test_the_report_has_prequential_accuracy_worst_hours_divergence_and_pictures(kit):
+    logger = pl.loggers.CSVLogger(kit.path, name="", version="")
+    limes = LIMES(season="4h")
+    fit(kit, limes, report=True, logger=logger, log_every_n_steps=1)
+    report = Report.read(kit.path)
+    found = {f.code: f.value for f in report.findings}
+    qualities = [limes._line.tally.quality(s)["accuracy"] for s in range(12)]
+    assert found["mean_accuracy"] == pytest.approx(np.mean(qualities))
+    worst = [min(qualities[i : i + 4]) for i in (0, 4, 8)]
+    assert found["worst_step_accuracy"] == pytest.approx(np.mean(worst))
+    assert found["divergence"] > 0
+    assert found["guarded_steps"] >= 0
+    page = report.path.read_text()
+    assert page.count("<svg") == 3
+    assert "prequential" in page
+    text = (kit.path / "metrics.csv").read_text()
+    assert "limes/accuracy" in text
+    assert "limes/divergence" in text
+
+
+def test_prequential_accuracy_is_that_of_the_forecast_before_the_batch_was_learned_from(kit):
+    limes, datamodule = LIMES(training_prior="realised"), module_of()
+
+    class Before(pl.Callback):
+        hits, rows = 0, 0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            offset = torch.tensor(log_offset(limes._line.forecast(limes._line.current).prior), dtype=torch.float32)
+            with torch.no_grad():
+                scores = pl_module(batch[0]) - pl_module.net[2].gw_offset + offset
+            self.hits += int((scores.argmax(1) == batch[1]).sum())
+            self.rows += len(batch[1])
+
+    before = Before()
+    kit.trainer(limes, before).fit(Digits(), datamodule=datamodule)
+    sums = sum(row[10:] for row in limes._line.tally.known.values())
+    assert (sums[0], sums[1]) == (before.rows, before.hits)
