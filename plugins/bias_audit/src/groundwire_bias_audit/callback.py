@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from torch import Tensor
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
+from groundwire_bias_audit.explained import (
+    Method,
+    Pairs,
+    attribution_finding,
+    checked_attribution,
+    explain_all,
+    null_problems,
+)
 from groundwire_bias_audit.findings import findings_of
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.inputs import read_outputs
@@ -21,6 +30,7 @@ from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned, compared
 from groundwire_bias_audit.report import Reporter
 from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.samples import Samples
 from groundwire_bias_audit.stream import Stream
 from groundwire_bias_audit.training import TrainingCounts
 from groundwire_bias_audit.variants import checked_variants, requested
@@ -50,6 +60,12 @@ class BiasAudit(Plugin):
         task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
         max_groups: Most values of a feature.
         listed: Rows in the lists of flips and of susceptible samples.
+        attribution: Also compare where the model and each version look at samples that the version flipped, in the last
+            pass that evaluates versions: "auto" (Grad-CAM at the last convolution, else input x gradient), "gradcam",
+            "input_x_gradient", "integrated_gradients" or "occlusion". Needs a data set with an index, and versions.
+        attribution_samples: Most such samples of each group, drawn at random.
+        attribution_null: Checkpoints of the same model without compression (of other seeds, or fine-tuned), to tell a
+            shift from what any two models differ by. Without one the shift is shown as uninterpretable.
         name: Name of this audit; two audits in one run need different ones.
 
     Attributes:
@@ -80,6 +96,9 @@ class BiasAudit(Plugin):
         task: str | None = None,
         max_groups: int = 100,
         listed: int = 100,
+        attribution: Method | None = None,
+        attribution_samples: int = 16,
+        attribution_null: str | Path | Sequence[str | Path] = (),
         name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
@@ -89,6 +108,8 @@ class BiasAudit(Plugin):
         self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, baseline
         self.variants = checked_variants(variants)
         self.gate = checked_gate(gate)
+        self.attribution, self.attribution_samples = attribution, attribution_samples
+        self.attribution_null = checked_attribution(attribution, attribution_samples, attribution_null)
         self.threshold, self.task, self.max_groups, self.listed = threshold, task, max_groups, listed
         if name is not None:
             self.name = name
@@ -171,13 +192,26 @@ class BiasAudit(Plugin):
             return bool(epoch % self.every_n_epochs == 0)
         return bool(epoch == trainer.max_epochs or trainer.should_stop)
 
+    def _last(self, trainer: Any) -> bool:
+        """Whether no later pass of this run is like this one."""
+        if str(trainer.state.fn.value) != "fit" or trainer.should_stop:
+            return True
+        every, validated = self.every_n_epochs or 1, trainer.check_val_every_n_epoch or 1
+        later = range(trainer.current_epoch + 2, (trainer.max_epochs or 0) + 1)
+        return not any(epoch % every == 0 and epoch % validated == 0 for epoch in later)
+
     # groundwire's hooks
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """The baseline must exist."""
+        """The baseline and the null models must exist."""
         self._run = run
-        if not run.ready or not isinstance(self.baseline, str) or self.baseline == DENSE:
+        if not run.ready:
+            return []
+        return self._baseline_problems(run) + null_problems(self.name, run.module, self.attribution_null)
+
+    def _baseline_problems(self, run: RunContext) -> list[Problem]:
+        if not isinstance(self.baseline, str) or self.baseline == DENSE:
             return []
         names = [variant.name for variant in self._offered(run)]
         if self.baseline in names:
@@ -227,9 +261,28 @@ class BiasAudit(Plugin):
             more, reference = self._versions(run, records, whole, results)
             found += more
         self.results[run.stage] = results
-        self._report.take(self, run, results, records, reference, lambda n: _dataset(run, n))
+        samples = Samples(run, lambda number: _loader(run.trainer, run.stage, number))
+        self._report.take(self, run, results, records, reference, samples)
+        if self._last(run.trainer):
+            if run.trainer.is_global_zero:
+                self._report.show(dense.examples, samples)
+            found += self._explained(run, records, samples)
         self._dense = None
         return found
+
+    def _explained(self, run: RunContext, records: dict[str, Record | None], samples: Samples) -> list[Finding]:
+        """Attribution pairs of the first process's rows; the same findings on all."""
+        if self.attribution is None or not self._due(run.trainer):
+            return []
+        found: list[Finding] = []
+        if run.trainer.is_global_zero:
+            pairs = explain_all(
+                run.module, self._offered(run), records, records[DENSE], samples=samples, method=self.attribution,
+                per_group=self.attribution_samples, null=self.attribution_null,
+            )  # fmt: skip
+            found = [attribution_finding(self.name, version, pair) for version, pair in pairs.items()]
+            self._report.explain(run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, Pairs)})
+        return list(gathered(run.trainer, found)[0])
 
     def _training_findings(self, run: RunContext) -> list[Finding]:
         if run.stage != "train" or self.results:
