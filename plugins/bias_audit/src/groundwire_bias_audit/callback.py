@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
+from groundwire_bias_audit.baseline import DENSE, comparison, counted_rows, reference_of
 from groundwire_bias_audit.explained import (
     Method,
     Pairs,
@@ -24,19 +24,17 @@ from groundwire_bias_audit.explained import (
 )
 from groundwire_bias_audit.findings import findings_of
 from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.inputs import read_outputs
+from groundwire_bias_audit.loaders import dataset_of, loader_of
 from groundwire_bias_audit.padding import counted
-from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned, compared
+from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned
+from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.report import Reporter
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.samples import Samples
 from groundwire_bias_audit.stream import Stream
+from groundwire_bias_audit.timing import due, last
 from groundwire_bias_audit.training import TrainingCounts
 from groundwire_bias_audit.variants import checked_variants, requested
-
-#: How the model itself is called among its versions.
-DENSE = "dense"
 
 
 class BiasAudit(Plugin):
@@ -183,22 +181,7 @@ class BiasAudit(Plugin):
 
     def _due(self, trainer: Any) -> bool:
         """Whether versions are evaluated in this pass; the same on all ranks."""
-        if self.variants is False or self.variants == ():
-            return False
-        if str(trainer.state.fn.value) != "fit":
-            return True
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is not None:
-            return bool(epoch % self.every_n_epochs == 0)
-        return bool(epoch == trainer.max_epochs or trainer.should_stop)
-
-    def _last(self, trainer: Any) -> bool:
-        """Whether no later pass of this run is like this one."""
-        if str(trainer.state.fn.value) != "fit" or trainer.should_stop:
-            return True
-        every, validated = self.every_n_epochs or 1, trainer.check_val_every_n_epoch or 1
-        later = range(trainer.current_epoch + 2, (trainer.max_epochs or 0) + 1)
-        return not any(epoch % every == 0 and epoch % validated == 0 for epoch in later)
+        return self.variants is not False and self.variants != () and due(trainer, self.every_n_epochs)
 
     # groundwire's hooks
 
@@ -235,7 +218,7 @@ class BiasAudit(Plugin):
         self._position[loader] = start + len(scores)
         ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
         features = self._features(target, batch, fields, run, loader)
-        prepared = _loader(run.trainer, run.stage, loader)
+        prepared = loader_of(run, loader)
         keep = counted(getattr(prepared, "sampler", None), start, len(scores))
         target.add(scores, fields.targets, features, ids, keep)
 
@@ -243,7 +226,7 @@ class BiasAudit(Plugin):
         """Groups of the batch. A version's rows are the model's, so they have the groups of those."""
         if not target.count:
             return {}
-        return self._reader(batch, fields, run.ids, _dataset(run, loader))
+        return self._reader(batch, fields, run.ids, dataset_of(run, loader))
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
@@ -261,9 +244,9 @@ class BiasAudit(Plugin):
             more, reference = self._versions(run, records, whole, results)
             found += more
         self.results[run.stage] = results
-        samples = Samples(run, lambda number: _loader(run.trainer, run.stage, number))
+        samples = Samples(run, lambda number: loader_of(run, number))
         self._report.take(self, run, results, records, reference, samples)
-        if self._last(run.trainer):
+        if last(run.trainer, self.every_n_epochs):
             if run.trainer.is_global_zero:
                 self._report.show(dense.examples, samples)
             found += self._explained(run, records, samples)
@@ -316,11 +299,13 @@ class BiasAudit(Plugin):
                 text = f"The rows of {variant.name} could not be matched with the model's, so it was not audited."
                 found.append(Finding(self.name, f"unmatched@{variant.name}", "warn", variant.name, text))
                 continue
-            records[variant.name], streams[variant.name] = own, self._counted(run, own)
-        reference, against = self._reference(records)
+            records[variant.name], streams[variant.name] = own, counted_rows(run, own, self.threshold, self.max_groups)
+        reference, against = reference_of(self.baseline, records, self.threshold)
         for name in records:
-            comparison = None if name == against else self._compared(run, reference, records[name], results[DENSE])
-            results[name] = self._result(streams[name], run, comparison)
+            change = None
+            if name != against:
+                change = comparison(run, reference, records[name], results[DENSE], self.gate)
+            results[name] = self._result(streams[name], run, change)
         for name, result in results.items():
             if name != DENSE or result.comparison is not None:
                 found += findings_of(self.name, name, result, streams[name], self._training)
@@ -342,44 +327,6 @@ class BiasAudit(Plugin):
             own = replace(own, features=record.features, ids=record.ids)
         return all(gathered(run.trainer, good)), own
 
-    def _counted(self, run: RunContext, record: Record | None) -> Stream:
-        stream = Stream(self.threshold, self.max_groups)
-        if record is not None:
-            stream.update(record.outputs, record.features)
-        return stream.merged(lambda value: gathered(run.trainer, value))
-
-    def _compared(self, run: RunContext, first: Record | None, second: Record | None, dense: AuditResult) -> Comparison:
-        groups = dense.evidence.groups
-        own = None if first is None or second is None else compared(first, second, groups)
-        found = [pair for pair in gathered(run.trainer, own) if pair is not None]
-        names = ("",) if dense.task == "multiclass" else dense.targets
-        pairs, flips = (sum(part[1:], part[0]) for part in zip(*found, strict=True))
-        return Comparison(groups, names, pairs, flips, self.gate)
-
-    def _reference(self, records: dict[str, Record | None]) -> tuple[Record | None, str | None]:
-        """The rows that versions are compared with, and whose they are."""
-        if self.baseline is None:
-            return records[DENSE], DENSE
-        if isinstance(self.baseline, str):
-            return records[self.baseline], self.baseline
-        return self._earlier(records[DENSE]), None
-
-    def _earlier(self, record: Record | None) -> Record | None:
-        """The scores of an earlier model for the rows of ``record``."""
-        if record is None:
-            return None
-        if record.ids is None:
-            raise PluginError("a baseline by data set index needs such indices -> use a map-style data set")
-        values = self.baseline.detach().cpu() if isinstance(self.baseline, Tensor) else torch.as_tensor(self.baseline)
-        rows = record.ids % LOADER_STEP
-        if rows.max() >= len(values):
-            raise PluginError(f"the baseline has {len(values)} rows, and the data set at least {rows.max() + 1}")
-        task = record.outputs.task
-        names = None if task == "binary" else record.outputs.names
-        labels = record.outputs.labels if task != "binary" else record.outputs.labels[:, 0]
-        outputs = read_outputs(labels, values.numpy()[rows], task=task, threshold=self.threshold, names=names)
-        return Record(outputs, record.features, record.ids)
-
     @hookimpl
     def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
         """Groups, curves, flips."""
@@ -400,25 +347,3 @@ class BiasAudit(Plugin):
                 for version, result in results.items()
             }
         }
-
-
-def gathered(trainer: Any, value: Any) -> list[Any]:
-    """``value`` of every process."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _dataset(run: RunContext, loader: int) -> Any:
-    return getattr(_loader(run.trainer, run.stage, loader), "dataset", None)
-
-
-def _loader(trainer: Any, stage: str, number: int) -> Any:
-    loaders = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-    if hasattr(loaders, "flattened"):
-        loaders = loaders.flattened
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return loaders[number] if isinstance(loaders, list | tuple) else loaders
