@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from groundwire import PluginError, Report
+from groundwire import PluginError, Plugins, Report
 from groundwire_bias_audit import BiasAudit
 from groundwire_bias_audit.samples import LONGEST, image
 
@@ -160,9 +160,9 @@ def test_attributions_are_off_by_default_and_computed_once(tmp_path, monkeypatch
     real = callback.explain_all
     plugin = BiasAudit("writer", variants=[0.9], every_n_epochs=1, attribution="auto", attribution_samples=1)
     monkeypatch.setattr(callback, "explain_all", lambda *a, **k: (epochs.append(1), real(*a, **k))[1])
-    fitted(tmp_path, plugin)
+    fitted(tmp_path, Plugins([plugin], report=False))
     assert epochs == [1]
-    fitted(tmp_path / "off", BiasAudit("writer", variants=[0.9]))
+    fitted(tmp_path / "off", Plugins([BiasAudit("writer", variants=[0.9])], report=False))
     assert epochs == [1]
 
 
