@@ -101,7 +101,7 @@ def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, M
         "enable_model_summary": False, "default_root_dir": folder,
     }  # fmt: skip
     pl.Trainer(max_epochs=epochs, **options).fit(model, loader)
-    versions = {f"{s:g}": fine_tuned(model, s, loader, max(2, epochs // 2)) for s in SPARSITIES}
+    versions = {f"{s:g}": fine_tuned(model, s, loader, max(1, epochs // 2)) for s in SPARSITIES}
     variants = [Variant(name, partial(swapped, model, weights)) for name, weights in versions.items()]
     audit = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
     test = Marked(False, seed)

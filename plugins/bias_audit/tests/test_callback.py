@@ -220,7 +220,7 @@ def test_versions_wait_for_their_epoch(kit):
     last, every = Counting(variants=[0.5]), Counting(variants=[0.5], every_n_epochs=2)
     for plugin, epochs in ((last, [3]), (every, [1, 3])):
         plugin.name = "bias_audit"
-        fitted(kit, plugin, epochs=4)
+        fitted(kit, plugin, epochs=4, limit_train_batches=1, limit_val_batches=2)
         assert list(plugin.seen) == epochs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,11 +37,17 @@ class AttributionShift:
             None without null models).
         method: Of the attribution.
         interpretable: Whether there are null models.
+        rows: Positions of the rows that were drawn, by group, shape (m,).
+        codes: Group of each of them, as a position in ``table``.
+        maps: Attributions of the dense model and of the version for these rows, each of shape (m, positions).
     """
 
     table: pd.DataFrame
     method: str
     interpretable: bool
+    rows: NDArray[Any] = field(repr=False)
+    codes: NDArray[Any] = field(repr=False)
+    maps: tuple[Maps, Maps] = field(repr=False)
 
     def __str__(self) -> str:
         note = (
@@ -116,14 +122,16 @@ def attribution_shift(
     def maps(model: Version) -> Maps:
         module, apply = model if isinstance(model, tuple) else (model, nullcontext)
         with apply(), _evaluating(module):
-            own = layer if module is dense else None
-            return attributions(module, inputs[rows], labels[rows], chosen, own, internal_batch_size)
+            at = layer if module is dense else None
+            return attributions(module, inputs[rows], labels[rows], chosen, at, internal_batch_size)
 
     reference = maps(dense)
     mask = None if region is None else _mask(region, inputs)
-    found = _measures(reference, maps(version), mask)
+    own = maps(version)
+    found = _measures(reference, own, mask)
     band = [_measures(reference, maps(model), mask) for model in null]
-    return AttributionShift(_table(found, band, codes, groups.index), chosen, bool(band))
+    table = _table(found, band, codes, groups.index)
+    return AttributionShift(table, chosen, bool(band), rows, codes, (reference, own))
 
 
 def attributions(
@@ -141,7 +149,6 @@ def _explained(module: nn.Module, x: Tensor, y: Tensor, method: str, layer: nn.M
     from captum import attr
 
     device = next((p.device for p in module.parameters()), x.device)
-    x = x.detach().to(device).clone().requires_grad_()
     target: Any = y.to(device)
 
     def scores(batch: Tensor) -> Tensor:
@@ -149,6 +156,7 @@ def _explained(module: nn.Module, x: Tensor, y: Tensor, method: str, layer: nn.M
         return out[:, None] if out.ndim == 1 else out
 
     with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().to(device).clone().requires_grad_()  # inside: a tensor of inference mode has no gradient
         with torch.no_grad():
             single = scores(x[:1]).shape[1] == 1
         sign = torch.where(target > 0, 1.0, -1.0) if single else torch.ones(len(x), device=device)

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
+from groundwire_bias_audit.baseline import DENSE, comparison, counted_rows, reference_of
+from groundwire_bias_audit.explained import (
+    Method,
+    Pairs,
+    attribution_finding,
+    checked_attribution,
+    explain_all,
+    null_problems,
+)
 from groundwire_bias_audit.findings import findings_of
 from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.inputs import read_outputs
+from groundwire_bias_audit.loaders import dataset_of, loader_of
 from groundwire_bias_audit.padding import counted
-from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned, compared
+from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned
+from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.report import Reporter
 from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.samples import Samples
 from groundwire_bias_audit.stream import Stream
+from groundwire_bias_audit.timing import due, last
 from groundwire_bias_audit.training import TrainingCounts
 from groundwire_bias_audit.variants import checked_variants, requested
-
-#: How the model itself is called among its versions.
-DENSE = "dense"
 
 
 class BiasAudit(Plugin):
@@ -50,6 +58,12 @@ class BiasAudit(Plugin):
         task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
         max_groups: Most values of a feature.
         listed: Rows in the lists of flips and of susceptible samples.
+        attribution: Also compare where the model and each version look at samples that the version flipped, in the last
+            pass that evaluates versions: "auto" (Grad-CAM at the last convolution, else input x gradient), "gradcam",
+            "input_x_gradient", "integrated_gradients" or "occlusion". Needs a data set with an index, and versions.
+        attribution_samples: Most such samples of each group, drawn at random.
+        attribution_null: Checkpoints of the same model without compression (of other seeds, or fine-tuned), to tell a
+            shift from what any two models differ by. Without one the shift is shown as uninterpretable.
         name: Name of this audit; two audits in one run need different ones.
 
     Attributes:
@@ -80,6 +94,9 @@ class BiasAudit(Plugin):
         task: str | None = None,
         max_groups: int = 100,
         listed: int = 100,
+        attribution: Method | None = None,
+        attribution_samples: int = 16,
+        attribution_null: str | Path | Sequence[str | Path] = (),
         name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
@@ -89,6 +106,8 @@ class BiasAudit(Plugin):
         self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, baseline
         self.variants = checked_variants(variants)
         self.gate = checked_gate(gate)
+        self.attribution, self.attribution_samples = attribution, attribution_samples
+        self.attribution_null = checked_attribution(attribution, attribution_samples, attribution_null)
         self.threshold, self.task, self.max_groups, self.listed = threshold, task, max_groups, listed
         if name is not None:
             self.name = name
@@ -162,22 +181,20 @@ class BiasAudit(Plugin):
 
     def _due(self, trainer: Any) -> bool:
         """Whether versions are evaluated in this pass; the same on all ranks."""
-        if self.variants is False or self.variants == ():
-            return False
-        if str(trainer.state.fn.value) != "fit":
-            return True
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is not None:
-            return bool(epoch % self.every_n_epochs == 0)
-        return bool(epoch == trainer.max_epochs or trainer.should_stop)
+        return self.variants is not False and self.variants != () and due(trainer, self.every_n_epochs)
 
     # groundwire's hooks
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """The baseline must exist."""
+        """The baseline and the null models must exist."""
         self._run = run
-        if not run.ready or not isinstance(self.baseline, str) or self.baseline == DENSE:
+        if not run.ready:
+            return []
+        return self._baseline_problems(run) + null_problems(self.name, run.module, self.attribution_null)
+
+    def _baseline_problems(self, run: RunContext) -> list[Problem]:
+        if not isinstance(self.baseline, str) or self.baseline == DENSE:
             return []
         names = [variant.name for variant in self._offered(run)]
         if self.baseline in names:
@@ -201,7 +218,7 @@ class BiasAudit(Plugin):
         self._position[loader] = start + len(scores)
         ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
         features = self._features(target, batch, fields, run, loader)
-        prepared = _loader(run.trainer, run.stage, loader)
+        prepared = loader_of(run, loader)
         keep = counted(getattr(prepared, "sampler", None), start, len(scores))
         target.add(scores, fields.targets, features, ids, keep)
 
@@ -209,7 +226,7 @@ class BiasAudit(Plugin):
         """Groups of the batch. A version's rows are the model's, so they have the groups of those."""
         if not target.count:
             return {}
-        return self._reader(batch, fields, run.ids, _dataset(run, loader))
+        return self._reader(batch, fields, run.ids, dataset_of(run, loader))
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
@@ -227,9 +244,28 @@ class BiasAudit(Plugin):
             more, reference = self._versions(run, records, whole, results)
             found += more
         self.results[run.stage] = results
-        self._report.take(self, run, results, records, reference, lambda n: _dataset(run, n))
+        samples = Samples(run, lambda number: loader_of(run, number))
+        self._report.take(self, run, results, records, reference, samples)
+        if last(run.trainer, self.every_n_epochs):
+            if run.trainer.is_global_zero:
+                self._report.show(dense.examples, samples)
+            found += self._explained(run, records, samples)
         self._dense = None
         return found
+
+    def _explained(self, run: RunContext, records: dict[str, Record | None], samples: Samples) -> list[Finding]:
+        """Attribution pairs of the first process's rows; the same findings on all."""
+        if self.attribution is None or not self._due(run.trainer):
+            return []
+        found: list[Finding] = []
+        if run.trainer.is_global_zero:
+            pairs = explain_all(
+                run.module, self._offered(run), records, records[DENSE], samples=samples, method=self.attribution,
+                per_group=self.attribution_samples, null=self.attribution_null,
+            )  # fmt: skip
+            found = [attribution_finding(self.name, version, pair) for version, pair in pairs.items()]
+            self._report.explain(run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, Pairs)})
+        return list(gathered(run.trainer, found)[0])
 
     def _training_findings(self, run: RunContext) -> list[Finding]:
         if run.stage != "train" or self.results:
@@ -263,11 +299,13 @@ class BiasAudit(Plugin):
                 text = f"The rows of {variant.name} could not be matched with the model's, so it was not audited."
                 found.append(Finding(self.name, f"unmatched@{variant.name}", "warn", variant.name, text))
                 continue
-            records[variant.name], streams[variant.name] = own, self._counted(run, own)
-        reference, against = self._reference(records)
+            records[variant.name], streams[variant.name] = own, counted_rows(run, own, self.threshold, self.max_groups)
+        reference, against = reference_of(self.baseline, records, self.threshold)
         for name in records:
-            comparison = None if name == against else self._compared(run, reference, records[name], results[DENSE])
-            results[name] = self._result(streams[name], run, comparison)
+            change = None
+            if name != against:
+                change = comparison(run, reference, records[name], results[DENSE], self.gate)
+            results[name] = self._result(streams[name], run, change)
         for name, result in results.items():
             if name != DENSE or result.comparison is not None:
                 found += findings_of(self.name, name, result, streams[name], self._training)
@@ -289,44 +327,6 @@ class BiasAudit(Plugin):
             own = replace(own, features=record.features, ids=record.ids)
         return all(gathered(run.trainer, good)), own
 
-    def _counted(self, run: RunContext, record: Record | None) -> Stream:
-        stream = Stream(self.threshold, self.max_groups)
-        if record is not None:
-            stream.update(record.outputs, record.features)
-        return stream.merged(lambda value: gathered(run.trainer, value))
-
-    def _compared(self, run: RunContext, first: Record | None, second: Record | None, dense: AuditResult) -> Comparison:
-        groups = dense.evidence.groups
-        own = None if first is None or second is None else compared(first, second, groups)
-        found = [pair for pair in gathered(run.trainer, own) if pair is not None]
-        names = ("",) if dense.task == "multiclass" else dense.targets
-        pairs, flips = (sum(part[1:], part[0]) for part in zip(*found, strict=True))
-        return Comparison(groups, names, pairs, flips, self.gate)
-
-    def _reference(self, records: dict[str, Record | None]) -> tuple[Record | None, str | None]:
-        """The rows that versions are compared with, and whose they are."""
-        if self.baseline is None:
-            return records[DENSE], DENSE
-        if isinstance(self.baseline, str):
-            return records[self.baseline], self.baseline
-        return self._earlier(records[DENSE]), None
-
-    def _earlier(self, record: Record | None) -> Record | None:
-        """The scores of an earlier model for the rows of ``record``."""
-        if record is None:
-            return None
-        if record.ids is None:
-            raise PluginError("a baseline by data set index needs such indices -> use a map-style data set")
-        values = self.baseline.detach().cpu() if isinstance(self.baseline, Tensor) else torch.as_tensor(self.baseline)
-        rows = record.ids % LOADER_STEP
-        if rows.max() >= len(values):
-            raise PluginError(f"the baseline has {len(values)} rows, and the data set at least {rows.max() + 1}")
-        task = record.outputs.task
-        names = None if task == "binary" else record.outputs.names
-        labels = record.outputs.labels if task != "binary" else record.outputs.labels[:, 0]
-        outputs = read_outputs(labels, values.numpy()[rows], task=task, threshold=self.threshold, names=names)
-        return Record(outputs, record.features, record.ids)
-
     @hookimpl
     def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
         """Groups, curves, flips."""
@@ -347,25 +347,3 @@ class BiasAudit(Plugin):
                 for version, result in results.items()
             }
         }
-
-
-def gathered(trainer: Any, value: Any) -> list[Any]:
-    """``value`` of every process."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _dataset(run: RunContext, loader: int) -> Any:
-    return getattr(_loader(run.trainer, run.stage, loader), "dataset", None)
-
-
-def _loader(trainer: Any, stage: str, number: int) -> Any:
-    loaders = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-    if hasattr(loaders, "flattened"):
-        loaders = loaders.flattened
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return loaders[number] if isinstance(loaders, list | tuple) else loaders

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from groundwire import Finding, Section
-from groundwire_bias_audit.result import AuditResult, describe
+from groundwire_bias_audit.questions import describe
+from groundwire_bias_audit.result import AuditResult
 
 #: Raised when the content of the JSON changes its meaning; additions do not raise it.
 SCHEMA = 1

@@ -100,8 +100,45 @@ def image_row(images: Sequence[Any], titles: Sequence[str], name: str) -> Figure
     """Images side by side, each with a title of its own."""
     figure = _figure((1.25 * max(len(images), 4), 1.9))
     for axes, image, title in zip(np.atleast_1d(figure.subplots(1, len(images))), images, titles, strict=True):
-        axes.imshow(image, cmap="gray" if np.ndim(image) == 2 else None)
-        axes.set_title(title, fontsize=7)
-        axes.set_axis_off()
+        _image(axes, image, title)
     figure.suptitle(name, fontsize=9)
     return figure
+
+
+def confusion_examples(images: Mapping[tuple[str, str], Sequence[tuple[Any, str]]]) -> Figure:
+    """A few samples of TP, FN, FP and TN, certain on the left and uncertain on the right."""
+    kinds, sides = (list(dict.fromkeys(cell[i] for cell in images)) for i in (0, 1))
+    most = max(map(len, images.values()))
+    figure = _figure((1.05 * most * len(sides) + 0.4, 1.35 * len(kinds) + 0.3))
+    grid = figure.subplots(len(kinds), most * len(sides), squeeze=False)
+    for (kind, side), found in images.items():
+        for i in range(most):
+            axes = grid[kinds.index(kind), sides.index(side) * most + i]
+            if i < len(found):
+                _image(axes, found[i][0], f"{kind} {side}\n{found[i][1]}")
+            axes.set_axis_off()
+    figure.suptitle("Samples of the confusion by confidence: id, P(y=1), groups", fontsize=9)
+    return figure
+
+
+def attribution_pairs(
+    images: Sequence[Any], maps: Sequence[tuple[Any, Any]], titles: Sequence[str], name: str
+) -> Figure:
+    """Each sample above the model's attribution and the version's; red raises the attributed score, blue lowers it."""
+    figure = _figure((1.25 * max(len(images), 4) + 0.4, 4.2))
+    grid = figure.subplots(3, len(images), squeeze=False)
+    for column, (image, pair, title) in enumerate(zip(images, maps, titles, strict=True)):
+        _image(grid[0, column], image, title)
+        for axes, values, whose in zip(grid[1:, column], pair, ("the model", "the version"), strict=True):
+            top = float(np.abs(values).max()) or 1.0
+            axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top)
+            axes.set_title(whose, fontsize=7)
+            axes.set_axis_off()
+    figure.suptitle(name, fontsize=9)
+    return figure
+
+
+def _image(axes: Any, image: Any, title: str) -> None:
+    axes.imshow(image, cmap="gray" if np.ndim(image) == 2 else None)
+    axes.set_title(title, fontsize=7)
+    axes.set_axis_off()

@@ -12,7 +12,8 @@ from groundwire import Finding
 from groundwire.types import Severity
 from groundwire_bias_audit.association import bias_amplification, interdependence, rare_value_ratio
 from groundwire_bias_audit.gate import Verdict
-from groundwire_bias_audit.result import AuditResult, describe
+from groundwire_bias_audit.questions import describe
+from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.stream import Stream
 from groundwire_bias_audit.training import TrainingCounts
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groundwire_bias_audit.capture import outputs_of
+from groundwire_bias_audit.examples import Examples
 from groundwire_bias_audit.functional import Counts
 from groundwire_bias_audit.grouping import Groups, read_groups
 from groundwire_bias_audit.inputs import Outputs
@@ -57,7 +58,7 @@ class Pass:
     """
 
     def __init__(self, threshold: float, task: str | None, max_groups: int, *, keep: bool, count: bool = True) -> None:
-        self.stream = Stream(threshold, max_groups)
+        self.stream, self.examples = Stream(threshold, max_groups), Examples()
         self.keep, self.count, self.threshold, self.task = keep, count, threshold, task
         self._batches: list[tuple[Tensor, Any, Mapping[str, Any], Any]] = []
         self._rows = 0
@@ -88,10 +89,12 @@ class Pass:
         outputs = outputs_of(torch.cat([b[0] for b in batches]), joined, self.threshold, self.task)
         self.task = outputs.task
         features = {name: [v for b in batches for v in _listed(b[2][name])] for name in batches[0][2]}
+        ids = None if any(b[3] is None for b in batches) else np.concatenate([b[3] for b in batches])
         if self.count:
             self.stream.update(outputs, features)
+            if ids is not None:
+                self.examples.update(outputs, features, ids)
         if self.keep:
-            ids = None if any(b[3] is None for b in batches) else np.concatenate([b[3] for b in batches])
             self._kept.append(Record(outputs, features, ids))
 
     def record(self) -> Record | None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import torch
-from torch.utils.data import default_collate
 
-from groundwire import PluginError, RunContext, Section, Table
-from groundwire.seeds import preserve_rng
+from groundwire import RunContext, Section, Table
 from groundwire_bias_audit import figures
+from groundwire_bias_audit.examples import Examples
 from groundwire_bias_audit.export import plain, to_csv
+from groundwire_bias_audit.flips import flipped
 from groundwire_bias_audit.passes import LOADER_STEP, Record
 from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.samples import Samples
 from groundwire_bias_audit.susceptibility import rank_susceptible
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from groundwire_bias_audit.callback import BiasAudit
+    from groundwire_bias_audit.explained import Pairs
 
 #: Most rows of a table on the page.
 SHOWN = 40
@@ -36,6 +38,24 @@ class Reporter:
         self.results: dict[str, dict[str, AuditResult]] = {}
         self.lists: dict[str, pd.DataFrame] = {}
         self.images: dict[str, tuple[list[Any], list[str]]] = {}
+        self.examples: dict[tuple[str, str], list[tuple[Any, str]]] = {}
+        self.pairs: dict[str, Pairs] = {}
+
+    def show(self, examples: Examples, samples: Samples) -> None:
+        """Remember samples of the confusion by confidence, if they are images."""
+        self.examples = {}
+        for cell, found in examples.cells.items():
+            images = samples.images(example.id for example in found)
+            if len(images) < len(found):
+                self.examples = {}
+                return
+            titles = [f"{e.id % LOADER_STEP}: {e.score:.2f}\n{figures.label(e.groups, 16)}" for e in found]
+            self.examples[cell] = list(zip(images, titles, strict=True))
+
+    def explain(self, stage: str, pairs: Mapping[str, Pairs]) -> None:
+        """Remember attribution pairs by version."""
+        self.pairs = dict(pairs)
+        self.lists |= {f"attribution-{stage}-{name}": pair.table() for name, pair in pairs.items()}
 
     def take(
         self,
@@ -44,7 +64,7 @@ class Reporter:
         results: dict[str, AuditResult],
         records: Mapping[str, Record | None],
         reference: Record | None,
-        dataset_of: Callable[[int], Any],
+        samples: Samples,
     ) -> None:
         """Remember the results of a stage, the samples that flipped, and those likely to."""
         self.results[run.stage] = results
@@ -60,7 +80,7 @@ class Reporter:
             if record is not None and reference is not None and record is not reference:
                 flips = flipped(reference, record)
                 self.lists[f"flips-{run.stage}-{name}"] = flips.head(audit.listed)
-                self.images[name] = thumbnails(run, record, flips, dataset_of)
+                self.images[name] = thumbnails(samples, reference, flips.head(IMAGES))
 
     def section(self, audit: BiasAudit) -> Section | None:
         """The latest stage's section."""
@@ -79,6 +99,9 @@ class Reporter:
             for name, (images, titles) in self.images.items()
             if images
         ]
+        if any(self.examples.values()):
+            drawn.append(partial(figures.confusion_examples, self.examples))
+        drawn += [partial(_pairs, name, pair) for name, pair in self.pairs.items() if pair.images]
         return Section(f"{made.title} ({stage})", made.text, tables, [*made.figures, *drawn])
 
     def write(self, audit: BiasAudit, page: Path) -> None:
@@ -97,65 +120,19 @@ def _file(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)[:100]
 
 
-def flipped(first: Record, second: Record) -> pd.DataFrame:
-    """Rows whose prediction differs, those the first model was surest of first."""
-    a, b = first.outputs, second.outputs
-    differs = a.predictions != b.predictions
-    rows = np.flatnonzero(differs.any(axis=1) if differs.ndim == 2 else differs)
-    column = differs[rows].argmax(axis=1) if differs.ndim == 2 else np.zeros(len(rows), int)
-
-    def of(values: Any) -> Any:
-        return values[rows, column] if values.ndim == 2 else values[rows]
-
-    table: dict[str, Any] = {"id": rows if first.ids is None else first.ids[rows] % LOADER_STEP}
-    table |= {name: [values[i] for i in rows] for name, values in first.features.items()}
-    if a.task == "multilabel":
-        table["target"] = column
-    table |= {"label": of(a.labels), "before": of(a.predictions), "after": of(b.predictions)}
-    for name, outputs in (("score_before", a), ("score_after", b)):
-        if outputs.scores is not None:
-            table[name] = outputs.scores.max(axis=1)[rows] if a.task == "multiclass" else of(outputs.scores)
-    table["change"] = np.select(
-        [table["before"] == table["label"], table["after"] == table["label"]], ["broken", "mended"], "other error"
-    )
-    frame = pd.DataFrame(table)
-    if "score_before" not in frame:
-        return frame
-    sure = (frame["score_before"] - (0.5 if a.task != "multiclass" else 0)).abs()
-    return frame.loc[sure.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+def thumbnails(samples: Samples, record: Record, flips: pd.DataFrame) -> tuple[list[Any], list[str]]:
+    """Images of flipped rows of ``record``, where the data set can be indexed and holds images."""
+    if record.ids is None:
+        return [], []
+    images = samples.images(record.ids[flips.index])
+    titles = [f"{row['id']}: {row['label']}\n{row['before']} to {row['after']}" for row in flips.to_dict("records")]
+    return images, titles[: len(images)]
 
 
-def thumbnails(
-    run: RunContext, record: Record, flips: pd.DataFrame, dataset_of: Callable[[int], Any]
-) -> tuple[list[Any], list[str]]:
-    """Images of the first flipped rows, where the data set can be indexed and holds images."""
-    images: list[Any] = []
-    titles: list[str] = []
-    dataset = dataset_of(0)
-    if record.ids is None or not hasattr(dataset, "__getitem__") or (record.ids >= LOADER_STEP).any():
-        return images, titles
-    with preserve_rng():  # a data set may draw random numbers
-        for row in flips.head(IMAGES).to_dict("records"):
-            try:
-                inputs = run.fields(default_collate([dataset[int(row["id"])]])).inputs
-            except (PluginError, TypeError, IndexError, KeyError):
-                return [], []
-            image = _image(inputs)
-            if image is None:
-                return [], []
-            images.append(image)
-            titles.append(f"{row['id']}: {row['label']}\n{row['before']} to {row['after']}")
-    return images, titles
-
-
-def _image(inputs: Any) -> Any:
-    """``(H, W)`` or ``(H, W, 3)`` in [0, 1] of the only row of a batch, or None if it is no image."""
-    if not isinstance(inputs, torch.Tensor) or inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
-        return None
-    image = inputs[0].detach().float().cpu()
-    low, high = float(image.min()), float(image.max())
-    image = (image - low) / (high - low) if high > low else image * 0
-    return image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+def _pairs(name: str, pair: Pairs) -> Figure:
+    note = "" if pair.shift.interpretable else ": uninterpretable without a null model"
+    title = f"Attributions ({pair.shift.method}) of samples flipped in version {figures.label(name)}{note}"
+    return figures.attribution_pairs(pair.images, pair.maps, pair.titles, title)
 
 
 def section(results: Mapping[str, AuditResult]) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import pandas as pd
 
 from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap_scores
 from groundwire_bias_audit.evidence import Evidence, regression_table
-from groundwire_bias_audit.functional import RATES, Counts, Floats, parts, rate, spread
-from groundwire_bias_audit.gate import Gate, Question, Test, Verdict, ask, check_metric, decide
-from groundwire_bias_audit.null import adjust, welch
+from groundwire_bias_audit.functional import RATES, Floats, rate, spread
+from groundwire_bias_audit.gate import Gate, Test, Verdict, check_metric, decide
 from groundwire_bias_audit.paired import Comparison
+from groundwire_bias_audit.questions import as_tuple, describe, tests_of, unwrapped
 
 SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
 REGRESSION_METRICS = (
@@ -91,7 +91,7 @@ class AuditResult:
             names = [*evidence.groups.names, "target"]
             joined = pd.concat(frames, names=["target", *evidence.groups.names])
             return joined.reorder_levels(names).reindex(
-                [(*_tuple(g), t) for g in evidence.groups.index for t in frames]
+                [(*as_tuple(g), t) for g in evidence.groups.index for t in frames]
             )
         return self._frame(evidence, self._target(target), target is not None)
 
@@ -190,7 +190,7 @@ class AuditResult:
         if np.isnan(hits).all():
             return (), math.nan
         group, target, label = np.unravel_index(int(np.nanargmin(hits)), hits.shape)
-        cell = (_plain(self.evidence.groups.index[group]), self.targets[target], int(label))
+        cell = (unwrapped(self.evidence.groups.index[group]), self.targets[target], int(label))
         return cell, float(hits[group, target, label])
 
     @property
@@ -201,9 +201,7 @@ class AuditResult:
     @cached_property
     def tests(self) -> list[Test]:
         """Every gated gap with its P value, corrected over all of them."""
-        if self.task == "regression":
-            return self._regression_tests()
-        return ask(self._questions(), self.gate, self.random_state)
+        return tests_of(self.evidence, self.gate, self.random_state)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -307,145 +305,6 @@ class AuditResult:
             label, prediction = np.ones_like(label), evidence.rows.outputs.correct
         cells = evidence.groups.codes.astype(np.int64) * 4 + label * 2 + prediction
         return bootstrap_rows(cells, evidence.rows.weights, evidence.groups.size, names, **options)
-
-    def _questions(self) -> list[Question]:
-        assert self.gate.metrics is not None
-        found = []
-        attributes = [[name] for name in self.features]
-        if self.gate.intersections and len(self.features) > 1:
-            attributes.append(list(self.features))
-        for names in attributes:
-            evidence = self.evidence.of(names)
-            for metric in self.gate.metrics:
-                found += self._of_metric(evidence, " x ".join(names), metric)
-        return found
-
-    def _of_metric(self, evidence: Evidence, attribute: str, metric: str) -> list[Question]:
-        counts, squares, names = evidence.counts, evidence.squares, self.targets
-        if evidence.hits is not None:
-            if metric != "accuracy" and not self.gate.named:
-                return []  # by class, there would hardly ever be enough rows in every cell
-            if metric == "accuracy":
-                counts, names = evidence.hits, ("",)
-                squares = None if squares is None else _all_right(squares)
-        assert counts is not None
-        k, n = parts(counts, metric)
-        if evidence.squares is not None:
-            k, n = _effective(k, n, squares, metric)
-        return [
-            question
-            for t, name in enumerate(names)
-            for question in _by_control(evidence, attribute, metric, str(name), k[:, t], n[:, t])
-        ]
-
-    def _regression_tests(self) -> list[Test]:
-        """Gaps of mean and mean absolute error in standard deviations of the label, by Welch's test from sums."""
-        whole = self.evidence.overall().moments
-        assert whole is not None
-        n, label, squared = (float(whole[:, i].sum()) for i in (0, 1, 5))
-        scale = math.sqrt(max(squared / n - (label / n) ** 2, 0.0)) or 1.0
-        raw = [
-            test
-            for name in self.features
-            for metric in ("mean_error", "mean_absolute_error")
-            for test in self._regression_questions(name, metric, scale)
-        ]
-        adjusted = adjust([test.p_value for test in raw], self.gate.correction)
-        return [
-            replace(test, p_adjusted=float(p), disparity=bool(test.gap > self.gate.tolerance and p <= self.gate.alpha))
-            for test, p in zip(raw, adjusted, strict=True)
-        ]
-
-    def _regression_questions(self, attribute: str, metric: str, scale: float) -> list[Test]:
-        evidence = self.evidence.of([attribute])
-        assert evidence.moments is not None
-        total = evidence.moments[:, 3] if metric == "mean_absolute_error" else np.diff(evidence.moments[:, 1:3])[:, 0]
-        sums = np.stack([total, evidence.moments[:, 4]], axis=1)
-        return [
-            _welch(question, sums[cells], evidence.size[cells], scale, self.gate)
-            for question, cells in _blocks(evidence, attribute, metric, "")
-        ]
-
-
-def _welch(question: Question, sums: Floats, size: Floats, scale: float, gate: Gate) -> Test:
-    enough = size >= gate.min_count
-    groups, small = (
-        tuple(g for g, ok in zip(question.groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
-    )
-    n, total, squares = size[enough].astype(float), sums[enough, 0], sums[enough, 1]
-    if len(n) < 2:
-        return replace(_untested(question), groups=groups, small=small)
-    means = total / n
-    variances = np.maximum(squares - n * means**2, 0) / (n - 1)
-    return replace(
-        _untested(question), groups=groups, small=small, gap=float(np.ptp(means)) / scale,
-        p_value=welch(means, variances, n),
-    )  # fmt: skip
-
-
-def _untested(question: Question) -> Test:
-    return Test(question.attribute, question.metric, question.target, question.control)
-
-
-def _by_control(evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats) -> list[Question]:
-    """One question for each combination of control values; combinations that no row has are no groups."""
-    found = _blocks(evidence, attribute, metric, target)
-    return [replace(question, successes=k[cells], trials=n[cells]) for question, cells in found]
-
-
-def _blocks(evidence: Evidence, attribute: str, metric: str, target: str) -> list[tuple[Question, list[int]]]:
-    """Questions without counts, and the cells of each."""
-    groups, found, none = evidence.groups, [], np.empty(0)
-    labels = list(groups.index)
-    blocks = math.prod(groups.shape[: groups.controls])
-    width = groups.size // blocks
-    for block in range(blocks):
-        cells = [i for i in range(block * width, (block + 1) * width) if evidence.size[i]]
-        if cells:
-            keys = [_tuple(labels[i]) for i in cells]
-            names = tuple(_plain(key[groups.controls :]) for key in keys)
-            control = keys[0][: groups.controls]
-            found.append((Question(attribute, metric, target, control, names, none, none), cells))
-    return found
-
-
-def _effective(k: Floats, n: Floats, squares: Any, metric: str) -> tuple[Floats, Floats]:
-    """Kish's effective numbers of rows, (sum w)^2 / sum w^2, with the weighted rates."""
-    q = n if squares is None else parts(squares, metric)[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where(q > 0, n**2 / q, 0.0)
-        return np.where(n > 0, k / n, 0.0) * effective, effective
-
-
-def _all_right(squares: Counts) -> Counts:
-    """Squared weights of all rows of each group, as the counts of "right" have them."""
-    found = np.zeros((len(squares), 1, 2, 2))
-    found[:, 0, 1, 1] = squares[:, 0].sum(axis=(1, 2))
-    return found
-
-
-def _tuple(label: Any) -> tuple[Any, ...]:
-    return label if isinstance(label, tuple) else (label,)
-
-
-def _plain(label: Any) -> Any:
-    return label[0] if isinstance(label, tuple) and len(label) == 1 else label
-
-
-def describe(test: Test) -> str:
-    """A test as one sentence.
-
-    Example:
-        >>> describe(Test("sex", "accuracy", gap=0.2, p_adjusted=0.001, disparity=True, outliers=("f",)))
-        'accuracy differs by 0.200 between groups of sex (adjusted P = 0.001); stands out: f'
-    """
-    where = f" of {test.target}" if test.target else ""
-    within = f" within {', '.join(map(str, test.control))}" if test.control else ""
-    worst = f"; stands out: {', '.join(map(str, test.outliers))}" if test.outliers else ""
-    return (
-        f"{test.metric}{where} differs by {test.gap:.3f} between groups of {test.attribute}{within} "
-        f"(adjusted P = {test.p_adjusted:.2g}){worst}"
-    )
 
 
 def checked_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -1,0 +1,228 @@
+"""Attribution pairs: where the model looked at samples that a version flipped, and where the version looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from groundwire import Finding, PluginError, Problem, Variant
+from groundwire.seeds import preserve_rng
+from groundwire_bias_audit.attribution import METHODS, AttributionShift, Maps, Version, attribution_shift
+from groundwire_bias_audit.export import plain
+from groundwire_bias_audit.flips import flipped
+from groundwire_bias_audit.passes import Record
+from groundwire_bias_audit.samples import Samples, image, thinned
+
+Method: TypeAlias = Literal["auto", "gradcam", "input_x_gradient", "integrated_gradients", "occlusion"]
+#: Samples in the picture of a version.
+DRAWN = 6
+NO_FLIP = "it flipped no prediction"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The attributions of the model and of a version for samples that the version flipped.
+
+    Attributes:
+        shift: How they differ, by group.
+        images: Some of the samples, if they are images; then also
+        maps: the attributions of the model and of the version for each of them, shape (H, W); and
+        titles: what to write above.
+    """
+
+    shift: AttributionShift
+    images: list[NDArray[Any]]
+    maps: list[tuple[Maps, Maps]]
+    titles: list[str]
+
+    def table(self) -> pd.DataFrame:
+        """The shift by group, and whether it can be interpreted."""
+        return self.shift.table.reset_index().assign(interpretable=self.shift.interpretable)
+
+
+def attribution_finding(plugin: str, version: str, pairs: Pairs | str) -> Finding:
+    """The shift in a sentence, or why there is none."""
+    code = f"attribution_shift@{version}"
+    if isinstance(pairs, str):
+        quiet = pairs == NO_FLIP
+        text = f"Attributions of version {version} were not compared with the model's: {pairs}."
+        return Finding(plugin, code, "info" if quiet else "warn", None, text)
+    shift, count = pairs.shift, pairs.shift.table["count"]
+    known = shift.table["spearman"].notna() & (count > 0)
+    text = f"Attributions ({shift.method}) of {int(count.sum())} samples that version {version} flipped: "
+    if known.any():
+        mean = np.average(shift.table["spearman"][known], weights=count[known])
+        text += f"Spearman's correlation with the model's is {mean:.3f} on average; {_judged(shift)}."
+    else:
+        text += "no correlation with the model's is defined, since attributions are constant."
+    return Finding(plugin, code, "info", plain(pairs.table().to_dict("records")), text)
+
+
+def _judged(shift: AttributionShift) -> str:
+    if not shift.interpretable:
+        return "uninterpretable, since there is no null model to compare with (attribution_null)"
+    outside = [str(group) for group, value in shift.table["spearman_outside"].items() if value]
+    if outside:
+        return f"outside the band of the null models for {', '.join(outside)}"
+    undefined = shift.table["spearman"].isna().any()
+    return f"within the band of the null models for every group{' where it is defined' if undefined else ''}"
+
+
+def checked_attribution(method: Any, samples: Any, null: Any) -> tuple[Path, ...]:
+    """The checkpoints ``null``, if all three arguments of ``BiasAudit`` are good.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"attribution must be None or one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"attribution_samples must be a whole number of at least 1, got {samples!r}")
+    paths = [null] if isinstance(null, str | Path) else list(null)
+    if not all(isinstance(path, str | Path) for path in paths):
+        raise ValueError(f"attribution_null must hold paths of checkpoints, got {null!r}")
+    if paths and method is None:
+        raise ValueError("attribution_null is for attributions -> name a method, such as attribution='auto'")
+    return tuple(Path(path) for path in paths)
+
+
+def null_problems(plugin: str, module: nn.Module, paths: Sequence[Path]) -> list[Problem]:
+    """Checkpoints that are no other weights of ``module``."""
+    found = []
+    for path in paths:
+        try:
+            _fitting(module, path)
+        except PluginError as error:
+            found.append(Problem(plugin, str(error), "attribution_null takes checkpoints of the same model"))
+    return found
+
+
+def _fitting(module: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of Lightning, or in a file with a state dict alone."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = content.get("state_dict", content)
+    except Exception as error:  # what a broken file raises is anybody's guess
+        raise PluginError(f"the null model {path} cannot be read: {type(error).__name__}: {error}") from error
+    shapes, wanted = (
+        {k: tuple(v.shape) for k, v in s.items() if isinstance(v, Tensor)} for s in (state, module.state_dict())
+    )
+    differing = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
+    if differing:
+        k = differing[0]
+        raise PluginError(f"the null model {path} does not fit: {k} is {shapes.get(k)}, the model's is {wanted.get(k)}")
+    return state
+
+
+@contextmanager
+def _weights_of(module: nn.Module, path: Path) -> Iterator[None]:
+    """``module`` with the weights of a checkpoint while open."""
+    saved = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        module.load_state_dict(_fitting(module, path), strict=False)
+        yield
+    finally:
+        module.load_state_dict(saved, strict=False)
+
+
+def explain(
+    module: nn.Module,
+    variant: Variant,
+    dense: Record,
+    other: Record,
+    samples: Samples,
+    *,
+    method: str,
+    per_group: int,
+    null: Sequence[Path] = (),
+) -> Pairs | str:
+    """Compare the attributions of ``variant`` with those of ``module`` on at most ``per_group`` flips of each group.
+
+    The class whose score is attributed is the one that the model predicted (of a multilabel task, the output that
+    flipped first).
+
+    Returns:
+        The pairs, or why there are none.
+    """
+    flips = flipped(dense, other)
+    if flips.empty:
+        return NO_FLIP
+    if dense.ids is None:
+        return "the data set has no index to fetch samples by"
+    chosen = _drawn(flips, list(dense.features), per_group)
+    fetched = [samples.inputs(row) for row in dense.ids[chosen.index]]
+    tensors = [x for x in fetched if x is not None]
+    if len(tensors) < len(fetched) or len({x.shape for x in tensors}) > 1 or not tensors[0].is_floating_point():
+        return "samples must be floating-point tensors of one shape that the data set gives by index"
+    inputs = torch.cat(tensors).to(next((p.dtype for p in module.parameters()), torch.float32))
+    targets = torch.tensor(chosen["target" if "target" in chosen else "before"].to_numpy().astype(np.int64))
+    models: list[Version] = [(module, partial(_weights_of, module, path)) for path in null]
+    try:
+        with preserve_rng(), torch.inference_mode(False):
+            shift = attribution_shift(
+                module, (module, variant.apply), inputs, targets, chosen[list(dense.features)], null=models,
+                method=method, per_group=per_group,
+            )  # fmt: skip
+    except Exception as error:  # the user's model, which need not be differentiable, must not lose its training
+        return f"{type(error).__name__}: {error}"
+    return Pairs(shift, *_pictures(shift, inputs, chosen))
+
+
+def explain_all(
+    module: nn.Module,
+    variants: Sequence[Variant],
+    records: Mapping[str, Record | None],
+    dense: Record | None,
+    **how: Any,
+) -> dict[str, Pairs | str]:
+    """:func:`explain` for every version whose rows are known."""
+    return {
+        variant.name: explain(module, variant, dense, record, **how)
+        for variant in variants
+        if dense is not None and (record := records.get(variant.name)) is not None
+    }
+
+
+def _drawn(flips: pd.DataFrame, features: list[str], per_group: int) -> pd.DataFrame:
+    """At random: the flips that the model was surest of come first in the list."""
+    mixed = flips.iloc[np.random.default_rng(0).permutation(len(flips))]
+    return mixed.groupby(features, dropna=False, sort=False).head(per_group)
+
+
+def _pictures(
+    shift: AttributionShift, inputs: Tensor, chosen: pd.DataFrame
+) -> tuple[list[NDArray[Any]], list[tuple[Maps, Maps]], list[str]]:
+    images: list[NDArray[Any]] = []
+    maps: list[tuple[Maps, Maps]] = []
+    titles: list[str] = []
+    for i in _in_turn(shift.codes)[:DRAWN]:
+        row = int(shift.rows[i])
+        picture = image(inputs[row : row + 1])
+        if picture is None:
+            return [], [], []
+        images.append(picture)
+        first, second = (m[i].reshape(tuple(inputs.shape[2:])) for m in shift.maps)
+        maps.append((thinned(first), thinned(second)))
+        sample = chosen.iloc[row]
+        titles.append(f"{sample['id']}: {sample['label']}\n{sample['before']} to {sample['after']}")
+    return images, maps, titles
+
+
+def _in_turn(codes: NDArray[Any]) -> list[int]:
+    """Positions such that every group comes first once, then every group again."""
+    seen: dict[int, int] = {}
+    turns = []
+    for i, code in enumerate(codes.tolist()):
+        turns.append((seen.get(code, 0), i))
+        seen[code] = seen.get(code, 0) + 1
+    return [i for _, i in sorted(turns)]
