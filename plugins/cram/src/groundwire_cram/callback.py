@@ -165,8 +165,9 @@ class CrAM(Plugin):
         self.method.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take no training data along."""
-        return {**vars(self), "_recent": deque(maxlen=self.calibration_batches), "_calibrated": Calibrated()}
+        """Copies and pickles take neither training data along nor the module, whose ``log`` Lightning puts here."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**kept, "_recent": deque(maxlen=self.calibration_batches), "_calibrated": Calibrated()}
 
     @hookimpl
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
