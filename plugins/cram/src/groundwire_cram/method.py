@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -87,15 +86,7 @@ class Method:
         names = check_selection(parameters, self.skip)
         for operator in self.operators:
             if isinstance(operator, NM):
-                self._check_divided(operator, {name: parameters[name] for name in names})
-
-    def _check_divided(self, operator: NM, parameters: Mapping[str, Tensor]) -> None:
-        for name in operator.undivided(parameters):
-            shape = tuple(parameters[name].shape)
-            text = f"{name} of shape {shape} has a number of weights that {operator.sizes[1]} does not divide"
-            if self.strict:
-                raise ValueError(f"{text} -> name it in skip, or leave strict off")
-            warnings.warn(f"{text}, so it is not pruned to {operator}", stacklevel=3)
+                operator.check({name: parameters[name] for name in names}, self.strict, stacklevel=3)
 
     def groups(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
         """What is compressed together: everything, or with ``compat="reference"`` each of the optimizer's groups."""

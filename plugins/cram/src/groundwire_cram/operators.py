@@ -6,6 +6,7 @@ changes it. So an operator never edits a tensor.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -137,6 +138,19 @@ class NM:
     def undivided(self, params: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that M does not divide."""
         return [name for name, p in params.items() if p.numel() % self.sizes[1]]
+
+    def check(self, params: Mapping[str, Tensor], strict: bool, stacklevel: int = 2) -> None:
+        """Warn of each tensor that stays dense.
+
+        Raises:
+            ValueError: With ``strict``, if there is one.
+        """
+        for name in self.undivided(params):
+            shape, entries = tuple(params[name].shape), params[name].numel()
+            text = f"{name} of shape {shape} stays dense: {self.sizes[1]} does not divide its {entries} weights"
+            if strict:
+                raise ValueError(f"{text} -> name it in skip, or leave strict off")
+            warnings.warn(f"{text}, so it is not pruned to {self}", stacklevel=stacklevel + 1)
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Masks of what stays."""

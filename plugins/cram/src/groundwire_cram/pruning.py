@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -145,12 +144,7 @@ def _masks(
 
 
 def _divided(weights: Mapping[str, Tensor], operator: NM, strict: bool) -> Mapping[str, Tensor]:
-    for name in operator.undivided(weights):
-        text = f"{name} of shape {tuple(weights[name].shape)} stays dense: its number of weights is not divided"
-        text += f" by {operator.sizes[1]}"
-        if strict:
-            raise ValueError(f"{text} -> name it in skip, or leave strict off")
-        warnings.warn(text, stacklevel=4)
+    operator.check(weights, strict, stacklevel=5)
     return operator.apply(weights)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from groundwire import Fields, PluginError
+from groundwire.seeds import preserve_rng
 from groundwire_flea.embedding import evaluating, features, reduced
 from groundwire_flea.functional import Array
 
@@ -83,7 +83,7 @@ class Reader:
         known = self._without_rows(loader.dataset, self.source, "source")
         if known is not None:
             return known
-        with isolate_rng():
+        with preserve_rng():
             return [v for batch, _ in batches(loader, None) for v in self._column(batch, self.source, "source")]
 
     def read(self, loader: DataLoader[Any], most: int | None, seed: int) -> tuple[TrainingRows, list[Any]]:
@@ -101,7 +101,7 @@ class Reader:
         index = None if every is None or most is None else chosen(every, most, seed)
         groups = self._without_rows(loader.dataset, self.groups, "groups")
         parts: dict[str, list[Any]] = {"x": [], "y": [], "groups": [], "source": []}
-        with isolate_rng(), evaluating(self.embed):
+        with preserve_rng(), evaluating(self.embed):
             for batch, places in batches(loader, index):
                 found = self._fields(batch)
                 parts["x"].append(self._features(found.inputs))
