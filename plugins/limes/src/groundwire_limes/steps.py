@@ -102,7 +102,7 @@ def step_keys(times: Any, period: float) -> NDArray[np.int64]:
         [0, 0, 1, -1]
     """
     values = unix_seconds(times)
-    if values.size and np.abs(values).max() > MILLISECONDS:
+    if values.size and max(values.max(), -values.min()) > MILLISECONDS:
         raise ValueError(
             f"the timestamp {values.max():.0f} looks like milliseconds -> divide by 1000, in integers or float64"
         )

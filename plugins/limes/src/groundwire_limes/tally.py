@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from groundwire_limes.functional import Array
+from groundwire_limes.labels import Labels
 
 #: Sums beside the label counts: labels, hits, hits without correction, log-loss, log-loss without correction.
 QUALITY = 5
-#: Batches whose quality is computed together: one by one, a small model would notice.
-TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -24,37 +23,37 @@ class Scored:
 
     Attributes:
         scores: Raw, (N, K), float32.
-        offset: What corrects them, (K,) or (N, K).
-        shares: Labels as class shares (N, K).
-        weights: Of the predictions, (N,); 0 for masked ones.
+        offset: What corrects them, (K,).
+        labels: Theirs.
+        weights: Of the predictions, (N,), float64 where the device has it; 0 for masked ones.
     """
 
     scores: Tensor
     offset: Tensor
-    shares: Tensor
+    labels: Labels
     weights: Tensor
 
-
-def quality(batches: list[Scored]) -> Tensor:
-    """Sums over ``batches``, shape (5,), float64 where the device has it."""
-    scores, shares, weights = (
-        torch.cat([getattr(b, name) for b in batches]) for name in ("scores", "shares", "weights")
-    )
-    corrected = torch.cat([b.scores + b.offset for b in batches])
-    labels = shares.argmax(dim=1)
-    columns = [
-        torch.ones_like(weights),
-        (corrected.argmax(dim=1) == labels).float(),
-        (scores.argmax(dim=1) == labels).float(),
-        -(torch.log_softmax(corrected, dim=1) * shares).sum(dim=1),
-        -(torch.log_softmax(scores, dim=1) * shares).sum(dim=1),
-    ]
-    return (torch.stack(columns).to(exact(scores)) * weights).sum(dim=1)
+    def quality(self) -> Tensor:
+        """Sums over the predictions, shape (5,), in the dtype of the weights."""
+        corrected = self.scores + self.offset
+        columns = [
+            torch.ones_like(self.offset[:1]).expand(len(corrected)),
+            (top(corrected) == self.labels.hard).float(),
+            (top(self.scores) == self.labels.hard).float(),
+            self.labels.losses(corrected),
+            self.labels.losses(self.scores),
+        ]
+        return torch.stack(columns).to(self.weights.dtype) @ self.weights
 
 
-def exact(tensor: Tensor) -> torch.dtype:
+def top(scores: Tensor) -> Tensor:
+    """Class of the largest score, the first of several, shape (N,). NumPy is five times faster on the CPU."""
+    return torch.from_numpy(scores.numpy().argmax(axis=1)) if scores.device.type == "cpu" else scores.argmax(dim=1)
+
+
+def exact(device: torch.device | str) -> torch.dtype:
     """float64, or float32 on a device without it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 class Tally:
@@ -67,26 +66,17 @@ class Tally:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.known: dict[int, Array] = {}
-        self._counts: dict[int, Tensor] = {}
-        self._quality: dict[int, Tensor] = {}
-        self._waiting: dict[int, list[Scored]] = {}
+        self._pending: dict[int, Tensor] = {}
 
     def add(self, step: int, scored: Scored) -> None:
         """Add a batch's predictions to ``step``."""
-        row = (scored.shares.to(exact(scored.scores)) * scored.weights[:, None]).sum(dim=0)
-        self._counts[step] = self._counts[step] + row if step in self._counts else row
-        waiting = self._waiting.setdefault(step, [])
-        waiting.append(scored)
-        if len(waiting) >= TOGETHER:
-            self._evaluate(step)
-
-    def _evaluate(self, step: int) -> None:
-        row = quality(self._waiting.pop(step))
-        self._quality[step] = self._quality[step] + row if step in self._quality else row
+        row = torch.cat([scored.labels.counts(scored.weights), scored.quality()])
+        self._pending[step] = self._pending[step] + row if step in self._pending else row
 
     def pending(self, step: int) -> Tensor | None:
         """This rank's label counts of ``step`` that are not in ``known`` yet."""
-        return self._counts.get(step)
+        row = self._pending.get(step)
+        return None if row is None else row[: self.classes]
 
     def counts(self, step: int) -> Array:
         """Label counts of ``step`` that all ranks know of."""
@@ -102,10 +92,8 @@ class Tally:
         Returns:
             The label counts that were added, by step.
         """
-        for step in list(self._waiting):
-            self._evaluate(step)
-        own = {s: torch.cat([row, self._quality[s]]).cpu().double().numpy() for s, row in self._counts.items()}
-        self._counts, self._quality = {}, {}
+        own = {step: row.cpu().double().numpy() for step, row in self._pending.items()}
+        self._pending = {}
         added: dict[int, Array] = {}
         for rows in gather(own):
             for step, row in rows.items():
