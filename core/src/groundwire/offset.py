@@ -144,7 +144,9 @@ def write_offset(layer: nn.Module, vector: Tensor) -> None:
         # On another device the question would wait for it, at every step. A finite sum answers it sooner.
         raise PluginError(f"an offset for {layer} has values that are not finite -> clamp the priors away from zero")
     buffer = getattr(layer, BUFFER)
-    setattr(layer, ROWS, vector.detach().to(buffer.device, torch.float32) if vector.dim() == 2 else None)
-    if vector.dim() == 1:
+    rows = vector.detach().to(buffer.device, torch.float32) if vector.dim() == 2 else None
+    if rows is not None or getattr(layer, ROWS) is not None:  # an attribute of a module is slow to set
+        setattr(layer, ROWS, rows)
+    if rows is None:
         with torch.no_grad():
             buffer.copy_(vector)

@@ -11,7 +11,7 @@ import numpy as np
 from groundwire import Fields, PluginError
 from groundwire_limes.arguments import whole
 from groundwire_limes.inspection import rows_of
-from groundwire_limes.steps import step_keys, steps_in
+from groundwire_limes.steps import shared_key, step_keys, steps_in
 from groundwire_limes.times import times_of
 
 
@@ -40,7 +40,7 @@ class Steps:
     @property
     def distinct(self) -> list[int]:
         """All steps, ascending."""
-        return self.keys.tolist() if len(self.keys) == 1 else np.unique(self.keys).tolist()
+        return [int(step) for step in (self.keys if len(self.keys) == 1 else np.unique(self.keys))]
 
     def belonging_to(self, step: int) -> np.ndarray[Any, Any]:
         """Which rows belong to ``step``, shape (B,), bool."""
@@ -95,6 +95,8 @@ class Clock:
         Raises:
             PluginError: A time is wrong, or there are as many times as neither one nor the rows.
         """
+        if (shared := shared_key(times, self.seconds)) is not None and times.numel() in (1, rows):
+            return Steps(np.array([shared]), rows)
         keys = self._keys(times)
         if keys.size not in (1, rows):
             raise PluginError(

@@ -15,6 +15,8 @@ from groundwire_limes.labels import Labels
 
 #: Sums beside the label counts: labels, hits, hits without correction, log-loss, log-loss without correction.
 QUALITY = 5
+#: Quality waits until so many batches or scores came together: alone in a training step, each operation costs more.
+BATCHES, SCORES = 16, 2**20
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,25 @@ class Tally:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.known: dict[int, Array] = {}
-        self._pending: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._quality: dict[int, Tensor] = {}
+        self._waiting: list[tuple[int, Scored]] = []
 
     def add(self, step: int, scored: Scored) -> None:
         """Add a batch's predictions to ``step``."""
-        row = torch.cat([scored.labels.counts(scored.weights), scored.quality()])
-        self._pending[step] = self._pending[step] + row if step in self._pending else row
+        _add(self._counts, step, scored.labels.counts(scored.weights))
+        self._waiting.append((step, scored))
+        if len(self._waiting) >= BATCHES or sum(s.scores.numel() for _, s in self._waiting) >= SCORES:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        for step, scored in self._waiting:
+            _add(self._quality, step, scored.quality())
+        self._waiting = []
 
     def pending(self, step: int) -> Tensor | None:
         """This rank's label counts of ``step`` that are not in ``known`` yet."""
-        row = self._pending.get(step)
-        return None if row is None else row[: self.classes]
+        return self._counts.get(step)
 
     def counts(self, step: int) -> Array:
         """Label counts of ``step`` that all ranks know of."""
@@ -92,14 +102,15 @@ class Tally:
         Returns:
             The label counts that were added, by step.
         """
-        own = {step: row.cpu().double().numpy() for step, row in self._pending.items()}
-        self._pending = {}
+        self._evaluate()
+        own = {s: torch.cat([row, self._quality[s]]).cpu().double().numpy() for s, row in self._counts.items()}
+        self._counts, self._quality = {}, {}
         added: dict[int, Array] = {}
         for rows in gather(own):
             for step, row in rows.items():
-                added[step] = added[step] + row if step in added else row
+                _add(added, step, row)
         for step, row in added.items():
-            self.known[step] = self.known[step] + row if step in self.known else row
+            _add(self.known, step, row)
         return {step: added[step][: self.classes] for step in sorted(added)}
 
     def quality(self, step: int) -> dict[str, float]:
@@ -107,3 +118,7 @@ class Tally:
         labels, *sums = self.known[step][self.classes :].tolist()
         names = ("accuracy", "uncorrected_accuracy", "loss", "uncorrected_loss")
         return {"labels": labels} | ({n: v / labels for n, v in zip(names, sums, strict=True)} if labels else {})
+
+
+def _add(rows: dict[int, Any], step: int, row: Any) -> None:
+    rows[step] = rows[step] + row if step in rows else row

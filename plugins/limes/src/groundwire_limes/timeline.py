@@ -40,12 +40,10 @@ class Expected(NamedTuple):
 
     Attributes:
         pseudo_counts: The forecast as counts of labels, and the labels that all ranks know of; (K,).
-        size: Their sum.
         log_prior: Logarithm of the forecast, (K,), float32.
     """
 
     pseudo_counts: Tensor
-    size: float
     log_prior: Tensor
 
 
@@ -143,9 +141,8 @@ class Timeline:
             step: The step.
             new: Its labels that are not known to all ranks yet, summed over them: shape (K,).
         """
-        known = self._expectation(step, new.device)
-        mixed = (known.pseudo_counts + new) / (known.size + new.sum())
-        offset = mixed.log_().add_(math.log(len(mixed)))
+        counts = self._expectation(step, new.device).pseudo_counts + new
+        offset = (counts / counts.sum()).log_().add_(math.log(len(counts)))
         return self.fitted(offset.clamp_(-self._limit, self._limit))
 
     def log_prior(self, step: int, device: Any = "cpu") -> Tensor:
@@ -157,7 +154,7 @@ class Timeline:
             prior, seen = np.maximum(self.forecast(step).prior, FLOOR), self.tally.counts(step)
             counts = torch.as_tensor(STRENGTH * prior + seen).to(device, exact(device))
             logs = torch.as_tensor(np.log(prior)).float().to(device)
-            self._expected[step] = Expected(counts, STRENGTH + float(seen.sum()), logs)
+            self._expected[step] = Expected(counts, logs)
         return self._expected[step]
 
     def realised_offset(self, counts: Array, device: Any = "cpu") -> Tensor:
