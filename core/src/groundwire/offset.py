@@ -101,7 +101,12 @@ def without_offset(module: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` or a part of it runs through torch.compile, which may have been called before a hook came."""
+    """Whether ``module`` or a part of it runs through torch.compile, which may have been called before a hook came.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 3))
+        False
+    """
     return any(
         type(m).__name__ == "OptimizedModule"
         or getattr(m, "_compiled_call_impl", None) is not None
@@ -125,7 +130,12 @@ def moves_scores(layer: nn.Module, forward: Callable[[], Tensor]) -> bool:
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """Number of scores that ``layer`` gives."""
+    """Number of scores that ``layer`` gives.
+
+    Example:
+        >>> outputs_of(nn.Linear(2, 3)), outputs_of(nn.Conv2d(1, 4, 3))
+        (3, 4)
+    """
     name = "out_features" if hasattr(layer, "out_features") else "out_channels"
     return int(getattr(layer, name))
 
