@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -120,3 +121,13 @@ def test_every_package_is_in_the_table_of_the_readme():
     text = (ROOT / "README.md").read_text("utf-8")
     for path in PROJECTS:
         assert f"| `{tomllib.loads(path.read_text('utf-8'))['project']['name']}` |" in text
+
+
+def test_plugins_take_from_core_only_what_the_api_page_names():
+    named = set(re.findall(r"^::: groundwire\.(\S+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE))
+    homes = {f"{groundwire._HOME[name]}.{name}" for name in groundwire.__all__ if name in groundwire._HOME}
+    for file in ROOT.glob("plugins/*/src/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("groundwire."):
+                used = {f"{node.module.removeprefix('groundwire.')}.{alias.name}" for alias in node.names}
+                assert used <= named | homes, f"{file.relative_to(ROOT)} uses {used - named - homes}"

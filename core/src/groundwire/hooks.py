@@ -94,6 +94,7 @@ class Hooks:
         self._run_for = run_for
         self._run = run_for(specs.PROJECT)
         self._seats: dict[str, Any] = {}
+        self._callers: dict[tuple[str, tuple[str, ...]], Any] = {}
 
     def register(self, obj: Any, name: str | None = None) -> None:
         """Add the implementations of ``obj``. Those registered last are called first.
@@ -110,6 +111,7 @@ class Hooks:
                 continue
             setattr(seat, hook, _with_run(method, self._run_for(name)))
         self._manager.register(seat, name=name)
+        self._callers.clear()
 
     def owners(self, hook: str) -> list[str]:
         """Names of those that implement ``hook``, in call order."""
@@ -118,11 +120,14 @@ class Hooks:
 
     def call(self, hook: str, *, only: Sequence[str] | None = None, **arguments: Any) -> Any:
         """Call ``hook``; with ``only``, only the implementations of these names."""
-        caller = getattr(self._manager.hook, hook)
-        if only is not None:
-            others = [seat for name, seat in self._seats.items() if name not in only]
-            caller = self._manager.subset_hook_caller(hook, others)
+        caller = getattr(self._manager.hook, hook) if only is None else self._caller(hook, tuple(only))
         return caller(run=self._run, **arguments)
+
+    def _caller(self, hook: str, only: tuple[str, ...]) -> Any:
+        if (hook, only) not in self._callers:
+            others = [seat for name, seat in self._seats.items() if name not in only]
+            self._callers[hook, only] = self._manager.subset_hook_caller(hook, others)
+        return self._callers[hook, only]
 
     def collect(self, hook: str, kind: type[_T], **arguments: Any) -> list[_T]:
         """All items of all lists that the implementations return.

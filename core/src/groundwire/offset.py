@@ -7,6 +7,7 @@ Vectors that differ from row to row are a plain attribute: DDP would overwrite a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,7 +101,12 @@ def without_offset(module: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` or a part of it runs through torch.compile, which may have been called before a hook came."""
+    """Whether ``module`` or a part of it runs through torch.compile, which may have been called before a hook came.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 3))
+        False
+    """
     return any(
         type(m).__name__ == "OptimizedModule"
         or getattr(m, "_compiled_call_impl", None) is not None
@@ -124,7 +130,12 @@ def moves_scores(layer: nn.Module, forward: Callable[[], Tensor]) -> bool:
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """Number of scores that ``layer`` gives."""
+    """Number of scores that ``layer`` gives.
+
+    Example:
+        >>> outputs_of(nn.Linear(2, 3)), outputs_of(nn.Conv2d(1, 4, 3))
+        (3, 4)
+    """
     name = "out_features" if hasattr(layer, "out_features") else "out_channels"
     return int(getattr(layer, name))
 
@@ -139,11 +150,13 @@ def write_offset(layer: nn.Module, vector: Tensor) -> None:
         raise PluginError(
             f"an offset of shape {tuple(vector.shape)} does not fit {layer} -> give one of shape (K,) or (B, K)"
         )
-    if vector.device.type == "cpu" and not bool(torch.isfinite(vector).all()):
-        # On another device the question would wait for it, at every step.
+    if vector.device.type == "cpu" and not (math.isfinite(vector.sum()) or bool(torch.isfinite(vector).all())):
+        # On another device the question would wait for it, at every step. A finite sum answers it sooner.
         raise PluginError(f"an offset for {layer} has values that are not finite -> clamp the priors away from zero")
     buffer = getattr(layer, BUFFER)
-    setattr(layer, ROWS, vector.detach().to(buffer.device, torch.float32) if vector.dim() == 2 else None)
-    if vector.dim() == 1:
+    rows = vector.detach().to(buffer.device, torch.float32) if vector.dim() == 2 else None
+    if rows is not None or getattr(layer, ROWS) is not None:  # an attribute of a module is slow to set
+        setattr(layer, ROWS, rows)
+    if rows is None:
         with torch.no_grad():
             buffer.copy_(vector)

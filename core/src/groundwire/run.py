@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,13 @@ class RunContext:
         Where Lightning does not allow ``self.log``, the value goes straight to the Trainer's loggers.
         """
         self._host.log(f"{self.owner}/{name}", value, **kwargs)
+
+    def send(self, values: Mapping[str, float]) -> None:
+        """Give ``values`` to the Trainer's loggers at once, each as ``"<plugin>/<name>"``, at this global step.
+
+        For a series that ``log_every_n_steps`` would leave holes in. Nothing can monitor it: that is for :meth:`log`.
+        """
+        self._host.findings.send({f"{self.owner}/{name}": value for name, value in values.items()})
 
     def offset(self, owner: str, vector: Tensor) -> None:
         """Add ``vector`` to the head's scores from now on, until the run ends. Calling again writes the new values.

@@ -46,7 +46,15 @@ def _accelerator_in_use() -> bool:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Put every global random state back on exit, also after an exception (Lightning's ``isolate_rng`` does not)."""
+    """Put every global random state back on exit, also after an exception (Lightning's ``isolate_rng`` does not).
+
+    Example:
+        >>> import random
+        >>> with preserve_rng():
+        ...     first = random.random()
+        >>> random.random() == first
+        True
+    """
     states = collect_rng_states()
     try:
         yield

@@ -12,8 +12,9 @@ from groundwire import PluginError
 from groundwire_limes import PriorExtrapolator, StreamDataModule
 from groundwire_limes.em import map_em
 from groundwire_limes.functional import softmax
-from groundwire_limes.labels import soft_labels
+from groundwire_limes.labels import labels_of
 from groundwire_limes.steps import seconds, step_keys, steps_in
+from groundwire_limes.tally import Scored
 from groundwire_limes.unlabelled import Memory
 
 
@@ -37,13 +38,31 @@ def test_periods_and_seasons():
 
 
 def test_masked_soft_and_binary_labels():
-    shares, mask = soft_labels(torch.tensor([2, -1, 0]), 3, 3)
-    assert mask.tolist() == [True, False, True]
-    assert shares[0].tolist() == [0, 0, 1]
-    shares, _ = soft_labels(torch.tensor([[0.9], [0.0]]), 2, 2)
-    assert shares[0].tolist() == pytest.approx([0.1, 0.9])
+    ones = torch.ones(3, dtype=torch.float64)
+    masked = labels_of(torch.tensor([2, -1, 0]), 3, 3)
+    assert masked.known.tolist() == [True, False, True]
+    assert masked.counts(masked.known.double()).tolist() == [1, 0, 1]
+    smooth = labels_of(torch.tensor([[0.9], [0.0], [1.0]]), 2, 3)
+    assert smooth.counts(ones).tolist() == pytest.approx([1.1, 1.9])
+    assert smooth.hard.tolist() == [1, 0, 1]
     with pytest.raises(PluginError, match="do not fit 4 predictions of 3 classes"):
-        soft_labels(torch.zeros(7), 3, 4)
+        labels_of(torch.zeros(7), 3, 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_class_indices_and_their_one_hot_shares_count_alike(seed):
+    generator = torch.Generator().manual_seed(seed)
+    hard = torch.randint(5, (7,), generator=generator)
+    scores, weights = torch.randn(7, 5, generator=generator), torch.rand(7, generator=generator).double()
+    offset = torch.randn(5, generator=generator)
+    one, other = labels_of(hard, 5, 7), labels_of(torch.eye(5)[hard], 5, 7)
+    assert torch.allclose(one.counts(weights), other.counts(weights))
+    for labels in (one, other):
+        hits = ((scores + offset).argmax(dim=1) == hard).double() @ weights
+        loss = -((scores + offset).log_softmax(dim=1)[range(7), hard]).double() @ weights
+        found = Scored(scores, offset, labels, weights).quality()
+        assert torch.allclose(found[[0, 1, 3]], torch.stack([weights.sum(), hits, loss]), atol=1e-5)
 
 
 def test_the_stream_sorts_by_time_and_never_mixes_steps():

@@ -1,5 +1,7 @@
 """What is said of a run."""
 
+import csv
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_balanced_samplers_are_said(kit):
 def test_the_report_has_prequential_accuracy_worst_hours_divergence_and_pictures(kit):
     logger = pl.loggers.CSVLogger(kit.path, name="", version="")
     limes = LIMES(season="4h")
-    fit(kit, limes, report=True, logger=logger, log_every_n_steps=1)
+    fit(kit, limes, report=True, logger=logger)
     report = Report.read(kit.path)
     found = {f.code: f.value for f in report.findings}
     qualities = [limes._line.tally.quality(s)["accuracy"] for s in range(12)]
@@ -59,9 +61,18 @@ def test_the_report_has_prequential_accuracy_worst_hours_divergence_and_pictures
     page = report.path.read_text()
     assert page.count("<svg") == 3
     assert "prequential" in page
-    text = (kit.path / "metrics.csv").read_text()
-    assert "limes/accuracy" in text
-    assert "limes/divergence" in text
+    with (kit.path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = [float(row["limes/accuracy"]) for row in rows if row["limes/accuracy"]]
+    assert logged == pytest.approx(qualities[:-1])  # each step when it is over, log_every_n_steps or not
+    assert sum(bool(row["limes/divergence"]) for row in rows) >= len(logged)
+
+
+def test_a_checkpoint_can_monitor_the_last_complete_step(kit):
+    limes = LIMES()
+    best = pl.callbacks.ModelCheckpoint(kit.path, monitor="limes/accuracy", mode="max")
+    kit.trainer(limes, best, enable_checkpointing=True).fit(Digits(), datamodule=module_of())
+    assert float(best.best_model_score) == pytest.approx(limes._line.tally.quality(10)["accuracy"])
 
 
 def test_prequential_accuracy_is_that_of_the_forecast_before_the_batch_was_learned_from(kit):

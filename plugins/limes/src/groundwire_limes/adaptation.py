@@ -12,31 +12,30 @@ from torch import Tensor
 from groundwire import RunContext
 from groundwire.guard import unseen
 from groundwire.offset import outputs_of
+from groundwire_limes.clock import Steps
 from groundwire_limes.functional import LIMIT, log_offset
 from groundwire_limes.labels import class_scores, two_columns
 from groundwire_limes.timeline import Timeline
 from groundwire_limes.unlabelled import Memory
 
 
-def adapted_offsets(
-    line: Timeline, memory: Memory, run: RunContext, batch: Any, steps: np.ndarray[Any, Any]
-) -> Tensor | None:
+def adapted_offsets(line: Timeline, memory: Memory, run: RunContext, batch: Any, steps: Steps) -> Tensor | None:
     """Offsets of the batch's rows from its own scores, each step for itself.
 
     Returns:
         Shape (K,), or (B, K) for a batch of several steps; None where the gate is shut for all of them.
     """
-    gates = {step: memory.gate(line.extrapolator, line.forecast(step).ahead) for step in np.unique(steps).tolist()}
+    gates = {step: memory.gate(line.extrapolator, line.forecast(step).ahead) for step in steps.distinct}
     if not any(gate is not None and gate.is_open for gate in gates.values()):
         return None
     scores = raw_scores(run, batch)
-    each = len(scores) // len(steps)
-    table = torch.zeros(len(steps), 1 if outputs_of(run.head.module) == 1 else scores.shape[1])  # type: ignore[union-attr]
+    each = len(scores) // steps.rows
+    table = torch.zeros(steps.rows, 1 if outputs_of(run.head.module) == 1 else scores.shape[1])  # type: ignore[union-attr]
     for step, gate in gates.items():
-        rows = steps == step
+        rows = steps.belonging_to(step)
         center = line.forecast(step).prior
         prior = center if gate is None else gate.prior(scores[np.repeat(rows, each)], center)
-        table[torch.as_tensor(rows)] = line.fitted(torch.as_tensor(log_offset(prior, LIMIT)))
+        table[torch.tensor(rows)] = line.fitted(torch.as_tensor(log_offset(prior, LIMIT)))
     return table[0] if len(gates) == 1 else table
 
 

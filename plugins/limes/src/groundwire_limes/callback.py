@@ -23,7 +23,7 @@ from groundwire_limes.labels import refuse_unknown_labels
 from groundwire_limes.learned import Learned
 from groundwire_limes.report import findings_of, section
 from groundwire_limes.steps import seconds
-from groundwire_limes.timeline import Closed, Timeline
+from groundwire_limes.timeline import Timeline
 
 
 class LIMES(Forecasts):
@@ -104,6 +104,7 @@ class LIMES(Forecasts):
         self._run: RunContext | None = None
         self._ranks = Ranks()
         self._inspected = False
+        self._correction: Correction | None = None
         self._steps: Steps | None = None
         self._row_weights: Tensor | None = None
         self._counted = True
@@ -111,8 +112,8 @@ class LIMES(Forecasts):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
-        gone = {"_run": None, "_module": None, "_steps": None, "_row_weights": None, "_ranks": Ranks()}
-        return {**vars(self), **gone}
+        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_row_weights"))
+        return {**vars(self), **gone, "_ranks": Ranks()}
 
     # Lightning
 
@@ -154,12 +155,12 @@ class LIMES(Forecasts):
         refuse_unknown_labels(fields.targets, line.extrapolator.num_classes)
         self._steps = self._clock.training(batch, fields, self._learned.batches)
         self._row_weights = weights_of(self.weights, batch)
-        step = self._ranks.earliest(int(self._steps.min()))
+        step = self._ranks.earliest(self._steps.earliest)
         self._counted = not line.replays(step)
         if not self._counted and self.on_backward == "raise":
             line.refuse(step)
         for closed in line.advance(step, self._ranks.gather):
-            self._log(correction.run, line, closed)
+            correction.run.send(line.measured(closed))
         if self._counted:
             line.expect(step)
         correction.train(self._steps, step, self._counted)
@@ -183,6 +184,15 @@ class LIMES(Forecasts):
         """One batch more."""
         self._learned.batches += 1
         self._steps = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last complete step, for whoever monitors it."""
+        self._log_last()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As at the end of an epoch: a checkpoint may be decided on here."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log_last()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step may be incomplete; what is known of it serves later forecasts."""
@@ -213,7 +223,9 @@ class LIMES(Forecasts):
     # What happens in these places
 
     def _ready(self, batch: Any) -> Correction:
-        """What corrects the head, which is taken and looked at."""
+        """What corrects the head, which is taken and looked at the first time."""
+        if self._correction is not None:
+            return self._correction
         run = self._run
         if run is None or run.head is None:
             raise PluginError("limes: the head is not known -> name it: LIMES(head=...)")
@@ -221,7 +233,8 @@ class LIMES(Forecasts):
         if not self._inspected:
             self._inspected = True
             inspection.refuse_probabilities(run, batch)
-        return Correction(self.name, run, line, self._ranks, self.training_prior)
+        self._correction = Correction(self.name, run, line, self._ranks, self.training_prior)
+        return self._correction
 
     def _take_head(self, run: RunContext) -> Timeline:
         assert run.head is not None
@@ -239,11 +252,11 @@ class LIMES(Forecasts):
         if self._line is not None:
             self._line.absorb(self._ranks.gather)
 
-    def _log(self, run: RunContext, line: Timeline, closed: Closed) -> None:
-        accuracy = line.tally.quality(closed.step).get("accuracy")
-        for name, value in (("accuracy", accuracy), ("divergence", closed.divergence)):
-            if value is not None:
-                run.log(name, float(value), on_step=True, on_epoch=False)
+    def _log_last(self) -> None:
+        """What checkpoints and schedules can monitor; the loggers have every step already."""
+        if self._run is not None and self._line is not None and self._line.closed:
+            for name, value in self._line.measured(self._line.closed[-1]).items():
+                self._run.log(name, value, logger=False, sync_dist=True)
 
     # State
 
@@ -271,6 +284,7 @@ class LIMES(Forecasts):
         """
         if state_dict:
             self._learned = Learned.restored(state_dict, self._arguments(), self._extrapolator, self.lateness)
+            self._correction = None
 
     def _restore_from(self, trainer: Any) -> None:
         """Lightning restores callbacks in ``fit`` only: a checkpoint would be predicted with uncorrected."""

@@ -11,10 +11,40 @@ import numpy as np
 from groundwire import Fields, PluginError
 from groundwire_limes.arguments import whole
 from groundwire_limes.inspection import rows_of
-from groundwire_limes.steps import step_keys, steps_in
+from groundwire_limes.steps import shared_key, step_keys, steps_in
 from groundwire_limes.times import times_of
 
-Steps = np.ndarray[Any, Any]
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of the rows of a batch.
+
+    Attributes:
+        keys: Shape (B,), int64; or (1,) if all rows belong to one step, as in most batches.
+        rows: B.
+
+    Example:
+        >>> mixed = Steps(np.array([3, 4, 3]), 3)
+        >>> mixed.distinct, mixed.earliest, mixed.belonging_to(4).tolist()
+        ([3, 4], 3, [False, True, False])
+    """
+
+    keys: np.ndarray[Any, Any]
+    rows: int
+
+    @property
+    def earliest(self) -> int:
+        """The oldest step of all rows."""
+        return int(self.keys.min())
+
+    @property
+    def distinct(self) -> list[int]:
+        """All steps, ascending."""
+        return [int(step) for step in (self.keys if len(self.keys) == 1 else np.unique(self.keys))]
+
+    def belonging_to(self, step: int) -> np.ndarray[Any, Any]:
+        """Which rows belong to ``step``, shape (B,), bool."""
+        return np.broadcast_to(self.keys == step, (self.rows,))
 
 
 @dataclass(frozen=True)
@@ -32,7 +62,7 @@ class Clock:
     batches_per_step: int | None = None
 
     def training(self, batch: Any, fields: Fields, batches: int) -> Steps:
-        """Step of each row of a training batch, shape (B,), int64.
+        """Steps of the rows of a training batch.
 
         Args:
             batch: As the loader gave it.
@@ -44,7 +74,7 @@ class Clock:
         """
         rows = rows_of(fields)
         if self.batches_per_step is not None:
-            return np.full(rows, batches // self.batches_per_step)
+            return Steps(np.array([batches // self.batches_per_step]), rows)
         times = times_of(self.time, batch, fields)
         if times is None:
             raise PluginError(
@@ -57,20 +87,22 @@ class Clock:
         """As :meth:`training`, of a batch that is only predicted; ``otherwise`` for a batch without time."""
         rows = rows_of(fields)
         times = times_of(self.time, batch, fields) if self.batches_per_step is None else None
-        return np.full(rows, otherwise) if times is None else self.steps(times, rows)
+        return Steps(np.array([otherwise]), rows) if times is None else self.steps(times, rows)
 
     def steps(self, times: Any, rows: int) -> Steps:
-        """Steps of ``times``, one for each row.
+        """Steps of ``times``, of which there is one for each row or one for all.
 
         Raises:
             PluginError: A time is wrong, or there are as many times as neither one nor the rows.
         """
+        if (shared := shared_key(times, self.seconds)) is not None and times.numel() in (1, rows):
+            return Steps(np.array([shared]), rows)
         keys = self._keys(times)
         if keys.size not in (1, rows):
             raise PluginError(
                 f"limes: {keys.size} timestamps for a batch of {rows} rows -> one for each, or one for all"
             )
-        return np.broadcast_to(keys, (rows,))
+        return Steps(keys[:1] if keys.size and keys.min() == keys.max() else keys, rows)
 
     def distinct(self, times: Sequence[Any]) -> tuple[list[int], float | None]:
         """Steps in which ``times`` fall, ascending, and how long a step is; step numbers if batches are counted.
@@ -95,7 +127,7 @@ class Clock:
             return season
         return None
 
-    def _keys(self, times: Any) -> Steps:
+    def _keys(self, times: Any) -> np.ndarray[Any, Any]:
         try:
             return step_keys(times, self.seconds)
         except ValueError as error:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from groundwire import RunContext
 from groundwire_limes.adaptation import adapted_offsets
+from groundwire_limes.clock import Steps
 from groundwire_limes.distributed import Ranks
 from groundwire_limes.tally import exact
 from groundwire_limes.timeline import Timeline
@@ -38,7 +38,7 @@ class Correction:
     ranks: Ranks
     training_prior: TrainingPrior
 
-    def train(self, steps: np.ndarray[Any, Any], agreed: int, counted: bool) -> None:
+    def train(self, steps: Steps, agreed: int, counted: bool) -> None:
         """Correct the head for a training batch; all ranks call it.
 
         Args:
@@ -54,20 +54,22 @@ class Correction:
         else:
             self._write(steps, self._forecast)
 
-    def evaluate(self, steps: np.ndarray[Any, Any]) -> None:
+    def evaluate(self, steps: Steps) -> None:
         """Correct the head for a batch that is only predicted."""
         self._write(steps, self._forecast)
 
-    def adapt(self, memory: Memory, batch: Any, steps: np.ndarray[Any, Any]) -> None:
+    def adapt(self, memory: Memory, batch: Any, steps: Steps) -> None:
         """Move the prior of this batch to what its scores say, if past labels allow it."""
         offsets = adapted_offsets(self.line, memory, self.run, batch, steps)
         if offsets is not None:
             self.run.offset(self.owner, offsets)
 
-    def _write(self, steps: np.ndarray[Any, Any], vector: Callable[[int], Tensor]) -> None:
-        unique, inverse = np.unique(steps, return_inverse=True)
-        vectors = [vector(step) for step in unique.tolist()]
-        self.run.offset(self.owner, vectors[0] if len(vectors) == 1 else torch.stack(vectors)[torch.as_tensor(inverse)])
+    def _write(self, steps: Steps, vector: Callable[[int], Tensor]) -> None:
+        vectors = {step: vector(step) for step in steps.distinct}
+        if len(vectors) == 1:
+            self.run.offset(self.owner, next(iter(vectors.values())))
+        else:
+            self.run.offset(self.owner, torch.stack([vectors[step] for step in steps.keys.tolist()]))
 
     @property
     def _device(self) -> torch.device:
@@ -81,8 +83,8 @@ class Correction:
     def _running(self, step: int) -> Tensor:
         new = self.line.tally.pending(step)
         if new is None:
-            new = torch.zeros(self.line.extrapolator.num_classes, device=self._device)
-            new = new.to(exact(new))
+            device = self._device
+            new = torch.zeros(self.line.extrapolator.num_classes, dtype=exact(device), device=device)
         return self.line.running_offset(step, self.ranks.total(new))
 
     def _realised(self, step: int) -> Tensor:

@@ -167,8 +167,8 @@ class PriorExtrapolator:
         known = self._recursion
         known.follow(at := tracked(ahead))
         state = known.state(rows)
-        past, track = known.past(state), state.tracks[at]
-        prior = track.forecast(known.predictions(past, step), state.pooled, known.limit(state))
+        track = state.tracks[at]
+        prior = track.forecast(known.expected(state, step, at), state.pooled, state.limit)
         weights = dict(zip(members(self.period), track.weights.tolist(), strict=True))
         return Forecast(step, prior, ahead, weights, track.trust())
 

@@ -45,7 +45,7 @@ class Forecasts(Plugin):
 
     def prior(self, timestamp: Any = None) -> Array:
         """The class prior expected at ``timestamp``, or in the step after the last one; shape (K,), float64."""
-        step = self.next_step if timestamp is None else int(self._clock.steps(timestamp, 1)[0])
+        step = self.next_step if timestamp is None else self._clock.steps(timestamp, 1).earliest
         return self.extrapolator.forecast(step)
 
     def export_adapted(self, timestamps: Sequence[Any], module: nn.Module | None = None) -> BiasTable:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -68,8 +70,8 @@ def usual_gap(steps: list[int], last: int = 32) -> int:
         >>> usual_gap([0, 10, 20, 40, 50]), usual_gap([3])
         (10, 1)
     """
-    recent = steps[-last:]
-    return max(1, int(np.median(np.diff(recent)))) if len(recent) > 1 else 1
+    gaps = [after - before for before, after in pairwise(steps[-last:])]
+    return max(1, int(median(gaps))) if gaps else 1
 
 
 def horizon(steps: list[int], step: int) -> int:

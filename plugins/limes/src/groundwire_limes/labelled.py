@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from groundwire import Fields, PluginError
-from groundwire_limes.labels import class_scores, soft_labels, two_columns
-from groundwire_limes.tally import Scored
+from groundwire_limes.clock import Steps
+from groundwire_limes.labels import Labels, class_scores, labels_of, two_columns
+from groundwire_limes.tally import Scored, exact
 from groundwire_limes.timeline import Timeline
 from groundwire_limes.times import times_of
 from groundwire_limes.unlabelled import Memory
@@ -23,27 +24,25 @@ class Labelled:
     """Predictions of a batch and their labels.
 
     Attributes:
-        steps: Of the batch's rows, shape (B,).
-        raw: Scores without offset, (N, K); N is B, or B times the places of a row.
-        shares: Labels as class shares, (N, K).
-        mask: Which predictions have a label, (N,).
+        steps: Of the batch's rows.
+        raw: Scores without offset, (N, K), float32; N is B, or B times the places of a row.
+        labels: Of the N predictions.
     """
 
-    steps: np.ndarray[Any, Any]
+    steps: Steps
     raw: Tensor
-    shares: Tensor
-    mask: Tensor
+    labels: Labels
 
     @classmethod
-    def of(cls, steps: np.ndarray[Any, Any], scores: Tensor, targets: Any, classes: int, conv: bool) -> Labelled:
+    def of(cls, steps: Steps, scores: Tensor, targets: Any, classes: int, conv: bool) -> Labelled:
         """From the head's ``scores`` and the batch's ``targets``; ``conv`` if the classes are in dimension 1."""
         raw = two_columns(class_scores(scores, conv))
-        return cls(steps, raw, *soft_labels(targets, classes, len(raw), conv))
+        return cls(steps, raw, labels_of(targets, classes, len(raw), conv))
 
     @property
     def places(self) -> int:
         """Predictions of each row."""
-        return len(self.raw) // len(self.steps)
+        return len(self.raw) // self.steps.rows
 
     def count(self, line: Timeline, row_weights: Tensor | None) -> None:
         """Add labels and the quality of the predictions to the steps that they belong to.
@@ -52,28 +51,29 @@ class Labelled:
             line: The stream.
             row_weights: Shape (B,); 1 if None.
         """
-        weights = self.mask.float()
+        weights = self.labels.known.to(exact(self.raw.device))
         if row_weights is not None:
-            weights = weights * row_weights.to(weights.device).float().repeat_interleave(self.places)
-        for step in np.unique(self.steps).tolist():
+            weights = weights * row_weights.to(weights).repeat_interleave(self.places)
+        for step in self.steps.distinct:
             line.expect(step)
-            offset = torch.as_tensor(line.forecast(step).prior, device=self.raw.device).log().float()
-            if bool((self.steps == step).all()):
-                scored = Scored(self.raw, offset, self.shares, weights)
+            offset = line.log_prior(step, self.raw.device)
+            if len(self.steps.keys) == 1:
+                line.tally.add(step, Scored(self.raw, offset, self.labels, weights))
             else:
-                rows = torch.as_tensor(self.steps == step, device=self.raw.device).repeat_interleave(self.places)
-                scored = Scored(self.raw[rows], offset, self.shares[rows], weights[rows])
-            line.tally.add(step, scored)
+                rows = torch.tensor(self._belonging_to(step), device=self.raw.device)
+                line.tally.add(step, Scored(self.raw[rows], offset, self.labels.rows(rows), weights[rows]))
+
+    def _belonging_to(self, step: int) -> np.ndarray[Any, Any]:
+        return np.repeat(self.steps.belonging_to(step), self.places)
 
     def remember(self, memory: Memory) -> None:
         """Scores and labels for the gate of :mod:`groundwire_limes.unlabelled`."""
-        steps = np.repeat(self.steps, self.places)
-        kept, labels = self.mask.cpu().numpy(), self.shares.argmax(dim=1).cpu().numpy()
-        for step in np.unique(steps).tolist():
+        known, hard = self.labels.known.cpu().numpy(), self.labels.hard.cpu().numpy()
+        for step in self.steps.distinct:
             if memory.wants(step):
-                rows = kept & (steps == step)
+                rows = known & self._belonging_to(step)
                 raw = self.raw[torch.as_tensor(rows, device=self.raw.device)]
-                memory.learn(step, raw.cpu().numpy(), labels[rows])
+                memory.learn(step, raw.cpu().numpy(), hard[rows])
 
 
 def weights_of(where: str | Callable[[Any], Any] | None, batch: Any) -> Tensor | None:

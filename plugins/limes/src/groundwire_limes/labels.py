@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundwire.errors import PluginError
 
@@ -35,8 +36,42 @@ def two_columns(scores: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(scores), scores], dim=-1) if scores.shape[-1] == 1 else scores
 
 
-def soft_labels(targets: Any, classes: int, predictions: int, conv: bool = False) -> tuple[Tensor, Tensor]:
-    """Labels as rows of class shares, and which rows count.
+@dataclass(frozen=True)
+class Labels:
+    """Labels of N predictions.
+
+    Attributes:
+        hard: The class of each, or the one with the largest share; (N,), int64, in 0..K-1.
+        shares: Class shares (N, K) in float32 where a label is not one class; None where each is.
+        known: Which predictions have a label, (N,), bool.
+        classes: K.
+    """
+
+    hard: Tensor
+    shares: Tensor | None
+    known: Tensor
+    classes: int
+
+    def rows(self, which: Tensor) -> Labels:
+        """Those of some predictions."""
+        shares = None if self.shares is None else self.shares[which]
+        return Labels(self.hard[which], shares, self.known[which], self.classes)
+
+    def counts(self, weights: Tensor) -> Tensor:
+        """Weighted sums by class, shape (K,), in the dtype of ``weights`` (N,)."""
+        if self.shares is not None:
+            return weights @ self.shares.to(weights.dtype)
+        zeros = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device)
+        return zeros.scatter_add_(0, self.hard, weights)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Cross-entropy of each prediction, shape (N,)."""
+        targets = self.hard if self.shares is None else self.shares
+        return nn.functional.cross_entropy(scores, targets, reduction="none")
+
+
+def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) -> Labels:
+    """The labels that ``targets`` hold.
 
     Args:
         targets: Class indices (negative ones are masked), a single binary column of 0 and 1, or class shares that sum
@@ -45,24 +80,17 @@ def soft_labels(targets: Any, classes: int, predictions: int, conv: bool = False
         predictions: N, the number of predictions of the batch.
         conv: Whether class shares have their classes in dimension 1.
 
-    Returns:
-        Shares (N, K) in float32, and a mask (N,). A label of K or more has shares 0.
-
     Raises:
-        PluginError: The labels fit neither; or they are several independent ones for each row (multi-label).
+        PluginError: The targets fit neither; or they are several independent labels for each row (multi-label).
 
     Example:
-        >>> soft_labels(torch.tensor([1, -100]), 2, 2)[0].tolist()
-        [[0.0, 1.0], [1.0, 0.0]]
+        >>> labels_of(torch.tensor([1, -100]), 2, 2).known.tolist()
+        [True, False]
     """
     if not isinstance(targets, Tensor):
         targets = torch.as_tensor(targets)
     if targets.numel() == predictions:
-        flat = targets.reshape(-1)
-        hard = flat.round().long() if targets.is_floating_point() else flat.long()
-        inside = hard.clamp(0, classes - 1)
-        shares = torch.nn.functional.one_hot(inside, classes).float() * (hard < classes)[:, None]
-        return _fractions(flat, shares, classes), hard >= 0
+        return _indices(targets.reshape(-1), classes)
     shares = class_scores(targets, conv).float()
     if targets.is_floating_point() and shares.shape == (predictions, classes):
         if not bool(torch.allclose(shares.sum(dim=1), torch.ones(1, device=shares.device), atol=1e-3)):
@@ -70,19 +98,24 @@ def soft_labels(targets: Any, classes: int, predictions: int, conv: bool = False
                 "the targets are several independent labels for each row, and LIMES corrects one class of K -> "
                 "give class indices, or class shares that sum to 1"
             )
-        return shares, torch.ones(predictions, dtype=torch.bool, device=shares.device)
+        known = torch.ones(predictions, dtype=torch.bool, device=shares.device)
+        return Labels(shares.argmax(dim=1), shares, known, classes)
     raise PluginError(
         f"targets of shape {tuple(targets.shape)} do not fit {predictions} predictions of {classes} classes -> "
         "tell which part of the batch they are: Plugins(fields=lambda batch: Fields(inputs, targets=...))"
     )
 
 
-def _fractions(flat: Tensor, shares: Tensor, classes: int) -> Tensor:
-    """A smoothed binary target such as 0.9 counts for both classes."""
+def _indices(flat: Tensor, classes: int) -> Labels:
+    """Whole numbers, or a binary column, of which a smoothed target such as 0.9 counts for both classes."""
+    whole = flat.round().long() if flat.is_floating_point() else flat.long()
+    hard = whole.clamp(0, classes - 1)
+    # Only where reading a value would wait for the device is a class of K or more not refused before.
+    known = whole == hard
     if not flat.is_floating_point() or classes != 2:
-        return shares
+        return Labels(hard, None, known, classes)
     positive = flat.float().clamp(0, 1)
-    return torch.stack([1 - positive, positive], dim=1)
+    return Labels(hard, torch.stack([1 - positive, positive], dim=1), known, classes)
 
 
 def refuse_unknown_labels(targets: Any, classes: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundwire_limes import kalman
-from groundwire_limes.functional import Array, nearest
+from groundwire_limes.functional import Array
 from groundwire_limes.history import horizon
 
 #: Weight of a row of the same slot, one season older than another.
@@ -27,6 +27,7 @@ class Past:
         pooled: Smoothed frequencies of all labels together, shape (K,).
         filter: The Kalman filter after the last row.
         period: Steps of a season, or None.
+        distances: L1 distances of the row with this index from all rows before it.
     """
 
     steps: list[int]
@@ -34,6 +35,7 @@ class Past:
     pooled: Array
     filter: kalman.Filter
     period: int | None
+    distances: Callable[[int], Array]
 
     def ahead(self, step: int) -> int:
         """How many observed steps ``step`` is after the last row."""
@@ -52,10 +54,10 @@ def long_run(past: Past, step: int) -> Array:
 
 def nearest_successor(past: Past, step: int) -> Array:
     """What followed the past row that is most like the last one: the published rule."""
-    ahead = past.ahead(step)
-    if len(past.priors) <= ahead:
+    ahead, last = past.ahead(step), len(past.priors) - 1
+    if last < ahead:
         return np.asarray(past.priors[-1])
-    return np.asarray(past.priors[nearest(past.priors, ahead) + ahead])
+    return np.asarray(past.priors[past.distances(last)[: last + 1 - ahead].argmin() + ahead])
 
 
 def seasonal(past: Past, step: int) -> Array:
@@ -81,7 +83,7 @@ def analogue(past: Past, step: int) -> Array:
     if context < 1:
         return np.asarray(rows[-1])
     ends = np.arange(context - 1, len(rows) - ahead)
-    distances = sum(np.abs(rows[ends - back] - rows[len(rows) - 1 - back]).sum(axis=1) for back in range(context))
+    distances = sum(past.distances(len(rows) - 1 - back)[ends - back] for back in range(context))
     closest = np.argsort(distances, kind="stable")[: min(ANALOGUES, max(1, len(ends) // 4))]
     mean: Array = rows[ends[closest] + ahead].mean(axis=0)
     return mean

@@ -33,6 +33,7 @@ class State:
         filter: The Kalman filter; None before the first row.
         tracks: How the members of "auto" did, by horizon.
         moves: Largest moves in log-odds between the last rows, in nats.
+        limit: Largest move of a forecast per step, in nats of log-odds.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class State:
     filter: kalman.Filter | None
     tracks: Mapping[int, Track]
     moves: tuple[float, ...] = ()
+    limit: float = MAX_MOVE
 
 
 class Recursion:
@@ -62,11 +64,13 @@ class Recursion:
         self._period, self._smoothing, self._max_move = period, smoothing, max_move
         self._priors = np.zeros((64, self._classes))
         self._states: dict[int, State] = {}
+        self._distances: dict[int, Array] = {}
         self._horizons: tuple[int, ...] = (1,) if judged else ()
 
     def forget_after(self, row: int) -> None:
         """The row with this index changed: what was computed from it is void."""
         self._states = {n: state for n, state in self._states.items() if n <= row}
+        self._distances = {n: found for n, found in self._distances.items() if n < row}
 
     def follow(self, horizon: int) -> None:
         """Judge the members so many observed steps ahead, too."""
@@ -74,12 +78,12 @@ class Recursion:
             self._horizons = (*self._horizons, horizon)
             self._states = {}
 
-    def limit(self, state: State) -> float:
-        """Largest move of a forecast per step, in nats of log-odds."""
-        if self._max_move is not None:
-            return self._max_move
-        usual = np.quantile(state.moves, USUAL) if len(state.moves) >= 10 else 0.0
-        return max(MAX_MOVE, MARGIN * float(usual))
+    def expected(self, state: State, step: int, horizon: int) -> Array:
+        """What each member expects of ``step`` after ``state``, shape (M, K); mostly it was asked for before."""
+        past = self.past(state)
+        if step == past.steps[-1] + horizon * usual_gap(past.steps):
+            return state.tracks[horizon].pending[step]
+        return self.predictions(past, step)
 
     def predictions(self, past: Past, step: int) -> Array:
         """What each member expects of ``step``, shape (M, K)."""
@@ -89,7 +93,15 @@ class Recursion:
         """What the members see."""
         assert state.filter is not None
         n = state.rows
-        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self._period)
+        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self._period, self.distances)
+
+    def distances(self, row: int) -> Array:
+        """L1 distances of a row from all rows before it. Each new row is compared once, whoever asks."""
+        if row not in self._distances:
+            if len(self._distances) == KEPT:
+                del self._distances[next(iter(self._distances))]
+            self._distances[row] = np.abs(self._priors[:row] - self._priors[row]).sum(axis=1)
+        return self._distances[row]
 
     def state(self, rows: int) -> State:
         """The state after the first ``rows`` rows, from the newest one that is kept."""
@@ -106,7 +118,7 @@ class Recursion:
         uniform = np.full(self._classes, 1 / self._classes)
         size = len(members(self._period))
         tracks = {h: Track(np.full(size, 1 / size)) for h in self._horizons}
-        return State(0, np.zeros(self._classes), uniform, None, tracks)
+        return State(0, np.zeros(self._classes), uniform, None, tracks, limit=self._limit(()))
 
     def _next(self, state: State) -> State:
         n = state.rows
@@ -115,6 +127,7 @@ class Recursion:
         row = self._row(counts, state.pooled)
         self._keep(n, row)
         total = state.total + counts
+        moves = (*state.moves, self._move(n))[-RECENT:] if n else ()
         after = replace(
             state,
             rows=n + 1,
@@ -122,7 +135,8 @@ class Recursion:
             pooled=smoothed(total, 1.0 if self._smoothing is None else self._smoothing),
             filter=self._filtered(state.filter, step, row, float(counts.sum())),
             tracks=tracks,
-            moves=(*state.moves, self._move(n))[-RECENT:] if n else (),
+            moves=moves,
+            limit=self._limit(moves),
         )
         return replace(after, tracks=self._with_pending(after, step)) if tracks else after
 
@@ -139,6 +153,12 @@ class Recursion:
     def _move(self, n: int) -> float:
         return float(np.abs(log_odds(self._priors[n]) - log_odds(self._priors[n - 1])).max())
 
+    def _limit(self, moves: tuple[float, ...]) -> float:
+        if self._max_move is not None:
+            return self._max_move
+        usual = np.quantile(moves, USUAL) if len(moves) >= 10 else 0.0
+        return max(MAX_MOVE, MARGIN * float(usual))
+
     def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
         if state is None:
             return kalman.start(step, row, size, self._period)
@@ -152,7 +172,7 @@ class Recursion:
         if predictions is None:
             return replace(track, pending=pending)
         observed = counts / counts.sum()
-        return replace(track.scored(predictions, state.pooled, observed, self.limit(state)), pending=pending)
+        return replace(track.scored(predictions, state.pooled, observed, state.limit), pending=pending)
 
     def _with_pending(self, state: State, step: int) -> dict[int, Track]:
         past = self.past(state)

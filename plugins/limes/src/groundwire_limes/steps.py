@@ -102,11 +102,29 @@ def step_keys(times: Any, period: float) -> NDArray[np.int64]:
         [0, 0, 1, -1]
     """
     values = unix_seconds(times)
-    if values.size and np.abs(values).max() > MILLISECONDS:
+    if values.size and max(values.max(), -values.min()) > MILLISECONDS:
         raise ValueError(
             f"the timestamp {values.max():.0f} looks like milliseconds -> divide by 1000, in integers or float64"
         )
     return np.floor(values / period).astype(np.int64)
+
+
+def shared_key(times: Any, period: float) -> int | None:
+    """The period that all of ``times`` fall in, where a look at the oldest and the newest tells; else None.
+
+    Most batches lie in one step, and this takes a tenth of :func:`step_keys`.
+
+    Args:
+        times: Answered are tensors in host memory that hold seconds exactly: int64 or float64.
+        period: Its length in seconds.
+    """
+    if str(getattr(times, "dtype", "")) not in ("torch.int64", "torch.float64") or times.is_cuda or not times.numel():
+        return None
+    oldest, newest = (float(t) for t in times.aminmax())
+    if not -MILLISECONDS <= oldest <= newest <= MILLISECONDS:
+        return None  # NaN, too
+    first, last = math.floor(oldest / period), math.floor(newest / period)
+    return first if first == last else None
 
 
 def steps_in(season: Any, period: float) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from groundwire.errors import PluginError
 from groundwire_limes.extrapolator import Forecast, PriorExtrapolator
 from groundwire_limes.functional import FLOOR, LIMIT, Array, divergence, log_offset
-from groundwire_limes.tally import Tally
+from groundwire_limes.tally import Tally, exact
 
 #: Labels that the forecast weighs against those that a step has shown so far.
 STRENGTH = 100.0
@@ -34,6 +35,18 @@ class Closed:
     guarded: bool
 
 
+class Expected(NamedTuple):
+    """A forecast as tensors, kept for all batches of a step.
+
+    Attributes:
+        pseudo_counts: The forecast as counts of labels, and the labels that all ranks know of; (K,).
+        log_prior: Logarithm of the forecast, (K,), float32.
+    """
+
+    pseudo_counts: Tensor
+    log_prior: Tensor
+
+
 class Timeline:
     """One stream.
 
@@ -52,6 +65,7 @@ class Timeline:
         self._outputs = outputs
         self._lateness = lateness
         self._forecasts: dict[int, Forecast] = {}
+        self._expected: dict[int, Expected] = {}
         self._made: dict[int, Forecast] = {}
 
     def replays(self, step: int) -> bool:
@@ -95,10 +109,16 @@ class Timeline:
         for step, counts in self.tally.drain(gather).items():
             self.extrapolator.update(step, counts)
             self._forecasts = {s: f for s, f in self._forecasts.items() if s <= step}
+            self._expected = {}
 
     def _close(self, step: int) -> Closed:
         counts, forecast = self.tally.counts(step), self._made[step]
         return Closed(step, divergence(counts / counts.sum(), forecast.prior), forecast.guarded)
+
+    def measured(self, closed: Closed) -> dict[str, float]:
+        """``accuracy`` (prequential) and ``divergence`` of a step that is over."""
+        accuracy = {n: v for n, v in self.tally.quality(closed.step).items() if n == "accuracy"}
+        return {**accuracy, "divergence": closed.divergence}
 
     def forecast(self, step: int) -> Forecast:
         """What is expected of ``step``, from what was observed before it."""
@@ -121,11 +141,21 @@ class Timeline:
             step: The step.
             new: Its labels that are not known to all ranks yet, summed over them: shape (K,).
         """
-        prior = torch.as_tensor(self.forecast(step).prior, dtype=new.dtype, device=new.device)
-        seen = torch.as_tensor(self.tally.counts(step), dtype=new.dtype, device=new.device) + new
-        mixed = (STRENGTH * prior + seen) / (STRENGTH + seen.sum())
-        offset = torch.log(mixed.clamp_min(FLOOR)) + float(np.log(len(mixed)))
-        return self.fitted(offset.clamp(-self._limit, self._limit))
+        counts = self._expectation(step, new.device).pseudo_counts + new
+        offset = (counts / counts.sum()).log_().add_(math.log(len(counts)))
+        return self.fitted(offset.clamp_(-self._limit, self._limit))
+
+    def log_prior(self, step: int, device: Any = "cpu") -> Tensor:
+        """Logarithm of the forecast, shape (K,), float32."""
+        return self._expectation(step, device).log_prior
+
+    def _expectation(self, step: int, device: Any) -> Expected:
+        if step not in self._expected:
+            prior, seen = np.maximum(self.forecast(step).prior, FLOOR), self.tally.counts(step)
+            counts = torch.as_tensor(STRENGTH * prior + seen).to(device, exact(device))
+            logs = torch.as_tensor(np.log(prior)).float().to(device)
+            self._expected[step] = Expected(counts, logs)
+        return self._expected[step]
 
     def realised_offset(self, counts: Array, device: Any = "cpu") -> Tensor:
         """As :meth:`offset`, from all labels that the step will have."""
