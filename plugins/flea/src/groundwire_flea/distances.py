@@ -132,7 +132,7 @@ def _solve(rows: Rows, pairs: Array, settings: Settings, splits: Sequence[Split]
     disc, disp = single if settings.compat == "reference" else batched
     values = np.zeros((2, len(pairs)))
     both = np.concatenate([pairs, pairs[:, ::-1]])
-    with one_thread():
+    with one_thread(), torch.inference_mode():
         if "disc" in settings.components:
             found = np.mean([disc(banks, pairs, settings, split, signed) for split in splits], axis=0)
             values[0] = np.maximum(found, 0) if signed else found

@@ -37,9 +37,7 @@ class Newton:
         factor, info = torch.linalg.cholesky_ex(_lifted(problems.hessian(p, multiplier.masked_fill(convex, 0))))
         failed = (info > 0).nonzero().squeeze(-1)
         if len(failed):
-            part = problems.take(failed)
-            gram = part.hessian([rate[failed] for rate in p], torch.zeros_like(multiplier[failed]))
-            factor[failed] = torch.linalg.cholesky_ex(_lifted(gram, 1e-6))[0]
+            factor[failed] = torch.linalg.cholesky_ex(_lifted(problems.convex_hessian(p, failed), 1e-6))[0]
         return torch.cholesky_solve(right, factor)
 
     def take(self, index: Tensor) -> None:
@@ -130,10 +128,9 @@ def minimise(
             curve.solve(problems, p, multiplier, convex, sides), sides, gap, multiplier
         )
         moved = problems.scores(step)
-        length, new, p = _line_search(problems, theta, scores, step, moved, value, model)
+        length, new, scores, p = _line_search(problems, theta, scores, step, moved, value, model)
         before = theta
         theta = theta + length.unsqueeze(-1) * step
-        scores = _moved(scores, moved, length)
         # A step that promises nothing starts from a stationary point.
         done = (quiet >= patience) | (model > -tolerance)
         quiet = torch.where(done, patience, torch.where(value - new < tolerance, quiet + 1, 0))
@@ -181,10 +178,11 @@ def _line_search(
     moved: Sequence[Tensor],
     value: Tensor,
     model: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Halve each step until F has decreased enough; length 0 where it never does. Also F and the sigmoids there."""
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Halve each step until F has decreased enough; length 0 where it never does. Also F, scores and sigmoids there."""
     length = torch.ones_like(value)
-    new, p = problems.objective([old + change for old, change in zip(scores, moved, strict=True)], theta + step)
+    reached = [old + change for old, change in zip(scores, moved, strict=True)]
+    new, p = problems.objective(reached, theta + step)
     for halving in range(1, HALVINGS + 1):
         # A step that promises nothing is not worth a search.
         short = ~(new <= value + ARMIJO * length * model) & (model < -NOTHING)
@@ -194,11 +192,12 @@ def _line_search(
         length[index] = 0.5**halving
         trial = _moved([old[index] for old in scores], [change[index] for change in moved], length[index])
         new[index], rates = problems.objective(trial, theta[index] + 0.5**halving * step[index], index)
-        for part, rate in zip(p, rates, strict=True):
-            part[index] = rate
+        for part, values in zip([*reached, *p], [*trial, *rates], strict=True):
+            part[index] = values
     failed = (~(new <= value)).nonzero().squeeze(-1)
     if len(failed):
         length[failed], new[failed] = 0, value[failed]
-        for part, score in zip(p, scores, strict=True):
-            part[failed] = score[failed].sigmoid()
-    return length, new, p
+        for part, rate, score in zip(reached, p, scores, strict=True):
+            part[failed] = score[failed]
+            rate[failed] = score[failed].sigmoid()
+    return length, new, reached, p

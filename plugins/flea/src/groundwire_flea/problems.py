@@ -95,6 +95,15 @@ class Problems:
             gram = gram if weights is None else gram + side.gram(weights)
         return gram
 
+    def convex_hessian(self, p: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Of the convex part, for the problems ``index``."""
+        gram = torch.diag_embed(self.ridge[index])
+        for side, u, rate in zip(self.sides, _taken(self.u, index), p, strict=True):
+            if u is not None:
+                slope = rate[index] * (1 - rate[index])
+                gram = gram + side.take(index).gram(u * slope)
+        return gram
+
     def start_hessian(self) -> Tensor:
         """That of the convex part at zero, from one product for each source: (P, D, D)."""
         gram = torch.diag_embed(self.ridge)
