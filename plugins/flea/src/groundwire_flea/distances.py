@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from groundwire_flea.curvature import LBFGS
 from groundwire_flea.functional import COMPONENTS, Array, disbalance, total_distance
-from groundwire_flea.minimise import LBFGS, minimise
+from groundwire_flea.minimise import minimise
 from groundwire_flea.problems import Problems
 from groundwire_flea.rows import Banks, Block, Rows, blocks
 
