@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.cluster.hierarchy import average, cut_tree
@@ -43,7 +44,7 @@ class Evidence:
             return self.tested.spread
         return 1 / float(np.sqrt(self.cells.min()))
 
-    @property
+    @cached_property
     def cells(self) -> Array:
         """(n,) rows of the smallest group of each source."""
         counts = [self.rows.frequency(self.rows.a == group) * self.rows.sizes for group in range(self.rows.groups)]

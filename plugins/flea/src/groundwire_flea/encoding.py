@@ -109,37 +109,35 @@ class Encoder:
 
     append_sensitive: bool = False
 
-    def fit(self, x: Any, y: Any, a: Any) -> Encoder:
-        """Learn columns, levels, labels, groups and scales.
+    def fit_encode(self, x: Any, y: Any, a: Any) -> tuple[Array, Array, Array]:
+        """Learn columns, levels, labels, groups and scales; then as :meth:`encode`.
 
         Raises:
             ValueError: An input cannot be used; the text names the column or the value.
         """
-        frame, labels, groups = frame_of(x), column_of(y, "y"), column_of(a, "sensitive_features")
-        same_length(X=frame, y=labels, sensitive_features=groups)
+        frame, labels, groups = _read(x, y, a)
         self.columns = list(frame.columns)
-        self.levels = {place: _levels(frame.iloc[:, place], name) for place, name in enumerate(self.columns)}
+        self.levels = [_levels(column, name) for name, column in frame.items()]
         self.labels, self.groups = values_of(labels), values_of(groups)
         self._check_labels(labels)
         if len(self.groups) < 2:
             raise ValueError(
                 f"sensitive_features has only the value {self.groups[0]!r} -> fairness between groups needs two groups"
             )
-        numbers = self._numbers(frame)
-        self.appended = self._to_append(numbers, codes_of(groups, self.groups, "sensitive_features"))
-        numbers = self._with_groups(numbers, codes_of(groups, self.groups, "sensitive_features"))
-        self.shift = numbers.mean(0)
-        self.scale = np.where(numbers.std(0) > 0, numbers.std(0), 1.0)
-        return self
+        numbers, codes = self._numbers(frame), codes_of(groups, self.groups, "sensitive_features")
+        self.appended = self._to_append(numbers, codes)
+        numbers = self._with_groups(numbers, codes)
+        self.shift, scale = numbers.mean(0), numbers.std(0)
+        self.scale = np.where(scale > 0, scale, 1.0)
+        return (numbers - self.shift) / self.scale, codes_of(labels, self.labels, "y"), codes
 
     def encode(self, x: Any, y: Any, a: Any) -> tuple[Array, Array, Array]:
         """Columns (R, d) float64, shifted and scaled; label codes; group codes.
 
         Raises:
-            ValueError: As :meth:`fit`, and for values that it did not see.
+            ValueError: As :meth:`fit_encode`, and for values that it did not see.
         """
-        frame, labels, groups = frame_of(x), column_of(y, "y"), column_of(a, "sensitive_features")
-        same_length(X=frame, y=labels, sensitive_features=groups)
+        frame, labels, groups = _read(x, y, a)
         if list(frame.columns) != self.columns:
             raise ValueError(f"X has the columns {list(frame.columns)}, but the first rows had {self.columns}")
         codes = codes_of(groups, self.groups, "sensitive_features")
@@ -157,13 +155,13 @@ class Encoder:
             )
 
     def _numbers(self, frame: pd.DataFrame) -> Array:
-        if not any(self.levels.values()) and all(map(_is_number, (column for _, column in frame.items()))):
+        if not any(self.levels) and all(map(_is_number, frame.dtypes)):
             whole: Array = frame.to_numpy(dtype=np.float64, na_value=np.nan)
             if np.isfinite(whole).all():
                 return whole
         parts = [
             _one_hot(column, levels, name) if levels is not None else _finite(column, name)[:, None]
-            for (name, column), levels in zip(frame.items(), self.levels.values(), strict=True)
+            for (name, column), levels in zip(frame.items(), self.levels, strict=True)
         ]
         return np.concatenate([*parts, np.zeros((len(frame), 0))], axis=1)
 
@@ -200,7 +198,14 @@ def _same_split(column: Array, member: Array) -> bool:
     return bool((inside == inside[0]).all() and (outside == outside[0]).all() and inside[0] != outside[0])
 
 
-def _is_number(column: pd.Series[Any]) -> bool:
+def _read(x: Any, y: Any, a: Any) -> tuple[pd.DataFrame, pd.Series[Any], pd.Series[Any]]:
+    frame, labels, groups = frame_of(x), column_of(y, "y"), column_of(a, "sensitive_features")
+    same_length(X=frame, y=labels, sensitive_features=groups)
+    return frame, labels, groups
+
+
+def _is_number(column: Any) -> bool:
+    """Whether a column, or its dtype, is of real numbers."""
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_complex_dtype(column)
 
 

@@ -136,13 +136,14 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             TypeError: ``n_clean`` is a bool or no number.
         """
         self._check_arguments()
-        self._encoder = Encoder(self.append_sensitive).fit(X, y, sensitive_features)
+        self._encoder = Encoder(self.append_sensitive)
+        encoded = self._encoder.fit_encode(X, y, sensitive_features)
         self._rows: Rows | None = None
         self._distances: Distances | None = None
         self._source: Array = np.zeros(0, dtype=int)
         self.source_ids_: tuple[SourceId, ...] = ()
         self._random = check_random_state(self.random_state)
-        return self._add(X, y, sensitive_features, sources)
+        return self._add(*encoded, sources)
 
     def partial_fit(self, X: Any, y: Any, *, sensitive_features: Any, sources: Any) -> FLEASelector:  # noqa: N803
         """Add sources that came later; only pairs with a new source are compared. Scores of old ones may change.
@@ -153,7 +154,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         """
         if not hasattr(self, "result_"):
             return self.fit(X, y, sensitive_features=sensitive_features, sources=sources)
-        return self._add(X, y, sensitive_features, sources)
+        return self._add(*self._encoder.encode(X, y, sensitive_features), sources)
 
     def get_support(self, indices: bool = False) -> Array:
         """Which sources are kept: bool (n,), or their places in ``source_ids_``.
@@ -188,21 +189,20 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         mask = self.result_.mask
         return _rows_of(X, mask), _rows_of(y, mask)
 
-    def _add(self, x: Any, y: Any, a: Any, sources: Any) -> FLEASelector:
+    def _add(self, numbers: Array, labels: Array, groups: Array, sources: Any) -> FLEASelector:
         names = column_of(sources, "sources")
-        same_length(X=x, sources=names)
+        same_length(X=numbers, sources=names)
         codes, found = pd.factorize(names)
         ids = tuple(plain(v) for v in found)
         known = [s for s in ids if s in self.source_ids_]
         if known:
             raise ValueError(f"source {known[0]!r} was compared already -> give only new sources, or fit again")
-        numbers, labels, groups = self._encoder.encode(x, y, a)
-        self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         chosen = self._choose_rows(codes, labels, groups)
         new = self._made_rows(numbers[chosen], labels[chosen], groups[chosen], np.bincount(codes[chosen]))
         rows = new if self._rows is None else self._rows.followed_by(new)
         self._refuse(rows, (*self.source_ids_, *ids))
         clean_count(self.n_clean, rows.n)
+        self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
         self._distances = distances(rows, self._settings(), self._distances)
         self._decide(rows, self._distances)
