@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.cluster.hierarchy import average, cut_tree
+from scipy.cluster.hierarchy import average, to_tree
 from scipy.spatial.distance import squareform
 
 from groundwire_flea.functional import Array
@@ -153,8 +153,9 @@ def two_clusters(e: Evidence) -> Caution | None:
     n = e.rows.n
     if n < 4:
         return None
-    tree = average(squareform(e.distance, checks=False))
-    parts = cut_tree(tree, 2)[:, 0] == 1
+    parts = np.zeros(n, dtype=bool)
+    parts[to_tree(average(squareform(e.distance, checks=False))).left.pre_order()] = True
+    parts ^= parts[0]
     across = float(e.distance[np.ix_(parts, ~parts)].mean())
     off = ~np.eye(n, dtype=bool)
     inner = [float(e.distance[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]

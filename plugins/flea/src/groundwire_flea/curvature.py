@@ -26,7 +26,7 @@ class Newton:
     def take(self, index: Tensor) -> None:
         """Nothing is remembered."""
 
-    def remember(self, step: Tensor, change: Tensor, multiplier: Tensor) -> None:
+    def remember(self, before: Tensor, theta: Tensor, old: Tensor, new: Tensor, multiplier: Tensor) -> None:
         """Nothing is remembered."""
 
 
@@ -60,8 +60,9 @@ class LBFGS:
         self._factor = self._factor[index]
         self._pairs = [(step[index], change[index], scale[index]) for step, change, scale in self._pairs]
 
-    def remember(self, step: Tensor, change: Tensor, multiplier: Tensor) -> None:
+    def remember(self, before: Tensor, theta: Tensor, old: Tensor, new: Tensor, multiplier: Tensor) -> None:
         """Add a step and how the gradients (P, D, 2) changed; a step of negative curvature counts for nothing."""
+        step, change = theta - before, new - old
         change = change[..., 0] + multiplier.unsqueeze(-1) * change[..., 1]
         inner = (step * change).sum(-1)
         usable = inner > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1)

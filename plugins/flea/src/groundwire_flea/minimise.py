@@ -68,7 +68,7 @@ def minimise(
         quiet = torch.where(done, patience, torch.where(before.value - here.value < tolerance, quiet + 1, 0))
         convex = length == 0
         after = problems.gradients(here)
-        curve.remember(here.theta - before.theta, after - sides, multiplier)
+        curve.remember(before.theta, here.theta, sides, after, multiplier)
         sides = after
         keep = (quiet < patience).nonzero().squeeze(-1)
         if len(keep) > LEAVE * len(live):

@@ -107,7 +107,7 @@ class Problems:
         smooth, gap = self.ridge * here.theta - self.toward, torch.zeros_like(here.theta)
         for side, u, v, rate in zip(self.sides, self.u, self.v, here.p, strict=True):
             smooth = smooth if u is None else smooth + side.pull(u * rate)
-            gap = gap if v is None else gap + side.pull(v * rate * (1 - rate))
+            gap = gap if v is None else gap + side.pull((v * rate).mul_(1 - rate))
         return torch.stack([smooth, gap], dim=-1)
 
     def hessian(self, p: Sequence[Tensor], multiplier: Tensor) -> Tensor:
@@ -117,18 +117,18 @@ class Problems:
             slope = rate * (1 - rate)
             weights = None if u is None else u * slope
             if v is not None and bool(multiplier.any()):
-                bent = multiplier.unsqueeze(-1) * v * slope * (1 - 2 * rate)
+                bent = (multiplier.unsqueeze(-1) * v).mul_(slope).mul_(1 - 2 * rate)
                 weights = bent if weights is None else weights + bent
             gram = gram if weights is None else gram + side.gram(weights)
         return gram
 
     def convex_hessian(self, p: Sequence[Tensor], index: Tensor) -> Tensor:
         """Of the convex part, for the problems ``index``."""
-        gram = torch.diag_embed(self.ridge[index])
+        gram = torch.diag_embed(self.ridge.index_select(0, index))
         for side, u, rate in zip(self.sides, _taken(self.u, index), p, strict=True):
             if u is not None:
-                slope = rate[index] * (1 - rate[index])
-                gram = gram + side.take(index).gram(u * slope)
+                rate = rate.index_select(0, index)
+                gram = gram + side.take(index).gram(u * (rate * (1 - rate)))
         return gram
 
     def start_hessian(self) -> Tensor:
@@ -155,4 +155,4 @@ def _split(weights: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
 
 
 def _taken(parts: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
-    return [None if part is None else part[index] for part in parts]
+    return [None if part is None else part.index_select(0, index) for part in parts]

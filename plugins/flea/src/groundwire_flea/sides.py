@@ -72,8 +72,6 @@ class Side:
         self._slot = which * width + rank
         self._table = torch.zeros(len(bank.x) * width, dtype=torch.long, device=which.device)
         self._table[self._slot] = places
-        self._in_place = torch.equal(self._table, places)
-        self._table = self._table.view(len(bank.x), width)
 
     @property
     def x(self) -> Tensor:
@@ -98,10 +96,9 @@ class Side:
 
     def shared_gram(self, weights: Tensor) -> Tensor:
         """As :meth:`gram`, for weights that are equal in all problems of a source."""
-        one = weights[self._table[:, 0]]
+        one = weights[self._table.view(len(self.x), -1)[:, 0]]
         return ((self.x * one.unsqueeze(-1)).mT @ self.x)[self.which]
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self._in_place:
-            return torch.bmm(left.view(*self._table.shape, -1), right).flatten(0, 1)
-        return torch.bmm(left[self._table], right).flatten(0, 1)[self._slot]
+        laid = left.index_select(0, self._table).view(len(right), -1, left.shape[1])
+        return torch.bmm(laid, right).flatten(0, 1).index_select(0, self._slot)
