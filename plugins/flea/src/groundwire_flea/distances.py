@@ -114,14 +114,28 @@ def _run(jobs: list[Any], settings: Settings) -> Iterable[Array]:
     """The jobs' results in order, wherever joblib is configured to run them."""
     if len(jobs) == 1:
         return [function(*args, **kwargs) for function, args, kwargs in jobs]
-    parallel = joblib.Parallel(n_jobs=settings.n_jobs)
+    results: Iterable[Array] = joblib.Parallel(_workers(settings.n_jobs), return_as=_order(settings.progress))(jobs)
     if not settings.progress:
-        results: list[Array] = parallel(jobs)
         return results
     from rich.progress import track
 
-    parallel = joblib.Parallel(n_jobs=settings.n_jobs, return_as="generator")
-    return track(parallel(jobs), "Comparing sources", total=len(jobs), transient=True)
+    return track(results, "Comparing sources", total=len(jobs), transient=True)
+
+
+def _workers(n_jobs: int | None) -> int | None:
+    """Joblib's ``n_jobs``; an engine that is not joblib's own (Ray) gets all its workers where nobody said how many.
+
+    It would otherwise get one, for which joblib does not use it at all.
+    """
+    engine, said = joblib.parallel.get_active_backend()
+    own = type(engine).__module__.startswith("joblib.")
+    return -1 if n_jobs is None and said is None and not own else n_jobs
+
+
+def _order(progress: bool) -> str:
+    """Results one by one where a progress bar wants them and the engine (not Ray) can give them so."""
+    engine, _ = joblib.parallel.get_active_backend()
+    return "generator" if progress and engine.supports_return_generator else "list"
 
 
 def _solve(rows: Rows, pairs: Array, settings: Settings, splits: Sequence[Split], signed: bool) -> Array:
