@@ -143,8 +143,9 @@ def test_several_groups_and_several_labels(table):
 @quietly
 def test_three_groups_of_which_one_is_empty_of_meaning_equal_two(table):
     """One group against the rest, both ways, is what two groups are."""
-    from groundwire_flea.distances import Settings, distances
+    from groundwire_flea.distances import distances
     from groundwire_flea.rows import Rows
+    from groundwire_flea.settings import Settings
 
     data = table(3, (1,))
     order = np.argsort(data.source, kind="stable")

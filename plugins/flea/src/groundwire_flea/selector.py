@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,16 +13,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from groundwire_flea.cautions import cautions
-from groundwire_flea.distances import FAIRNESS, Distances, Fairness, Settings, distances
-from groundwire_flea.encoding import Encoder, column_of, plain, same_length
+from groundwire_flea.checks import check_arguments, check_sources
+from groundwire_flea.columns import column_of, plain, same_length
+from groundwire_flea.distances import Distances, distances
+from groundwire_flea.encoding import Encoder
 from groundwire_flea.functional import COMPONENTS, Array, clean_count, q_scores, select
 from groundwire_flea.result import FLEAResult, FLEAWarning, SourceId
 from groundwire_flea.rows import Rows
+from groundwire_flea.settings import Fairness, Mode, Settings
 from groundwire_flea.significance import Significance, significance
 from groundwire_flea.summary import summarize
-
-Mode = Literal["filter", "weights", "report"]
-MODES = ("filter", "weights", "report")
 
 
 class FLEASelector(BaseEstimator):  # type: ignore[misc]
@@ -135,7 +135,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             ValueError: An input or an argument cannot be used; see the text.
             TypeError: ``n_clean`` is a bool or no number.
         """
-        self._check_arguments()
+        check_arguments(self)
         self._encoder = Encoder(self.append_sensitive)
         encoded = self._encoder.fit_encode(X, y, sensitive_features)
         self._rows: Rows | None = None
@@ -200,7 +200,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         chosen = self._choose_rows(codes, labels, groups)
         new = self._made_rows(numbers[chosen], labels[chosen], groups[chosen], np.bincount(codes[chosen]))
         rows = new if self._rows is None else self._rows.followed_by(new)
-        self._refuse(rows, (*self.source_ids_, *ids))
+        check_sources(rows, (*self.source_ids_, *ids), self._encoder, self.fairness, self.always_keep)
         clean_count(self.n_clean, rows.n)
         self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
@@ -226,46 +226,6 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"positive_label={self.positive_label!r} is none of the labels {encoder.labels}")
         positive = len(encoder.labels) - 1 if self.positive_label is None else encoder.labels.index(self.positive_label)
         return Rows(x, y, a, sizes, len(encoder.labels), len(encoder.groups), positive)
-
-    def _refuse(self, rows: Rows, ids: Sequence[SourceId]) -> None:
-        if rows.n < 3:
-            raise ValueError(
-                f"{rows.n} sources ({', '.join(map(repr, ids))}) cannot be compared -> FLEA needs at least 3, of which "
-                "more than half are clean"
-            )
-        unknown = [source for source in self.always_keep if source not in ids]
-        if unknown:
-            raise ValueError(f"always_keep names {unknown[0]!r}, which is none of the sources {list(ids)}")
-        problems = missing_cells(rows, ids, self._encoder, self.fairness)
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
-                f"{'; '.join(problems[:5])}{more} -> the distances are not defined there: leave such sources out, or "
-                "join small ones"
-            )
-
-    def _check_arguments(self) -> None:
-        choices = {
-            "fairness": (self.fairness, FAIRNESS),
-            "mode": (self.mode, MODES),
-            "aggregation": (self.aggregation, ("sum", "max")),
-            "compat": (self.compat, (None, "reference")),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
-        if isinstance(self.components, str) or not self.components or set(self.components) - set(COMPONENTS):
-            raise ValueError(f"components={self.components!r} -> choose some of {COMPONENTS}")
-        if self.max_rows_per_source is not None and self.max_rows_per_source < 4:
-            raise ValueError(f"max_rows_per_source={self.max_rows_per_source} -> use some hundreds")
-        if isinstance(self.always_keep, str):
-            raise ValueError(f"always_keep={self.always_keep!r} -> give a list of sources")
-        if not 0 < self.alpha < 1 or self.permutations < 0:
-            raise ValueError(f"alpha must be in (0, 1) and permutations >= 0, got {self.alpha}, {self.permutations}")
-        if self.compat == "reference" and self.fairness != "demographic_parity":
-            raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
-        if isinstance(self.n_clean, bool | np.bool_):
-            clean_count(self.n_clean, 3)
 
     def _settings(self) -> Settings:
         return Settings(
@@ -299,26 +259,6 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             warnings.warn(str(caution), FLEAWarning, stacklevel=5)
         self.result_ = summarize(self, rows, found, tested, always, known)
         self.report_ = self.result_.report
-
-
-def missing_cells(rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairness: str) -> list[str]:
-    """What is missing for the distances to be defined: labels and groups within sources, one line each."""
-    problems = []
-    for label in range(rows.classes):
-        for i in np.flatnonzero(rows.frequency(rows.y == label) == 0).tolist():
-            problems.append(f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row with label {encoder.labels[label]!r}")
-    labels: list[int | None] = [None]
-    if fairness != "demographic_parity":
-        labels = [rows.positive] if fairness == "equal_opportunity" else list(range(rows.classes))
-    for wanted in labels:
-        where = "" if wanted is None else f" and label {encoder.labels[wanted]!r}"
-        within = np.ones(len(rows.y), dtype=bool) if wanted is None else rows.y == wanted
-        for group in range(rows.groups):
-            for i in np.flatnonzero(rows.frequency(within & (rows.a == group)) == 0).tolist():
-                problems.append(
-                    f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row of group {encoder.groups[group]!r}{where}"
-                )
-    return problems
 
 
 def _rows_of(values: Any, mask: Array) -> Any:

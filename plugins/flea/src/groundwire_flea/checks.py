@@ -1,0 +1,93 @@
+"""What the filter refuses: arguments out of range, and sources that cannot be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from groundwire_flea.encoding import Encoder
+from groundwire_flea.functional import COMPONENTS, clean_count
+from groundwire_flea.result import SourceId
+from groundwire_flea.rows import Rows
+from groundwire_flea.settings import FAIRNESS, MODES
+
+if TYPE_CHECKING:
+    from groundwire_flea.selector import FLEASelector
+
+
+def check_arguments(selector: FLEASelector) -> None:
+    """Refuse arguments that no data could make right.
+
+    Raises:
+        ValueError: One is out of its range.
+        TypeError: ``n_clean`` is a bool.
+    """
+    choices = {
+        "fairness": (selector.fairness, FAIRNESS),
+        "mode": (selector.mode, MODES),
+        "aggregation": (selector.aggregation, ("sum", "max")),
+        "compat": (selector.compat, (None, "reference")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
+    if isinstance(selector.components, str) or not selector.components or set(selector.components) - set(COMPONENTS):
+        raise ValueError(f"components={selector.components!r} -> choose some of {COMPONENTS}")
+    if selector.max_rows_per_source is not None and selector.max_rows_per_source < 4:
+        raise ValueError(f"max_rows_per_source={selector.max_rows_per_source} -> use some hundreds")
+    if isinstance(selector.always_keep, str):
+        raise ValueError(f"always_keep={selector.always_keep!r} -> give a list of sources")
+    if not 0 < selector.alpha < 1 or selector.permutations < 0:
+        found = f"{selector.alpha}, {selector.permutations}"
+        raise ValueError(f"alpha must be in (0, 1) and permutations >= 0, got {found}")
+    if selector.compat == "reference" and selector.fairness != "demographic_parity":
+        raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
+    if isinstance(selector.n_clean, bool | np.bool_):
+        clean_count(selector.n_clean, 3)
+
+
+def check_sources(
+    rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairness: str, always_keep: Sequence[SourceId]
+) -> None:
+    """Refuse sources between which the distances are not defined.
+
+    Raises:
+        ValueError: There are fewer than 3, one that is vouched for is missing, or one lacks a label or a group.
+    """
+    if rows.n < 3:
+        raise ValueError(
+            f"{rows.n} sources ({', '.join(map(repr, ids))}) cannot be compared -> FLEA needs at least 3, of which "
+            "more than half are clean"
+        )
+    unknown = [source for source in always_keep if source not in ids]
+    if unknown:
+        raise ValueError(f"always_keep names {unknown[0]!r}, which is none of the sources {list(ids)}")
+    problems = missing_cells(rows, ids, encoder, fairness)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{'; '.join(problems[:5])}{more} -> the distances are not defined there: leave such sources out, or "
+            "join small ones"
+        )
+
+
+def missing_cells(rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairness: str) -> list[str]:
+    """What is missing for the distances to be defined: labels and groups within sources, one line each."""
+    problems = []
+    for label in range(rows.classes):
+        for i in np.flatnonzero(rows.frequency(rows.y == label) == 0).tolist():
+            problems.append(f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row with label {encoder.labels[label]!r}")
+    labels: list[int | None] = [None]
+    if fairness != "demographic_parity":
+        labels = [rows.positive] if fairness == "equal_opportunity" else list(range(rows.classes))
+    for wanted in labels:
+        where = "" if wanted is None else f" and label {encoder.labels[wanted]!r}"
+        within = np.ones(len(rows.y), dtype=bool) if wanted is None else rows.y == wanted
+        for group in range(rows.groups):
+            for i in np.flatnonzero(rows.frequency(within & (rows.a == group)) == 0).tolist():
+                problems.append(
+                    f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row of group {encoder.groups[group]!r}{where}"
+                )
+    return problems
