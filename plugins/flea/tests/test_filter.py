@@ -41,7 +41,11 @@ def test_arrays_frames_tensors_and_lists_give_the_same_result(table):
     tensor = filter_sources(
         torch.tensor(data.X), torch.tensor(data.y), sensitive_features=torch.tensor(data.a), sources=list(data.source)
     )
-    for other in (frame, tensor):
+    bfloat = filter_sources(
+        torch.tensor(data.X), torch.tensor(data.y).bfloat16(), sensitive_features=torch.tensor(data.a).bfloat16(),
+        sources=data.source,
+    )  # fmt: skip
+    for other in (frame, tensor, bfloat):
         assert other.scores == pytest.approx(plain.scores)
         assert other.kept == plain.kept
 
@@ -53,6 +57,38 @@ def test_the_distance_does_not_depend_on_units_of_the_columns(table):
     data.X = data.X * np.array([1e-3, 1e6, 1, -5, 1]) + np.array([0, 1e4, -3, 0, 0])
     assert run(data).scores == pytest.approx(plain.scores, abs=0.03)
     assert run(data).kept == plain.kept
+
+
+@quietly
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_numbers_whose_squares_overflow_or_vanish_are_compared_too(table, size):
+    data = table(4, (2,))
+    plain = run(data)
+    data.X = data.X * size
+    assert run(data).scores == pytest.approx(plain.scores, abs=0.03)
+
+
+@quietly
+def test_a_missing_category_is_told_from_the_word_missing(table):
+    data = table(4, (2,))
+    words = np.where(data.X[:, 0] > 15, "missing", np.where(data.X[:, 0] > 12, None, "small"))
+    frame = pd.DataFrame({"size": words, "sex": data.a})
+    scores = filter_sources(frame, data.y, sensitive_features=data.a, sources=data.source).scores
+    other = frame.assign(size=frame["size"].where(frame["size"] != "missing", "large").fillna("unknown"))
+    assert filter_sources(other, data.y, sensitive_features=data.a, sources=data.source).scores == pytest.approx(
+        scores, abs=0.03
+    )
+
+
+@quietly
+def test_a_source_that_was_refused_leaves_the_selector_as_it_was(table):
+    data, late = table(4, (2,)), table(5, (1, 3), seed=1)
+    selector = FLEASelector().fit(**data.given())
+    new = late.source == "clinic 4"
+    rows = {"X": late.X[new], "y": late.y[new], "sensitive_features": late.a[new], "sources": late.source[new]}
+    with pytest.raises(ValueError, match=r"'clinic 4' .* has no row with label 1"):
+        selector.partial_fit(**rows | {"y": 0 * rows["y"]})
+    assert selector.partial_fit(**rows).result_.mask.shape == (len(data.y) + new.sum(),)
 
 
 @quietly

@@ -37,7 +37,8 @@ CASES = {
     "no group 1 in a source": ("group", "source 'clinic 1' .* has no row of group 1"),
     "an infinite number": ({"X": put(3, np.inf, 2)}, "column 2 of X has 1 missing or .*, the first in row 3"),
     "a missing number": ({"X": put(4, np.nan, 0)}, "column 0 of X"),
-    "a missing group": ({"a": put(5, np.nan)}, "sensitive_features has 1 missing values, the first in row 5"),
+    "a missing group": ({"a": put(5, np.nan)}, "sensitive_features has 1 missing or .*, the first in row 5"),
+    "an infinite group": ({"a": put(5, np.inf)}, "sensitive_features has 1 missing or infinite"),
     "a missing source": ({"source": put(6, None)}, "sources has 1 missing"),
     "a missing label": ({"y": put(7, np.nan)}, "y has 1 missing"),
     "unequal lengths": ({"y": lambda y: y[:-1]}, "different numbers of rows"),
@@ -61,10 +62,14 @@ def test_bad_input_is_refused_by_name(table, case):
         run(data)
 
 
-def test_identifiers_and_dates_are_refused_by_column(table):
+def test_identifiers_dates_and_objects_are_refused_by_column(table):
     data = table(4)
     frame = pd.DataFrame(data.X).add_prefix("c")
-    for name, values in {"patient": [f"p{i}" for i in range(len(frame))], "seen": pd.Timestamp("2020-01-01")}.items():
+    for name, values in {
+        "patient": [f"p{i}" for i in range(len(frame))],
+        "seen": pd.Timestamp("2020-01-01"),
+        "notes": [{}] * len(frame),
+    }.items():
         with pytest.raises(ValueError, match=f"column '{name}'"):
             filter_sources(frame.assign(**{name: values}), data.y, sensitive_features=data.a, sources=data.source)
 
@@ -84,6 +89,10 @@ def test_identifiers_and_dates_are_refused_by_column(table):
         ({"compat": "reference", "fairness": "equalized_odds"}, "demographic parity only"),
         ({"compat": "jax"}, "compat"),
         ({"alpha": 0}, "alpha"),
+        ({"alpha": "x"}, "alpha"),
+        ({"permutations": 2.5}, "permutations=2.5"),
+        ({"always_keep": 2}, "give a list"),
+        ({"max_rows_per_source": "all"}, "max_rows_per_source='all'"),
         ({"max_rows_per_source": 1}, "max_rows_per_source"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,13 +36,15 @@ def check_arguments(selector: FLEASelector) -> None:
             raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
     if isinstance(selector.components, str) or not selector.components or set(selector.components) - set(COMPONENTS):
         raise ValueError(f"components={selector.components!r} -> choose some of {COMPONENTS}")
-    if selector.max_rows_per_source is not None and selector.max_rows_per_source < 4:
-        raise ValueError(f"max_rows_per_source={selector.max_rows_per_source} -> use some hundreds")
-    if isinstance(selector.always_keep, str):
+    most, permutations = selector.max_rows_per_source, selector.permutations
+    if most is not None and (not isinstance(most, Integral) or most < 4):
+        raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
+    if not isinstance(permutations, Integral) or permutations < 0:
+        raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
+    if isinstance(selector.always_keep, str) or not isinstance(selector.always_keep, Iterable):
         raise ValueError(f"always_keep={selector.always_keep!r} -> give a list of sources")
-    if not 0 < selector.alpha < 1 or selector.permutations < 0:
-        found = f"{selector.alpha}, {selector.permutations}"
-        raise ValueError(f"alpha must be in (0, 1) and permutations >= 0, got {found}")
+    if not isinstance(selector.alpha, Real) or not 0 < selector.alpha < 1:
+        raise ValueError(f"alpha={selector.alpha!r} -> use a number in (0, 1)")
     if selector.compat == "reference" and selector.fairness != "demographic_parity":
         raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
     if isinstance(selector.n_clean, bool | np.bool_):

@@ -21,7 +21,7 @@ def frame_of(x: Any) -> pd.DataFrame:
     if isinstance(x, pd.DataFrame):
         return x
     if isinstance(x, torch.Tensor):
-        x = x.detach().cpu().float().numpy() if x.dtype == torch.bfloat16 else x.detach().cpu().numpy()
+        x = _array_of(x)
     if hasattr(x, "toarray"):
         x = x.toarray()
     array = np.asarray(x)
@@ -40,7 +40,7 @@ def column_of(values: Any, name: str) -> pd.Series[Any]:
         ValueError: It has more than one dimension without being a data frame, or a value is missing.
     """
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
+        values = _array_of(values)
     if isinstance(values, pd.DataFrame):
         joined = values.iloc[:, 0] if values.shape[1] == 1 else values.astype(str).agg(", ".join, axis=1)
         missing = values.isna().any(axis=1).to_numpy()
@@ -53,12 +53,21 @@ def column_of(values: Any, name: str) -> pd.Series[Any]:
             raise ValueError(f"{name} must have one dimension, got shape {array.shape} -> give one value for each row")
         series = pd.Series(array).infer_objects()
         missing = series.isna().to_numpy()
+        if pd.api.types.is_float_dtype(series):
+            missing = missing | np.isinf(series.to_numpy(dtype=float, na_value=np.nan))
     if missing.any():
         raise ValueError(
-            f"{name} has {int(missing.sum())} missing values, the first in row {int(missing.argmax())} -> "
+            f"{name} has {int(missing.sum())} missing or infinite values, the first in row {int(missing.argmax())} -> "
             "fill them in, or leave these rows out"
         )
     return series
+
+
+def _array_of(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    # NumPy has no bfloat16.
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def codes_of(series: pd.Series[Any], known: Sequence[Any], name: str) -> Array:

@@ -47,6 +47,10 @@ class Encoder:
         numbers, codes = self._numbers(frame), codes_of(groups, self.groups, "sensitive_features")
         self.appended = self._to_append(numbers, codes)
         numbers = self._with_groups(numbers, codes)
+        largest = np.abs(numbers).max(0)
+        # Squares of such numbers overflow, or vanish.
+        self.unit = np.where((largest > 1e100) | ((largest < 1e-100) & (largest > 0)), largest, 1.0)
+        numbers = numbers / self.unit
         self.shift, scale = numbers.mean(0), numbers.std(0)
         self.scale = np.where(scale > 0, scale, 1.0)
         return (numbers - self.shift) / self.scale, codes_of(labels, self.labels, "y"), codes
@@ -61,7 +65,7 @@ class Encoder:
         if list(frame.columns) != self.columns:
             raise ValueError(f"X has the columns {list(frame.columns)}, but the first rows had {self.columns}")
         codes = codes_of(groups, self.groups, "sensitive_features")
-        numbers = self._with_groups(self._numbers(frame), codes)
+        numbers = self._with_groups(self._numbers(frame), codes) / self.unit
         return (numbers - self.shift) / self.scale, codes_of(labels, self.labels, "y"), codes
 
     def _check_labels(self, labels: pd.Series[Any]) -> None:
@@ -113,12 +117,15 @@ def _is_number(column: Any) -> bool:
 
 
 def _levels(column: pd.Series[Any], name: Any) -> list[Any] | None:
-    """Levels of a text or categorical column, a missing value being one; None for numbers."""
+    """Levels of a text or categorical column, the last one None if values are missing; None for numbers."""
     if _is_number(column):
         return None
     if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
         raise ValueError(f"column {name!r} of X is of type {column.dtype} -> turn it into numbers")
-    levels = values_of(column.dropna()) + (["missing"] if column.isna().any() else [])
+    try:
+        levels = values_of(column.dropna()) + [None] * bool(column.isna().any())
+    except TypeError as error:
+        raise ValueError(f"column {name!r} of X holds neither numbers nor text ({error}) -> leave it out") from error
     if len(levels) > MOST_LEVELS:
         raise ValueError(
             f"column {name!r} of X is text with {len(levels)} different values, which looks like an identifier -> "
@@ -128,8 +135,11 @@ def _levels(column: pd.Series[Any], name: Any) -> list[Any] | None:
 
 
 def _one_hot(column: pd.Series[Any], levels: list[Any], name: Any) -> Array:
-    filled = column.astype(object).where(column.notna(), "missing")
-    codes = codes_of(filled, levels, f"column {name!r} of X") if levels else np.zeros(len(column), dtype=int)
+    known, missing = [level for level in levels if level is not None], column.isna().to_numpy()
+    if missing.any() and len(known) == len(levels):
+        raise ValueError(f"column {name!r} of X has missing values, which the first rows had not -> fill them in")
+    codes = np.full(len(column), len(known))
+    codes[~missing] = codes_of(column[~missing].astype(object), known, f"column {name!r} of X")
     return np.eye(max(len(levels), 1))[codes][:, 1:]
 
 
