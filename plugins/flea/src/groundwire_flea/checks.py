@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,30 +25,35 @@ def check_arguments(selector: FLEASelector) -> None:
         ValueError: One is out of its range.
         TypeError: ``n_clean`` is a bool.
     """
+    given: dict[str, Any] = selector.get_params()
     choices = {
-        "fairness": (selector.fairness, FAIRNESS),
-        "mode": (selector.mode, MODES),
-        "aggregation": (selector.aggregation, ("sum", "max")),
-        "compat": (selector.compat, (None, "reference")),
+        "fairness": FAIRNESS,
+        "mode": MODES,
+        "aggregation": ("sum", "max"),
+        "compat": (None, "reference"),
     }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
-    if isinstance(selector.components, str) or not selector.components or set(selector.components) - set(COMPONENTS):
-        raise ValueError(f"components={selector.components!r} -> choose some of {COMPONENTS}")
-    most, permutations = selector.max_rows_per_source, selector.permutations
-    if most is not None and (not isinstance(most, Integral) or most < 4):
-        raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
-    if not isinstance(permutations, Integral) or permutations < 0:
-        raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
-    if isinstance(selector.always_keep, str) or not isinstance(selector.always_keep, Iterable):
-        raise ValueError(f"always_keep={selector.always_keep!r} -> give a list of sources")
-    if not isinstance(selector.alpha, Real) or not 0 < selector.alpha < 1:
-        raise ValueError(f"alpha={selector.alpha!r} -> use a number in (0, 1)")
+    for name, allowed in choices.items():
+        if given[name] not in allowed:
+            raise ValueError(f"{name}={given[name]!r} -> choose one of {', '.join(map(repr, allowed))}")
+    components, vouched, alpha = given["components"], given["always_keep"], given["alpha"]
+    if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
+        raise ValueError(f"components={components!r} -> choose some of {COMPONENTS}")
+    if isinstance(vouched, str) or not isinstance(vouched, Iterable):
+        raise ValueError(f"always_keep={vouched!r} -> give a list of sources")
+    if not isinstance(alpha, Real) or not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha!r} -> use a number in (0, 1)")
+    _check_counts(given["max_rows_per_source"], given["permutations"])
     if selector.compat == "reference" and selector.fairness != "demographic_parity":
         raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
     if isinstance(selector.n_clean, bool | np.bool_):
         clean_count(selector.n_clean, 3)
+
+
+def _check_counts(most: Any, permutations: Any) -> None:
+    if most is not None and (not isinstance(most, Integral) or most < 4):
+        raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
+    if not isinstance(permutations, Integral) or permutations < 0:
+        raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
 
 
 def check_sources(

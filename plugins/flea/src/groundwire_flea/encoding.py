@@ -140,7 +140,8 @@ def _one_hot(column: pd.Series[Any], levels: list[Any], name: Any) -> Array:
         raise ValueError(f"column {name!r} of X has missing values, which the first rows had not -> fill them in")
     codes = np.full(len(column), len(known))
     codes[~missing] = codes_of(column[~missing].astype(object), known, f"column {name!r} of X")
-    return np.eye(max(len(levels), 1))[codes][:, 1:]
+    columns: Array = np.eye(max(len(levels), 1))[codes][:, 1:]
+    return columns
 
 
 def _finite(column: pd.Series[Any], name: Any) -> Array:
