@@ -40,7 +40,7 @@ def check_arguments(selector: FLEASelector) -> None:
         raise ValueError(f"components={components!r} -> choose some of {COMPONENTS}")
     if isinstance(vouched, str) or not isinstance(vouched, Iterable):
         raise ValueError(f"always_keep={vouched!r} -> give a list of sources")
-    if not isinstance(alpha, Real) or not 0 < alpha < 1:
+    if not isinstance(alpha, Real) or not 0 < float(alpha) < 1:
         raise ValueError(f"alpha={alpha!r} -> use a number in (0, 1)")
     _check_counts(given["max_rows_per_source"], given["permutations"])
     if selector.compat == "reference" and selector.fairness != "demographic_parity":
