@@ -251,6 +251,13 @@ def test_more_sources_are_kept_where_nothing_is_suspicious(table):
     assert (attacked.report.loc[["clinic 1", "clinic 3"], "p-value"] < 0.05).all()
 
 
+def test_a_test_that_could_find_nothing_suspicious_is_refused(table):
+    with pytest.raises(ValueError, match=r"p-values of at least 0.062, .* use permutations >= 7"):
+        run(table(5, (1, 3)), keep_unsuspicious=True, permutations=5)
+    with pytest.raises(ValueError, match="use permutations >= 33"):
+        run(table(5, (1, 3)), keep_unsuspicious=True, alpha=0.01)
+
+
 @quietly
 def test_components_and_aggregation(table):
     data = table(4, (2,), how="label")

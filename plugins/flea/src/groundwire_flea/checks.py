@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,24 @@ def _check_counts(most: Any, permutations: Any) -> None:
         raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
     if not isinstance(permutations, Integral) or permutations < 0:
         raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
+
+
+def check_power(alpha: float, permutations: int, k: int) -> None:
+    """Refuse a test that could never find a source suspicious: it would keep every manipulated one.
+
+    Raises:
+        ValueError: The smallest p-value that ``permutations`` of ``k`` sources can give is above ``alpha``.
+
+    Example:
+        >>> check_power(0.05, 20, 3)
+    """
+    least = 1 / (1 + permutations * k)
+    if least > alpha:
+        raise ValueError(
+            f"keep_unsuspicious=True with permutations={permutations}: {k} sources then give p-values of at least "
+            f"{least:.3f}, so nothing is ever suspicious at alpha={alpha:g} -> use permutations >= "
+            f"{math.ceil((1 / alpha - 1) / k)}"
+        )
 
 
 def check_sources(

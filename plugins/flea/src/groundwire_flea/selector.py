@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from groundwire_flea.cautions import cautions
-from groundwire_flea.checks import check_arguments, check_sources
+from groundwire_flea.checks import check_arguments, check_power, check_sources
 from groundwire_flea.columns import column_of, plain, same_length
 from groundwire_flea.distances import Distances, distances
 from groundwire_flea.encoding import Encoder
@@ -201,7 +201,9 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         new = self._made_rows(numbers[chosen], labels[chosen], groups[chosen], np.bincount(codes[chosen]))
         rows = new if self._rows is None else self._rows.followed_by(new)
         check_sources(rows, (*self.source_ids_, *ids), self._encoder, self.fairness, self.always_keep)
-        clean_count(self.n_clean, rows.n)
+        k = clean_count(self.n_clean, rows.n)
+        if self.keep_unsuspicious:
+            check_power(self.alpha, self._permutations, k)
         self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
         self._distances = distances(rows, self._settings(), self._distances)
@@ -227,6 +229,10 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         positive = len(encoder.labels) - 1 if self.positive_label is None else encoder.labels.index(self.positive_label)
         return Rows(x, y, a, sizes, len(encoder.labels), len(encoder.groups), positive)
 
+    @property
+    def _permutations(self) -> int:
+        return self.permutations or (20 if self.keep_unsuspicious else 0)
+
     def _settings(self) -> Settings:
         return Settings(
             fairness=self.fairness,
@@ -244,11 +250,10 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self.disc_, self.disp_, self.disb_ = found.disc, found.disp, found.disb
         self.D_ = found.total(self.aggregation)
         self.q_ = q_scores(self.D_, self.n_clean_)
-        permutations = self.permutations or (20 if self.keep_unsuspicious else 0)
         always = [self.source_ids_.index(source) for source in self.always_keep]
         self.support_ = select(self.q_, self.n_clean_, always)
         trusted = select(self.q_, self.n_clean_)
-        tested = significance(rows, settings, trusted, permutations, self._random)
+        tested = significance(rows, settings, trusted, self._permutations, self._random)
         if self.keep_unsuspicious and tested is not None:
             self.support_ = self.support_ | (tested.p > self.alpha)
         self._finish(rows, found, tested, always)
