@@ -1,10 +1,17 @@
 """What the tests of the filter share: scikit-learn's breast-cancer table, dealt out to sources."""
 
+import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_breast_cancer
+
+spec = importlib.util.spec_from_file_location("flea_clinics_of_tests", Path(__file__).with_name("clinics.py"))
+clinics = sys.modules.setdefault("flea_clinics_of_tests", importlib.util.module_from_spec(spec))
+spec.loader.exec_module(clinics)
 
 
 class Table(SimpleNamespace):
@@ -33,3 +40,8 @@ def make_table(n=5, bad=(), features=(0, 1, 4, 8), seed=0, how="protected"):
 @pytest.fixture
 def table():
     return make_table
+
+
+@pytest.fixture
+def bad(table):
+    return table(5, (1, 3))

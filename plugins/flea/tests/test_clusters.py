@@ -4,6 +4,7 @@ import warnings
 
 import joblib
 import pytest
+from joblib._parallel_backends import ThreadingBackend
 
 from groundwire_flea import filter_sources
 
@@ -29,6 +30,39 @@ def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
     assert there.scores == here.scores
     assert there.kept == here.kept
     assert len(tasks) > 2
+
+
+class Engine(ThreadingBackend):
+    """What Ray's backend is to joblib: registered from outside, one worker by default, all results at once."""
+
+    supports_return_generator = False
+    asked = ()
+
+    def configure(self, n_jobs=1, parallel=None, **options):
+        Engine.asked = (*Engine.asked, n_jobs)
+        return super().configure(2 if n_jobs == -1 else n_jobs, parallel, **options)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(Engine, "__module__", "somebody.elses")
+    monkeypatch.setattr(Engine, "asked", ())
+    monkeypatch.setattr("groundwire_flea.rows.BLOCK", 500)
+    joblib.register_parallel_backend("engine", Engine)
+    yield Engine
+    joblib.parallel.BACKENDS.pop("engine")
+
+
+@pytest.mark.parametrize(("options", "workers"), [({}, -1), ({"n_jobs": 3}, 3)])
+@pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
+def test_an_engine_that_is_not_joblibs_own_gets_all_its_workers_unless_told(table, engine, options, workers):
+    data = table(5, (1, 3))
+    arguments = {"sensitive_features": data.a, "sources": data.source}
+    here = filter_sources(data.X, data.y, **arguments)
+    with joblib.parallel_config(backend="engine", **options):
+        there = filter_sources(data.X, data.y, **arguments, progress=True)
+    assert there.scores == here.scores
+    assert engine.asked == (workers,)
 
 
 def test_small_blocks_change_nothing(table, monkeypatch):

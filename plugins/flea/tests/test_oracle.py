@@ -6,9 +6,10 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
 
-from groundwire_flea.distances import Settings, distances
+from groundwire_flea.distances import distances
 from groundwire_flea.functional import q_scores, select
 from groundwire_flea.rows import Rows
+from groundwire_flea.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 

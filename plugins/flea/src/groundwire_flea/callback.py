@@ -8,11 +8,10 @@ from typing import Any
 from groundwire import Finding, Plugin, Problem, RunContext, Section, TrainData, hookimpl
 from groundwire_flea.deciding import Deciding, apply
 from groundwire_flea.decision import Decision
-from groundwire_flea.distances import FAIRNESS, Fairness
 from groundwire_flea.embedding import resolve
 from groundwire_flea.functional import clean_count
 from groundwire_flea.report import section
-from groundwire_flea.selector import MODES, Mode
+from groundwire_flea.settings import FAIRNESS, MODES, Fairness, Mode
 
 
 class FLEA(Plugin):

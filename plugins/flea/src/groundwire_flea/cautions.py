@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.cluster.hierarchy import average, cut_tree
+from scipy.cluster.hierarchy import average, to_tree
 from scipy.spatial.distance import squareform
 
 from groundwire_flea.functional import Array
@@ -43,7 +44,7 @@ class Evidence:
             return self.tested.spread
         return 1 / float(np.sqrt(self.cells.min()))
 
-    @property
+    @cached_property
     def cells(self) -> Array:
         """(n,) rows of the smallest group of each source."""
         counts = [self.rows.frequency(self.rows.a == group) * self.rows.sizes for group in range(self.rows.groups)]
@@ -152,8 +153,9 @@ def two_clusters(e: Evidence) -> Caution | None:
     n = e.rows.n
     if n < 4:
         return None
-    tree = average(squareform(e.distance, checks=False))
-    parts = cut_tree(tree, 2)[:, 0] == 1
+    parts = np.zeros(n, dtype=bool)
+    parts[to_tree(average(squareform(e.distance, checks=False))).left.pre_order()] = True
+    parts ^= parts[0]
     across = float(e.distance[np.ix_(parts, ~parts)].mean())
     off = ~np.eye(n, dtype=bool)
     inner = [float(e.distance[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]

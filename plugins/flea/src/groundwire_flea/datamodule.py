@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from groundwire import Fields, PluginError, TrainData
 from groundwire.fields import default_fields, unknown_batch
 from groundwire_flea.callback import FLEA
+from groundwire_flea.dataset_rows import SourceDatasets
 from groundwire_flea.deciding import apply
 from groundwire_flea.decision import Decision
-from groundwire_flea.reading import SourceDatasets
 
 
 class FLEADataModule(LightningDataModule):

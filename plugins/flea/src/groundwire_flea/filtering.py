@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from groundwire_flea.distances import Fairness
 from groundwire_flea.result import FLEAResult
 from groundwire_flea.selector import FLEASelector
+from groundwire_flea.settings import Fairness
 
 
 def filter_sources(

@@ -17,82 +17,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from groundwire_flea.problems import Problems
+from groundwire_flea.curvature import LBFGS, Newton
+from groundwire_flea.problems import Point, Problems
 
 ARMIJO = 1e-4
-HALVINGS = 8
+#: Lengths that are tried where the whole step is too long.
+HALVINGS = 0.5 ** torch.arange(1, 9)
 #: A promised decrease of less is none.
 NOTHING = 1e-8
 #: The batch shrinks when at most this share of it is not done: to copy what remains has its price.
 LEAVE = 0.75
-
-
-class Newton:
-    """Solves with the Hessian of the Lagrangian; with that of the convex part where it is not positive definite."""
-
-    def solve(
-        self, problems: Problems, p: Sequence[Tensor], multiplier: Tensor, convex: Tensor, right: Tensor
-    ) -> Tensor:
-        """H^-1 ``right`` for right-hand sides (P, D, 2)."""
-        factor, info = torch.linalg.cholesky_ex(_lifted(problems.hessian(p, multiplier.masked_fill(convex, 0))))
-        failed = (info > 0).nonzero().squeeze(-1)
-        if len(failed):
-            part = problems.take(failed)
-            gram = part.hessian([rate[failed] for rate in p], torch.zeros_like(multiplier[failed]))
-            factor[failed] = torch.linalg.cholesky_ex(_lifted(gram, 1e-6))[0]
-        return torch.cholesky_solve(right, factor)
-
-    def take(self, index: Tensor) -> None:
-        """Nothing is remembered."""
-
-    def remember(self, step: Tensor, change: Tensor, multiplier: Tensor) -> None:
-        """Nothing is remembered."""
-
-
-class LBFGS:
-    """Solves with a limited-memory approximation of the inverse Hessian, for many columns.
-
-    The Hessian at zero, one for each problem, is what the updates begin with.
-    """
-
-    def __init__(self, problems: Problems, memory: int = 10) -> None:
-        self._factor = torch.linalg.cholesky_ex(_lifted(problems.start_hessian(), 1e-6))[0]
-        self._memory = memory
-        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def solve(
-        self, problems: Problems, p: Sequence[Tensor], multiplier: Tensor, convex: Tensor, right: Tensor
-    ) -> Tensor:
-        """The two-loop recursion for both right-hand sides."""
-        result, shares = right, []
-        for step, change, scale in reversed(self._pairs):
-            share = scale * (step.unsqueeze(1) @ result)
-            result = result - change.unsqueeze(-1) * share
-            shares.append(share)
-        result = torch.cholesky_solve(result, self._factor)
-        for (step, change, scale), share in zip(self._pairs, reversed(shares), strict=True):
-            result = result + step.unsqueeze(-1) * (share - scale * (change.unsqueeze(1) @ result))
-        return result
-
-    def take(self, index: Tensor) -> None:
-        """Keep the memory of the problems ``index``."""
-        self._factor = self._factor[index]
-        self._pairs = [(step[index], change[index], scale[index]) for step, change, scale in self._pairs]
-
-    def remember(self, step: Tensor, change: Tensor, multiplier: Tensor) -> None:
-        """Add a step and how the gradients (P, D, 2) changed; a step of negative curvature counts for nothing."""
-        change = change[..., 0] + multiplier.unsqueeze(-1) * change[..., 1]
-        inner = (step * change).sum(-1)
-        usable = inner > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1)
-        scale = torch.where(usable, 1 / inner.where(usable, torch.ones_like(inner)), torch.zeros_like(inner))
-        self._pairs = [*self._pairs, (step, change, scale.view(-1, 1, 1))][-self._memory :]
-
-
-def _lifted(gram: Tensor, relative: float = 1e-10) -> Tensor:
-    """``gram`` with a little added to its diagonal: constant and duplicate columns make it singular."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(relative * diagonal.abs().mean(-1, keepdim=True) + 1e-14)
-    return gram
 
 
 def minimise(
@@ -119,40 +53,33 @@ def minimise(
     """
     curve = Newton() if curvature is None else curvature(problems)
     result, live = start.clone(), torch.arange(len(start), device=start.device)
-    theta, scores = start, problems.scores(start)
-    value, p = problems.objective(scores, theta)
-    multiplier, quiet = torch.zeros_like(value), torch.zeros_like(value, dtype=torch.long)
+    here = problems.at(start, problems.scores(start))
+    multiplier, quiet = torch.zeros_like(here.value), torch.zeros_like(here.value, dtype=torch.long)
     convex = quiet.bool()
-    sides = problems.gradients(p, theta)
+    sides = problems.gradients(here)
     for _ in range(max_steps):
-        gap = problems.gap(p)
         multiplier, step, model = _direction(
-            curve.solve(problems, p, multiplier, convex, sides), sides, gap, multiplier
+            curve.solve(problems, here.p, multiplier, convex, sides), sides, here.gap, multiplier
         )
-        moved = problems.scores(step)
-        length, new, p = _line_search(problems, theta, scores, step, moved, value, model)
-        before = theta
-        theta = theta + length.unsqueeze(-1) * step
-        scores = _moved(scores, moved, length)
+        before = here
+        length, here = _line_search(problems, here, step, model)
         # A step that promises nothing starts from a stationary point.
         done = (quiet >= patience) | (model > -tolerance)
-        quiet = torch.where(done, patience, torch.where(value - new < tolerance, quiet + 1, 0))
-        convex, value = length == 0, new
-        after = problems.gradients(p, theta)
-        curve.remember(theta - before, after - sides, multiplier)
+        quiet = torch.where(done, patience, torch.where(before.value - here.value < tolerance, quiet + 1, 0))
+        convex = length == 0
+        after = problems.gradients(here)
+        curve.remember(before.theta, here.theta, sides, after, multiplier)
         sides = after
         keep = (quiet < patience).nonzero().squeeze(-1)
         if len(keep) > LEAVE * len(live):
             continue
-        result[live] = theta
+        result[live] = here.theta
         if not len(keep):
             break
-        live, theta, value, sides = live[keep], theta[keep], value[keep], sides[keep]
-        scores, p = [part[keep] for part in scores], [part[keep] for part in p]
+        live, here, sides, problems = live[keep], here.take(keep), sides[keep], problems.take(keep)
         multiplier, quiet, convex = multiplier[keep], quiet[keep], convex[keep]
-        problems = problems.take(keep)
         curve.take(keep)
-    result[live] = theta
+    result[live] = here.theta
     return result
 
 
@@ -168,37 +95,39 @@ def _direction(solved: Tensor, sides: Tensor, gap: Tensor, multiplier: Tensor) -
     return multiplier, step, model
 
 
-def _moved(scores: Sequence[Tensor], moved: Sequence[Tensor], length: Tensor) -> list[Tensor]:
-    """Scores of each side after steps of these lengths (P,)."""
-    return [torch.addcmul(old, change, length.unsqueeze(-1)) for old, change in zip(scores, moved, strict=True)]
-
-
-def _line_search(
-    problems: Problems,
-    theta: Tensor,
-    scores: Sequence[Tensor],
-    step: Tensor,
-    moved: Sequence[Tensor],
-    value: Tensor,
-    model: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Halve each step until F has decreased enough; length 0 where it never does. Also F and the sigmoids there."""
-    length = torch.ones_like(value)
-    new, p = problems.objective([old + change for old, change in zip(scores, moved, strict=True)], theta + step)
-    for halving in range(1, HALVINGS + 1):
+def _line_search(problems: Problems, here: Point, step: Tensor, model: Tensor) -> tuple[Tensor, Point]:
+    """Halve each step until F has decreased enough; length 0 where it never does. Also the point that is reached."""
+    moved, length = problems.scores(step), torch.ones_like(here.value)
+    there = problems.at(here.theta + step, [old + change for old, change in zip(here.scores, moved, strict=True)])
+    # One half is often enough. The other halvings are tried together: few problems need them, and some of those all.
+    for halvings in (HALVINGS[:1], HALVINGS[1:]):
         # A step that promises nothing is not worth a search.
-        short = ~(new <= value + ARMIJO * length * model) & (model < -NOTHING)
+        short = ~(there.value <= here.value + ARMIJO * length * model) & (model < -NOTHING)
         index = short.nonzero().squeeze(-1)
         if not len(index):
             break
-        length[index] = 0.5**halving
-        trial = _moved([old[index] for old in scores], [change[index] for change in moved], length[index])
-        new[index], rates = problems.objective(trial, theta[index] + 0.5**halving * step[index], index)
-        for part, rate in zip(p, rates, strict=True):
-            part[index] = rate
-    failed = (~(new <= value)).nonzero().squeeze(-1)
+        many, tried = index.repeat_interleave(len(halvings)), halvings.to(length).repeat(len(index))
+        trial = _moved(problems, here, step, moved, many, tried.unsqueeze(-1))
+        best = _first(trial.value <= here.value[many] + ARMIJO * tried * model[many], len(halvings))
+        length[index] = tried[best]
+        there.put(index, trial.take(best))
+    failed = (~(there.value <= here.value)).nonzero().squeeze(-1)
     if len(failed):
-        length[failed], new[failed] = 0, value[failed]
-        for part, score in zip(p, scores, strict=True):
-            part[failed] = score[failed].sigmoid()
-    return length, new, p
+        length[failed] = 0
+        there.put(failed, here.take(failed))
+    return length, there
+
+
+def _moved(
+    problems: Problems, here: Point, step: Tensor, moved: Sequence[Tensor], index: Tensor, length: Tensor
+) -> Point:
+    """Where steps of these lengths (T, 1) lead the problems ``index`` (T,)."""
+    scores = [torch.addcmul(old[index], change[index], length) for old, change in zip(here.scores, moved, strict=True)]
+    return problems.at(here.theta[index] + length * step[index], scores, index)
+
+
+def _first(enough: Tensor, many: int) -> Tensor:
+    """The place of the first True among each ``many`` of (P * many,); of the last one where there is none."""
+    enough = enough.view(-1, many).clone()
+    enough[:, -1] = True
+    return enough.int().argmax(1) + many * torch.arange(len(enough), device=enough.device)

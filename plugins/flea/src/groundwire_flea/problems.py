@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,36 @@ from groundwire_flea.sides import Side
 
 #: The published code smooths |r| as r^2 / sqrt(r^2 + SMOOTH).
 SMOOTH = 1e-8
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where P problems are.
+
+    Attributes:
+        theta: (P, D).
+        scores: X theta, (P, m) for each side.
+        p: Their sigmoids.
+        value: F (P,).
+        gap: r (P,).
+    """
+
+    theta: Tensor
+    scores: Sequence[Tensor]
+    p: Sequence[Tensor]
+    value: Tensor
+    gap: Tensor
+
+    def take(self, index: Tensor) -> Point:
+        """The problems ``index``."""
+        scores, p = ([part[index] for part in parts] for parts in (self.scores, self.p))
+        return Point(self.theta[index], scores, p, self.value[index], self.gap[index])
+
+    def put(self, index: Tensor, other: Point) -> None:
+        """Move the problems ``index`` to another point."""
+        mine, new = ((*point.scores, *point.p, point.theta, point.value, point.gap) for point in (self, other))
+        for old, part in zip(mine, new, strict=True):
+            old[index] = part
 
 
 class Problems:
@@ -50,15 +81,13 @@ class Problems:
         """X theta, (P, m) for each side."""
         return [side.scores(theta) for side in self.sides]
 
-    def objective(
-        self, scores: Sequence[Tensor], theta: Tensor, index: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """F (P,), and the sigmoids of the scores.
+    def at(self, theta: Tensor, scores: Sequence[Tensor], index: Tensor | None = None) -> Point:
+        """The problems at ``theta`` (P, D).
 
         Args:
-            scores: Of each side.
-            theta: (P, D).
-            index: Whose scores they are; of all problems when left out.
+            theta: Where.
+            scores: X theta of each side.
+            index: Which problems these are; all when left out.
         """
         u, v, ridge, toward = self.u, self.v, self.ridge, self.toward
         if index is not None:
@@ -66,21 +95,19 @@ class Problems:
         p = [score.sigmoid() for score in scores]
         value = dot(theta, ridge * theta) / 2 - dot(theta, toward)
         for part, score in zip(u, scores, strict=True):
-            if part is not None:
-                value = value + dot(part, softplus(score))
-        square = _gap(v, p, value).square()
-        return value + square / (square + SMOOTH).sqrt(), p
+            value = value if part is None else value + dot(part, softplus(score))
+        gap = torch.zeros_like(value)
+        for part, rate in zip(v, p, strict=True):
+            gap = gap if part is None else gap + dot(part, rate)
+        square = gap.square()
+        return Point(theta, scores, p, value + square / (square + SMOOTH).sqrt(), gap)
 
-    def gap(self, p: Sequence[Tensor]) -> Tensor:
-        """R (P,)."""
-        return _gap(self.v, p, self.ridge[:, 0])
-
-    def gradients(self, p: Sequence[Tensor], theta: Tensor) -> Tensor:
+    def gradients(self, here: Point) -> Tensor:
         """Gradients of the convex part and of r, next to each other: (P, D, 2)."""
-        smooth, gap = self.ridge * theta - self.toward, torch.zeros_like(theta)
-        for side, u, v, rate in zip(self.sides, self.u, self.v, p, strict=True):
+        smooth, gap = self.ridge * here.theta - self.toward, torch.zeros_like(here.theta)
+        for side, u, v, rate in zip(self.sides, self.u, self.v, here.p, strict=True):
             smooth = smooth if u is None else smooth + side.pull(u * rate)
-            gap = gap if v is None else gap + side.pull(v * rate * (1 - rate))
+            gap = gap if v is None else gap + side.pull((v * rate).mul_(1 - rate))
         return torch.stack([smooth, gap], dim=-1)
 
     def hessian(self, p: Sequence[Tensor], multiplier: Tensor) -> Tensor:
@@ -90,9 +117,18 @@ class Problems:
             slope = rate * (1 - rate)
             weights = None if u is None else u * slope
             if v is not None and bool(multiplier.any()):
-                bent = multiplier.unsqueeze(-1) * v * slope * (1 - 2 * rate)
+                bent = (multiplier.unsqueeze(-1) * v).mul_(slope).mul_(1 - 2 * rate)
                 weights = bent if weights is None else weights + bent
             gram = gram if weights is None else gram + side.gram(weights)
+        return gram
+
+    def convex_hessian(self, p: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Of the convex part, for the problems ``index``."""
+        gram = torch.diag_embed(self.ridge.index_select(0, index))
+        for side, u, rate in zip(self.sides, _taken(self.u, index), p, strict=True):
+            if u is not None:
+                rate = rate.index_select(0, index)
+                gram = gram + side.take(index).gram(u * (rate * (1 - rate)))
         return gram
 
     def start_hessian(self) -> Tensor:
@@ -119,11 +155,4 @@ def _split(weights: Tensor, widths: Sequence[int]) -> list[Tensor | None]:
 
 
 def _taken(parts: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
-    return [None if part is None else part[index] for part in parts]
-
-
-def _gap(v: Sequence[Tensor | None], p: Sequence[Tensor], like: Tensor) -> Tensor:
-    gap = torch.zeros_like(like)
-    for part, rate in zip(v, p, strict=True):
-        gap = gap if part is None else gap + dot(part, rate)
-    return gap
+    return [None if part is None else part.index_select(0, index) for part in parts]

@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from groundwire_flea.functional import Array
 
 if TYPE_CHECKING:
-    from groundwire_flea.distances import Settings, Split
     from groundwire_flea.rows import Banks, Rows
+    from groundwire_flea.settings import Settings, Split
 
 
 def discrepancies(banks: Banks, pairs: Array, settings: Settings, split: Split, signed: bool) -> Array:

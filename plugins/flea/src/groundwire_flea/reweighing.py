@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire_flea.encoding import codes_of, column_of, same_length, values_of
+from groundwire_flea.columns import codes_of, column_of, same_length, values_of
 from groundwire_flea.functional import Array
 
 

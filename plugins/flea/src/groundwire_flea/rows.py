@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,12 @@ class Rows:
         """Number of sources."""
         return len(self.sizes)
 
-    @property
+    @cached_property
     def source(self) -> Array:
         """(R,) number of each row's source."""
         return np.repeat(np.arange(self.n), self.sizes)
 
-    @property
+    @cached_property
     def starts(self) -> Array:
         """(n,) first row of each source."""
         return np.cumsum(self.sizes) - self.sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,16 +13,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from groundwire_flea.cautions import cautions
-from groundwire_flea.distances import FAIRNESS, Distances, Fairness, Settings, distances
-from groundwire_flea.encoding import Encoder, column_of, plain, same_length
+from groundwire_flea.checks import check_arguments, check_power, check_sources
+from groundwire_flea.columns import column_of, plain, same_length
+from groundwire_flea.distances import Distances, distances
+from groundwire_flea.encoding import Encoder
 from groundwire_flea.functional import COMPONENTS, Array, clean_count, q_scores, select
 from groundwire_flea.result import FLEAResult, FLEAWarning, SourceId
 from groundwire_flea.rows import Rows
+from groundwire_flea.settings import Fairness, Mode, Settings
 from groundwire_flea.significance import Significance, significance
 from groundwire_flea.summary import summarize
-
-Mode = Literal["filter", "weights", "report"]
-MODES = ("filter", "weights", "report")
 
 
 class FLEASelector(BaseEstimator):  # type: ignore[misc]
@@ -135,14 +135,15 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             ValueError: An input or an argument cannot be used; see the text.
             TypeError: ``n_clean`` is a bool or no number.
         """
-        self._check_arguments()
-        self._encoder = Encoder(self.append_sensitive).fit(X, y, sensitive_features)
+        check_arguments(self)
+        self._encoder = Encoder(self.append_sensitive)
+        encoded = self._encoder.fit_encode(X, y, sensitive_features)
         self._rows: Rows | None = None
         self._distances: Distances | None = None
         self._source: Array = np.zeros(0, dtype=int)
         self.source_ids_: tuple[SourceId, ...] = ()
         self._random = check_random_state(self.random_state)
-        return self._add(X, y, sensitive_features, sources)
+        return self._add(*encoded, sources)
 
     def partial_fit(self, X: Any, y: Any, *, sensitive_features: Any, sources: Any) -> FLEASelector:  # noqa: N803
         """Add sources that came later; only pairs with a new source are compared. Scores of old ones may change.
@@ -153,7 +154,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         """
         if not hasattr(self, "result_"):
             return self.fit(X, y, sensitive_features=sensitive_features, sources=sources)
-        return self._add(X, y, sensitive_features, sources)
+        return self._add(*self._encoder.encode(X, y, sensitive_features), sources)
 
     def get_support(self, indices: bool = False) -> Array:
         """Which sources are kept: bool (n,), or their places in ``source_ids_``.
@@ -188,21 +189,22 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         mask = self.result_.mask
         return _rows_of(X, mask), _rows_of(y, mask)
 
-    def _add(self, x: Any, y: Any, a: Any, sources: Any) -> FLEASelector:
+    def _add(self, numbers: Array, labels: Array, groups: Array, sources: Any) -> FLEASelector:
         names = column_of(sources, "sources")
-        same_length(X=x, sources=names)
+        same_length(X=numbers, sources=names)
         codes, found = pd.factorize(names)
         ids = tuple(plain(v) for v in found)
         known = [s for s in ids if s in self.source_ids_]
         if known:
             raise ValueError(f"source {known[0]!r} was compared already -> give only new sources, or fit again")
-        numbers, labels, groups = self._encoder.encode(x, y, a)
-        self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         chosen = self._choose_rows(codes, labels, groups)
         new = self._made_rows(numbers[chosen], labels[chosen], groups[chosen], np.bincount(codes[chosen]))
         rows = new if self._rows is None else self._rows.followed_by(new)
-        self._refuse(rows, (*self.source_ids_, *ids))
-        clean_count(self.n_clean, rows.n)
+        check_sources(rows, (*self.source_ids_, *ids), self._encoder, self.fairness, self.always_keep)
+        k = clean_count(self.n_clean, rows.n)
+        if self.keep_unsuspicious:
+            check_power(self.alpha, self._permutations, k)
+        self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
         self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
         self._distances = distances(rows, self._settings(), self._distances)
         self._decide(rows, self._distances)
@@ -227,45 +229,9 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         positive = len(encoder.labels) - 1 if self.positive_label is None else encoder.labels.index(self.positive_label)
         return Rows(x, y, a, sizes, len(encoder.labels), len(encoder.groups), positive)
 
-    def _refuse(self, rows: Rows, ids: Sequence[SourceId]) -> None:
-        if rows.n < 3:
-            raise ValueError(
-                f"{rows.n} sources ({', '.join(map(repr, ids))}) cannot be compared -> FLEA needs at least 3, of which "
-                "more than half are clean"
-            )
-        unknown = [source for source in self.always_keep if source not in ids]
-        if unknown:
-            raise ValueError(f"always_keep names {unknown[0]!r}, which is none of the sources {list(ids)}")
-        problems = missing_cells(rows, ids, self._encoder, self.fairness)
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
-                f"{'; '.join(problems[:5])}{more} -> the distances are not defined there: leave such sources out, or "
-                "join small ones"
-            )
-
-    def _check_arguments(self) -> None:
-        choices = {
-            "fairness": (self.fairness, FAIRNESS),
-            "mode": (self.mode, MODES),
-            "aggregation": (self.aggregation, ("sum", "max")),
-            "compat": (self.compat, (None, "reference")),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
-        if isinstance(self.components, str) or not self.components or set(self.components) - set(COMPONENTS):
-            raise ValueError(f"components={self.components!r} -> choose some of {COMPONENTS}")
-        if self.max_rows_per_source is not None and self.max_rows_per_source < 4:
-            raise ValueError(f"max_rows_per_source={self.max_rows_per_source} -> use some hundreds")
-        if isinstance(self.always_keep, str):
-            raise ValueError(f"always_keep={self.always_keep!r} -> give a list of sources")
-        if not 0 < self.alpha < 1 or self.permutations < 0:
-            raise ValueError(f"alpha must be in (0, 1) and permutations >= 0, got {self.alpha}, {self.permutations}")
-        if self.compat == "reference" and self.fairness != "demographic_parity":
-            raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
-        if isinstance(self.n_clean, bool | np.bool_):
-            clean_count(self.n_clean, 3)
+    @property
+    def _permutations(self) -> int:
+        return self.permutations or (20 if self.keep_unsuspicious else 0)
 
     def _settings(self) -> Settings:
         return Settings(
@@ -284,11 +250,10 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self.disc_, self.disp_, self.disb_ = found.disc, found.disp, found.disb
         self.D_ = found.total(self.aggregation)
         self.q_ = q_scores(self.D_, self.n_clean_)
-        permutations = self.permutations or (20 if self.keep_unsuspicious else 0)
         always = [self.source_ids_.index(source) for source in self.always_keep]
         self.support_ = select(self.q_, self.n_clean_, always)
         trusted = select(self.q_, self.n_clean_)
-        tested = significance(rows, settings, trusted, permutations, self._random)
+        tested = significance(rows, settings, trusted, self._permutations, self._random)
         if self.keep_unsuspicious and tested is not None:
             self.support_ = self.support_ | (tested.p > self.alpha)
         self._finish(rows, found, tested, always)
@@ -299,26 +264,6 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             warnings.warn(str(caution), FLEAWarning, stacklevel=5)
         self.result_ = summarize(self, rows, found, tested, always, known)
         self.report_ = self.result_.report
-
-
-def missing_cells(rows: Rows, ids: Sequence[SourceId], encoder: Encoder, fairness: str) -> list[str]:
-    """What is missing for the distances to be defined: labels and groups within sources, one line each."""
-    problems = []
-    for label in range(rows.classes):
-        for i in np.flatnonzero(rows.frequency(rows.y == label) == 0).tolist():
-            problems.append(f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row with label {encoder.labels[label]!r}")
-    labels: list[int | None] = [None]
-    if fairness != "demographic_parity":
-        labels = [rows.positive] if fairness == "equal_opportunity" else list(range(rows.classes))
-    for wanted in labels:
-        where = "" if wanted is None else f" and label {encoder.labels[wanted]!r}"
-        within = np.ones(len(rows.y), dtype=bool) if wanted is None else rows.y == wanted
-        for group in range(rows.groups):
-            for i in np.flatnonzero(rows.frequency(within & (rows.a == group)) == 0).tolist():
-                problems.append(
-                    f"source {ids[i]!r} ({rows.sizes[i]} rows) has no row of group {encoder.groups[group]!r}{where}"
-                )
-    return problems
 
 
 def _rows_of(values: Any, mask: Array) -> Any:

@@ -30,8 +30,8 @@ class Bank:
     def squares(self) -> Tensor:
         """(S, D (D + 1) / 2, m), the products of each two columns."""
         columns = self.x.mT.contiguous()
-        row, column = self._pairs
-        return columns[:, row] * columns[:, column]
+        width = columns.shape[1]
+        return torch.cat([columns[:, i : i + 1] * columns[:, i:] for i in range(width)], dim=1)
 
     @cached_property
     def unpack(self) -> Tensor:
@@ -58,21 +58,20 @@ class Side:
     """
 
     def __init__(self, bank: Bank, which: Tensor) -> None:
-        used, places = torch.unique(which, return_inverse=True)
+        counts = torch.bincount(which, minlength=len(bank.x))
+        used = counts.nonzero().squeeze(-1)
         # A few idle sources in each product cost less than a copy of the others.
         if 2 * len(used) <= len(bank.x):
-            bank, which = bank.only(used), places
+            bank, which, counts = bank.only(used), torch.searchsorted(used, which), counts[used]
         self.bank, self.which = bank, which
-        counts = torch.bincount(which, minlength=len(bank.x))
-        order = torch.argsort(which, stable=True)
+        order, places = torch.argsort(which, stable=True), torch.arange(len(which), device=which.device)
         width = int(counts.max())
         rank = torch.empty_like(which)
-        rank[order] = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which[order]]
+        rank[order] = places - (counts.cumsum(0) - counts)[which[order]]
         # A place that no problem fills holds problem 0, and its result is never read.
         self._slot = which * width + rank
         self._table = torch.zeros(len(bank.x) * width, dtype=torch.long, device=which.device)
-        self._table[self._slot] = torch.arange(len(which), device=which.device)
-        self._table = self._table.view(len(bank.x), width)
+        self._table[self._slot] = places
 
     @property
     def x(self) -> Tensor:
@@ -97,8 +96,9 @@ class Side:
 
     def shared_gram(self, weights: Tensor) -> Tensor:
         """As :meth:`gram`, for weights that are equal in all problems of a source."""
-        one = weights[self._table[:, 0]]
+        one = weights[self._table.view(len(self.x), -1)[:, 0]]
         return ((self.x * one.unsqueeze(-1)).mT @ self.x)[self.which]
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.bmm(left[self._table], right).flatten(0, 1)[self._slot]
+        laid = left.index_select(0, self._table).view(len(right), -1, left.shape[1])
+        return torch.bmm(laid, right).flatten(0, 1).index_select(0, self._slot)

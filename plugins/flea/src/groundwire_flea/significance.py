@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from groundwire_flea.distances import Distances, Settings, Split, cell_frequencies, pairwise
+from groundwire_flea.distances import Distances, cell_frequencies, pairwise
 from groundwire_flea.functional import Array, disbalance, q_scores
 from groundwire_flea.rows import Rows
+from groundwire_flea.settings import Settings, Split
 
 if TYPE_CHECKING:
     from numpy.random import RandomState

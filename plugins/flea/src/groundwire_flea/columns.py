@@ -1,0 +1,117 @@
+"""Tables and columns from what users have: arrays, data frames, tensors, lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from groundwire_flea.functional import Array
+
+
+def frame_of(x: Any) -> pd.DataFrame:
+    """``X`` as a data frame.
+
+    Raises:
+        ValueError: It is not a table of two dimensions.
+    """
+    if isinstance(x, pd.DataFrame):
+        return x
+    if isinstance(x, torch.Tensor):
+        x = _array_of(x)
+    if hasattr(x, "toarray"):
+        x = x.toarray()
+    array = np.asarray(x)
+    if array.ndim != 2:
+        raise ValueError(
+            f"X must have two dimensions (rows, columns), got shape {array.shape} -> flatten it, or give embed= to FLEA"
+        )
+    frame = pd.DataFrame(array)
+    return frame.infer_objects() if array.dtype == object else frame
+
+
+def column_of(values: Any, name: str) -> pd.Series[Any]:
+    """A 1-D input as a series without an index; several columns are joined to one, as intersections.
+
+    Raises:
+        ValueError: It has more than one dimension without being a data frame, or a value is missing.
+    """
+    if isinstance(values, torch.Tensor):
+        values = _array_of(values)
+    if isinstance(values, pd.DataFrame):
+        joined = values.iloc[:, 0] if values.shape[1] == 1 else values.astype(str).agg(", ".join, axis=1)
+        missing = values.isna().any(axis=1).to_numpy()
+        series = joined.reset_index(drop=True)
+    else:
+        array = np.asarray(values, dtype=object if isinstance(values, list | tuple) else None)
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have one dimension, got shape {array.shape} -> give one value for each row")
+        series = pd.Series(array).infer_objects()
+        missing = series.isna().to_numpy()
+        if pd.api.types.is_float_dtype(series):
+            missing = missing | np.isinf(series.to_numpy(dtype=float, na_value=np.nan))
+    if missing.any():
+        raise ValueError(
+            f"{name} has {int(missing.sum())} missing or infinite values, the first in row {int(missing.argmax())} -> "
+            "fill them in, or leave these rows out"
+        )
+    return series
+
+
+def _array_of(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    # NumPy has no bfloat16.
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def codes_of(series: pd.Series[Any], known: Sequence[Any], name: str) -> Array:
+    """The place of each value in ``known``.
+
+    Raises:
+        ValueError: A value is not among them.
+    """
+    codes: Array = pd.Index(known).get_indexer(series)
+    if (codes < 0).any():
+        strange = sorted({repr(plain(v)) for v in series[codes < 0]})
+        raise ValueError(
+            f"{name} has the unknown values {', '.join(strange[:5])}; known are {', '.join(map(repr, known))} -> "
+            "map them to known ones, or fit again with all rows"
+        )
+    return codes
+
+
+def values_of(series: pd.Series[Any]) -> list[Any]:
+    """Different values in order: of their size where they can be compared, else of their text."""
+    found = [plain(v) for v in series.unique()]
+    try:
+        return sorted(found)
+    except TypeError:
+        return sorted(found, key=repr)
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def same_length(**inputs: Any) -> None:
+    """Raise unless all inputs have the same number of rows.
+
+    Raises:
+        ValueError: With the numbers of rows of all.
+
+    Example:
+        >>> same_length(X=[1, 2], y=[0, 1])
+    """
+    lengths = {name: len(values) for name, values in inputs.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"the inputs have different numbers of rows ({found}) -> give one value for each row of X")
+    if not next(iter(lengths.values())):
+        raise ValueError("there are no rows")

@@ -1,0 +1,111 @@
+"""W1 to W7: when the filter says not to trust it blindly."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from groundwire_flea import FLEAWarning, filter_sources
+
+quietly = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
+
+
+def run(data, **options):
+    return filter_sources(data.X, data.y, sensitive_features=data.a, sources=data.source, **options)
+
+
+@quietly
+def test_workers_blocks_and_order_of_rows_change_nothing(table):
+    data = table(5, (1, 3))
+    plain = run(data).distances
+    pd.testing.assert_frame_equal(run(data, n_jobs=2).distances, plain)
+    order = np.argsort(data.source, kind="stable")
+    grouped = type(data)(X=data.X[order], y=data.y[order], a=data.a[order], source=data.source[order])
+    pd.testing.assert_frame_equal(run(grouped).distances, plain, atol=1e-9)
+
+
+def codes(result):
+    return {caution.code: caution for caution in result.warnings}
+
+
+@quietly
+def test_w1_half_or_fewer_clean_sources_warn_with_the_theorem(table):
+    with pytest.warns(FLEAWarning, match="W1.*n_clean=2 of 4.*theorem"):
+        run(table(4), n_clean=2)
+
+
+@quietly
+def test_w1_half_of_the_sources_suspicious(table):
+    result = run(table(4, (1, 3)), n_clean=3, permutations=10)
+    assert "W1" in codes(result)
+    assert set(codes(result)["W1"].sources) >= {"clinic 1", "clinic 3"}
+
+
+@quietly
+def test_w2_small_groups_are_named_with_their_size(table):
+    result = run(table(8))
+    caution = codes(result)["W2"]
+    assert caution.sources == tuple(result.scores)
+    assert str(int(caution.value)) in caution.message
+
+
+@quietly
+def test_w3_no_gap_between_clean_sources_and_a_gap_before_flipped_ones(table):
+    assert "W3" in codes(run(table(5)))
+    assert "W3" not in codes(run(table(5, (1, 3))))
+
+
+@quietly
+def test_w4_two_camps_are_named(table):
+    data = table(7, (0, 1, 2))
+    caution = codes(run(data))["W4"]
+    assert set(caution.sources) == {"clinic 0", "clinic 1", "clinic 2"}
+    assert "W4" not in codes(run(table(7)))
+
+
+@quietly
+def test_w5_sources_that_differ_by_nature(table):
+    data = table(3)
+    data.source = np.array(["small", "middle", "large"])[
+        np.digitize(data.X[:, 0], np.quantile(data.X[:, 0], [0.33, 0.66]))
+    ]
+    data.y = (data.X[:, 1] > np.median(data.X[:, 1])).astype(int)
+    flip = np.isin(data.source, ["small"])
+    data.y[flip] = 1 - data.y[flip]
+    assert "W5" in codes(run(data))
+    assert "W5" not in codes(run(table(3)))
+
+
+@quietly
+def test_w6_a_rare_group_makes_unfiltered_training_hopeless(table):
+    data = table(5)
+    data.a = (data.X[:, 0] > np.quantile(data.X[:, 0], 0.8)).astype(int)
+    result = run(data)
+    assert codes(result)["W6"].value == pytest.approx(0.4 / data.a.mean())
+    assert result.bound == 1
+    assert "W6" not in codes(run(table(5)))
+
+
+@quietly
+def test_w7_a_tie_at_the_border_is_named(table):
+    data = table(3)
+    four = {k: np.concatenate([v, v[data.source == "clinic 2"]]) for k, v in vars(data).items()}
+    four["source"] = np.concatenate([data.source, np.full((data.source == "clinic 2").sum(), "copy")])
+    result = run(type(data)(**four), n_clean=1)
+    assert set(codes(result)["W7"].sources) >= {"clinic 2", "copy"}
+
+
+def test_well_separated_large_sources_cause_no_warning():
+    rng = np.random.default_rng(0)
+    n, m = 5, 1500
+    a, source = rng.integers(2, size=n * m), np.repeat(np.arange(n), m)
+    x = np.column_stack([rng.normal(size=(n * m, 3)), a])
+    y = (x[:, 0] + 0.5 * a + rng.normal(size=n * m) > 0).astype(int)
+    y[source == 4] = 1 - y[source == 4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = filter_sources(x, y, sensitive_features=a, sources=source, n_clean=4)
+    assert result.suppressed == (4,)
+    assert result.warnings == ()
+    assert "kept" in repr(result)

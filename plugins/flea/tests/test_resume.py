@@ -1,0 +1,75 @@
+"""The decision is made once: at a resume, at a reload of the loaders, and for another fit."""
+
+import pytest
+import torch
+from flea_clinics_of_tests import GOOD, Net, Rows, fit
+from torch.utils.data import DataLoader
+
+from groundwire import PluginError
+from groundwire.checkpoint import plugins_in
+from groundwire_flea import FLEA, FLEAWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
+
+
+class Counting(FLEA):
+    """Counts the comparisons."""
+
+    name = "flea"
+    compared = 0
+
+    @property
+    def deciding(self):
+        deciding = super().deciding
+
+        class Counted(type(deciding)):
+            def _compared(this, *arguments):
+                Counting.compared += 1
+                return super()._compared(*arguments)
+
+        return Counted(**vars(deciding))
+
+
+def test_a_resumed_run_neither_compares_again_nor_changes_the_data(kit, bad):
+    Counting.compared = 0
+    path, first = kit.path / "resume.ckpt", Counting(permutations=0)
+    trainer, _ = fit(kit, Rows(bad), first)
+    trainer.save_checkpoint(path)
+    second = Counting(n_clean=5, permutations=0)  # would keep everything
+    module = Net()
+    kit.trainer(second, max_epochs=2).fit(
+        module, DataLoader(Rows(bad), 32, shuffle=True), ckpt_path=path, weights_only=True
+    )
+    assert Counting.compared == 1
+    assert module.seen == GOOD
+    assert second.decision == first.decision
+    facts = plugins_in(torch.load(path, weights_only=True))[0]["facts"]
+    assert set(facts["kept"]) == GOOD
+    assert facts["sources"] == first.decision.hash
+
+
+def test_a_resume_with_an_unseen_source_is_refused_and_with_other_rows_warned_about(kit, bad, table):
+    path = kit.path / "resume.ckpt"
+    trainer, _ = fit(kit, Rows(bad), FLEA(permutations=0))
+    trainer.save_checkpoint(path)
+    more = table(6, (1, 3))
+    with pytest.raises(PluginError, match="'clinic 5'; it knows 'clinic 0'"):
+        kit.trainer(FLEA(), max_epochs=2).fit(Net(), DataLoader(Rows(more), 32), ckpt_path=path, weights_only=True)
+    fewer = type(bad)(**{k: v[:400] for k, v in vars(bad).items()})
+    module = Net()
+    with pytest.warns(FLEAWarning, match="not those of the checkpoint's decision"):
+        kit.trainer(FLEA(), max_epochs=2).fit(module, DataLoader(Rows(fewer), 32), ckpt_path=path, weights_only=True)
+    assert module.seen == GOOD
+
+
+def test_another_fit_decides_anew(kit, bad, table):
+    flea = FLEA(permutations=0)
+    fit(kit, Rows(bad), flea)
+    fit(kit, Rows(table(5, (0, 4))), flea)
+    assert flea.decision.named(False) == ["clinic 0", "clinic 4"]
+
+
+def test_reloading_loaders_every_epoch_compares_once(kit, bad):
+    Counting.compared = 0
+    fit(kit, Rows(bad), Counting(permutations=0), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert Counting.compared == 1
