@@ -36,6 +36,8 @@ class AOL(Plugin):
         exclude: Paths of submodules to leave as they are; certificates count their norms.
         log: Whether to certify, log and report; otherwise the model is only converted.
         init: "orthogonal" for training from scratch; "keep" keeps present weights as raw weights.
+        rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest part
+            of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -57,6 +59,7 @@ class AOL(Plugin):
         log: bool = True,
         *,
         init: Literal["orthogonal", "keep"] = "orthogonal",
+        rounding: bool = True,
     ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
@@ -67,7 +70,7 @@ class AOL(Plugin):
         smallest_std(input_std)
         self.activation, self.steps, self.init, self._log = activation, steps, init, bool(log)
         self.eps = tuple(check_radii([eps] if isinstance(eps, int | float) else eps).tolist())
-        self.input_std = input_std
+        self.input_std, self.rounding = input_std, bool(rounding)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         #: What the conversion did, one line each.
         self.changes: list[str] = []
@@ -200,7 +203,7 @@ class AOL(Plugin):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A new pass, on every rank: its end is a collective."""
-        self._pass = CertifiedPass(self.eps, self.input_std).to(pl_module.device) if self.log else None
+        self._pass = CertifiedPass(self.eps, self.input_std, self.rounding).to(pl_module.device) if self.log else None
 
     on_test_epoch_start = on_validation_epoch_start
 

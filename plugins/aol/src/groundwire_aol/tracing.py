@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def _home(hook: Any) -> str:
 
 
 def rows_of(example: Any) -> Tensor:
-    """The example input as two samples.
+    """The first sample of the example input, and zero.
 
     Raises:
         UnsoundError: It is no floating-point tensor with a batch dimension.
@@ -148,4 +149,48 @@ def rows_of(example: Any) -> Tensor:
             f"the input is {example.dtype}: distances between integers are no certificate -> convert images to float "
             "in [0, 1], and certify embeddings instead of token numbers"
         )
-    return example[:1].detach().clone().repeat(2, *(1 for _ in example.shape[1:]))
+    first = example[:1].detach().clone()
+    return torch.cat([first, torch.zeros_like(first)])
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [t for item in value for t in tensors_of(item)]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else []
+    )
+
+
+def refuse_other_results(module: nn.Module, example: Tensor, walked: Any) -> None:
+    """The graph must compute what the model computes, and each sample by itself."""
+    probe = example + torch.linspace(0.0, 0.5, len(example), dtype=example.dtype, device=example.device).view(
+        -1, *(1 for _ in example.shape[1:])
+    )
+    name = type(module).__name__
+    try:
+        again, together, alone = (tensors_of(module(x.clone())) for x in (example, probe, probe[1:]))
+    except Exception as error:
+        raise UnknownLipschitzError(
+            name, f"its forward fails outside the trace ({error})", "make it take any batch"
+        ) from error
+    if not _close(again, tensors_of(walked)):
+        raise UnknownLipschitzError(
+            name, "its forward does not compute what was traced", "remove state and random numbers"
+        )
+    if not _close([t[1:] for t in together], alone):
+        raise UnknownLipschitzError(
+            name, "the result of a sample depends on its batch", "use no statistics of the batch"
+        )
+
+
+def _close(ones: list[Tensor], others: list[Tensor]) -> bool:
+    """Equal up to rounding, which is relative to the largest entry."""
+    return len(ones) == len(others) and all(
+        a.shape == b.shape and bool((a - b).abs().amax() <= 1e-4 * a.abs().amax())
+        for a, b in zip(ones, others, strict=True)
+    )
