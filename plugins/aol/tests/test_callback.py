@@ -352,3 +352,51 @@ def test_a_module_without_forward_is_certified_by_its_only_network(kit):
 
     trainer = fit(kit, Bare(), groundwire.Plugins([AOL()], head="net.3"))
     assert 0 < trainer.callback_metrics["aol/clean"] <= 1
+
+
+def test_radii_cover_rounding_unless_they_are_asked_not_to(kit):
+    module, exact = Net(), AOL(eps=(0.1,), rounding=False)
+    covering = AOL(eps=(0.1,))
+    trainer = fit(kit, module, covering)
+    fit(kit, Net(), exact)
+    x, y = images().tensors
+    module.eval()
+    with torch.no_grad():
+        scores, bound = module(x), lipschitz_bound(module, x)
+    expected = certified_accuracy(scores, y, (0.1,), bound, inputs=x)
+    assert trainer.callback_metrics["aol/certified@0.1"].item() == pytest.approx(expected.item(), abs=1e-6)
+    largest = 2 * bound.rounding.error(x.double().flatten(1).norm(dim=1)).max() / float(bound)
+    assert trainer.callback_metrics["aol/rounding"].item() == pytest.approx(largest.item(), rel=1e-3)
+    assert exact.results["validate"].certified[0.1] >= covering.results["validate"].certified[0.1]
+    assert "rounding" not in exact.results["validate"].metrics
+
+
+def test_rounding_that_takes_much_of_a_radius_is_told(kit, tmp_path):
+    x, y = images().tensors
+    loader = DataLoader(TensorDataset(torch.cat([x, torch.full_like(x, 1e3)], 2), y), 16)
+
+    class Tall(Net):
+        """Rounding grows with the images, radii do not."""
+
+        def build(self):
+            super().build()
+            self.net[4] = nn.Linear(256, 16)
+
+    plugins = groundwire.Plugins([AOL(eps=(0.1,), input_std=1.0)], report_dir=tmp_path / "report")
+    kit.fit(Tall(), plugins, loader=loader, val=loader, max_epochs=1)
+    found = next(f for f in Report.read(tmp_path / "report").findings if f.code == "rounding")
+    assert found.severity == "warn"
+    assert found.value > 0.01
+
+
+def test_a_model_whose_rounding_has_no_bound_is_certified_in_exact_arithmetic_with_a_warning(kit):
+    class Upsampled(Net):
+        def build(self):
+            super().build()
+            self.net.insert(0, nn.Upsample(scale_factor=2, mode="bilinear"))
+            self.net.insert(1, nn.MaxPool2d(2))
+
+    with pytest.warns(UserWarning, match="certifies exact arithmetic"):
+        trainer = fit(kit, Upsampled(), AOL(eps=(0.1,)))
+    assert trainer.callback_metrics["aol/certified@0.1"] >= 0
+    assert "aol/rounding" not in trainer.callback_metrics

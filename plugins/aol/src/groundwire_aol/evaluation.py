@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
+from groundwire.offset import BUFFER
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import smallest_std, total_lipschitz
 from groundwire_aol.conversion import core_of
@@ -107,15 +108,17 @@ class CertifiedPass:
         bound = self.metric.lipschitz = self.bound(module, fields.inputs)
         scores = self._scores(module, scores, fields.inputs)
         self.clean.update(scores, target)
-        covered = fields.inputs if self._covers(bound, scores, fields.inputs) else None
+        covered = fields.inputs if self._covers(bound, module, scores, fields.inputs) else None
         self.metric.update(scores, target, covered)
         if covered is not None:
             norms = covered.detach().double().flatten(1).norm(dim=1)
             self.largest.update(2 * bound.rounding.error(norms) / total_lipschitz(bound, self.input_std))
 
-    def _covers(self, bound: Bound, scores: Tensor, inputs: Tensor) -> bool:
+    def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
         reason = bound.rounding.unknown or not_standard(scores.device)
+        if not reason and any(_nonzero(getattr(part, BUFFER, None)) for part in module.modules()):
+            reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
             reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"
         if reason and self.rounding:
@@ -155,6 +158,10 @@ class CertifiedPass:
         constant = max(map(float, self.bounds.values()), default=math.nan) / smallest_std(self.input_std)
         certified = dict(zip(self.eps, values, strict=False))
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
+
+
+def _nonzero(offset: Tensor | None) -> bool:
+    return offset is not None and bool(offset.any())
 
 
 def warn_of_range(inputs: Any, input_std: Any = None) -> None:

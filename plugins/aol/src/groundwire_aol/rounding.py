@@ -56,7 +56,7 @@ class Rounding:
             2e-06
         """
         norms = torch.as_tensor(norm, dtype=torch.float64)
-        inside = (self.peak[0] + self.peak[1] * norms) < torch.finfo(self.dtype).max / 4
+        inside = (self.peak[0] + self.peak[1] * norms) < torch.finfo(self.dtype).max / 1024
         if self.unknown:
             inside = torch.zeros_like(inside)
         found = torch.where(inside, self.offset + self.slope * norms, math.inf)
