@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 #: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py).
-FAST_CHANNELS = 64
+FAST_CHANNELS = 96
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
