@@ -53,11 +53,12 @@ NETWORKS = {
     "aol": lambda: nn.Sequential(AOLConv2d(4, 8, 3, 2, 1), NActivation(8, "log_uniform"), BatchCentering(8),
                                  GroupSort(4), nn.PixelShuffle(2), nn.Flatten(), AOLLinear(72, 3)),
     "residual": lambda: Apply(lambda x, f, s, g: g(s(x, f(x).relu()) - 0.1 * x), conv(), ConvexSum(), conv(groups=2)),
-    "branches": lambda: Apply(lambda x, f, c: torch.cat([f(x), c([x, -x])], 1), conv(dilation=2, padding=2), ScaledConcat()),
+    "branches": lambda: Apply(
+        lambda x, f, c: torch.cat([f(x), c([x, -x])], 1), conv(dilation=2, padding=2), ScaledConcat()),
     "extremes": lambda: Apply(lambda x, f: torch.maximum(x, f(x)).amax(2) / 3, conv(padding_mode="reflect")),
     "averages": lambda: Apply(lambda x, p: F.avg_pool2d(p(x), 2, 1).mean(1).cumsum(1), Rescaled(nn.AvgPool2d(2), 2)),
     "global": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU(), GlobalAvgPool(2), nn.LeakyReLU(0.3)),
-    "functions": lambda: Apply(lambda x, f: 
+    "functions": lambda: Apply(lambda x, f:
         F.conv2d(F.pad(x, (1, 0, 2, 0)), f.weight, f.bias, 2) @ f.weight.flatten(1)[:3, :2], conv()),
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3, 2, 1), nn.Sigmoid(), nn.Upsample(scale_factor=2)),
 }  # fmt: skip
@@ -145,7 +146,7 @@ def test_what_has_no_rule_is_said_and_refused():
     assert bound.rounding.unknown.startswith("0 ")
     assert bound.rounding.error(0.0) == math.inf
     assert "no bound" in str(bound)
-    with pytest.raises(UnsoundError, match="0 .* no rule"):
+    with pytest.raises(UnsoundError, match=r"0 .* no rule"):
         certified_radius(net(x).detach(), y, bound, inputs=x)
     assert certified_radius(net(x).detach(), y, bound).shape == (2,)
 

@@ -94,7 +94,8 @@ def audit_bound(
     twin = plain_copy(module)
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     inputs = torch.cat([x for x, _ in batches]).to(device)
-    seen = Audit(float(claimed), max_jacobian_norm(twin, inputs[:jacobians]), 0, 0, None, *_rounding(twin, inputs, claimed))
+    largest, rounding = max_jacobian_norm(twin, inputs[:jacobians]), _rounding(twin, inputs, claimed)
+    seen = Audit(float(claimed), largest, 0, 0, None, *rounding)
     if not attack:
         return seen
     generator = torch.Generator().manual_seed(seed)

@@ -127,7 +127,8 @@ class _HalfLags(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         blocks, *signs = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
-            return torch.autograd.grad(plain_sums(blocks), blocks, grad, create_graph=True)[0]
+            twice: Tensor = torch.autograd.grad(plain_sums(blocks), blocks, grad, create_graph=True)[0]
+            return twice
         first = _taps_first(blocks)
         taps, found = first.unbind(), torch.zeros_like(first)
         # The pair (i, j) at a lag is also the pair (j, i) at the opposite one, so both sums feel it.

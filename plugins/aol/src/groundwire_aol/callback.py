@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
 from groundwire_aol.certificates import RADII, check_radii, smallest_std
 from groundwire_aol.constraint import bake
-from groundwire_aol.conversion import has_weights, lipschitz
+from groundwire_aol.conversion import lipschitz
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.evaluation import CertifiedPass, Result, warn_of_range
 from groundwire_aol.parametrization import AOLParametrization, parametrizations
 from groundwire_aol.report import section
+from groundwire_aol.scoring_part import has_weights
 
 _LOG = logging.getLogger("lightning.pytorch.groundwire_aol")
 
@@ -36,8 +37,8 @@ class AOL(Plugin):
         exclude: Paths of submodules to leave as they are; certificates count their norms.
         log: Whether to certify, log and report; otherwise the model is only converted.
         init: "orthogonal" for training from scratch; "keep" keeps present weights as raw weights.
-        rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest part
-            of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
+        rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest
+            part of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
 
     Raises:
         ValueError: An argument is out of its range.

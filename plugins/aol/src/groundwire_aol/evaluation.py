@@ -15,10 +15,10 @@ from groundwire import Fields, Finding
 from groundwire.offset import BUFFER
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import smallest_std, total_lipschitz
-from groundwire_aol.conversion import core_of
 from groundwire_aol.errors import UnsoundError
 from groundwire_aol.metrics import CertifiedAccuracy
 from groundwire_aol.rounding import not_standard
+from groundwire_aol.scoring_part import core_of
 
 #: Points of the curve over the radius.
 POINTS = 60

@@ -3,9 +3,9 @@ r"""How far the computed scores can be from those of exact arithmetic: the round
 Along the graph, next to each Lipschitz bound L, go the size of the exact value, ``||v(x)|| <= ||v(0)|| + L ||x||``, and
 the error of the computed one. A step multiplies the errors of its inputs by its own constant and adds its own error in
 the standard model of floating-point arithmetic: ``|fl(a op b) - a op b| <= u |a op b|``, u = 2^-24 in float32. A sum of
-n products then errs by at most ``n u / (1 - n u)`` times the sum of their absolute values, in whatever order and with or
-without fused operations, so that a linear layer adds ``gamma_n (|| |W| || ||x|| + ||b||)``. Everything is affine in
-``||x||``.
+n products then errs by at most ``gamma_n = n u / (1 - n u)`` times the sum of their absolute values, in whatever order
+and with or without fused operations, so that a linear layer adds ``gamma_n (|| |W| || ||x|| + ||b||)``. Everything is
+affine in ``||x||``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from groundwire_aol.rounding_rules import UNITS, Affine, Situation, local_error, smallest_normal
+from groundwire_aol.rounding_rules import local_error
+from groundwire_aol.situation import UNITS, Affine, Situation, smallest_normal
 
 if TYPE_CHECKING:
     from groundwire_aol.rules import Rules
@@ -161,8 +162,9 @@ def not_standard(device: torch.device | str) -> str:
     backends: Any = torch.backends
     if backends.nnpack.is_available() and not (backends.mkldnn.is_available() and backends.mkldnn.enabled):
         return "without oneDNN, NNPACK convolves by Winograd"
-    settings = (backends.mkldnn.fp32_precision, backends.mkldnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision)
-    reduced = any(p not in ("none", "ieee") for p in settings) or torch.get_float32_matmul_precision() != "highest"
+    onednn = backends.mkldnn
+    settings = {onednn.fp32_precision, onednn.conv.fp32_precision, onednn.matmul.fp32_precision}
+    reduced = not settings <= {"none", "ieee"} or torch.get_float32_matmul_precision() != "highest"
     if reduced or os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT":
         return "float32 products are allowed to be computed with fewer bits"
     return ""

@@ -2,110 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from groundwire_aol import constants
 from groundwire_aol.activations import GroupSort, MaxMin, NActivation
 from groundwire_aol.centering import BatchCentering, ConvexSum, GlobalAvgPool, Rescaled, ScaledConcat
-from groundwire_aol.constraint import TRANSPOSED, computes_linear
-from groundwire_aol.norms import nonnegative_norm
+from groundwire_aol.constraint import computes_linear
 from groundwire_aol.operations import BATCHNORMS, MAX_POOLS, NONNEGATIVE
-from groundwire_aol.step import Step
-
-#: Unit roundoff.
-UNITS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-#: Elementwise functions that IEEE 754 does not fix are taken to be right to this many u times max(|x|, 1).
-APPROXIMATE = 16
-
-
-@dataclass(frozen=True)
-class Affine:
-    """``offset + slope ||x||``, x the model's input."""
-
-    offset: float = 0.0
-    slope: float = 0.0
-
-    def __add__(self, other: Affine) -> Affine:
-        return Affine(self.offset + other.offset, self.slope + other.slope)
-
-    def __mul__(self, factor: float) -> Affine:
-        return Affine(self.offset * factor, self.slope * factor)
-
-    def largest(self, other: Affine) -> Affine:
-        """At least both."""
-        return Affine(max(self.offset, other.offset), max(self.slope, other.slope))
-
-
-@dataclass(frozen=True)
-class Situation:
-    """A step, and bounds of what is around it.
-
-    Attributes:
-        step: The step.
-        layer: Its layer, None for a function.
-        value: What it computed for two rows.
-        unit: u of the dtypes in it, the larger one.
-        inputs: Bound of the norms of the computed inputs, added up.
-        reached: What the step makes of them at most, without constants.
-        size: Bound of the norm of the result of exact arithmetic on the computed inputs.
-    """
-
-    step: Step
-    layer: Any
-    value: Any
-    unit: float
-    inputs: Affine
-    reached: Affine
-    size: Affine
-
-    @property
-    def entries(self) -> int:
-        """Of one sample of the result."""
-        tensors = [self.value] if isinstance(self.value, Tensor) else [t for t in self.value if isinstance(t, Tensor)]
-        return sum(t[0].numel() for t in tensors)
-
-    @property
-    def sample(self) -> Tensor:
-        """The first argument, a tensor of two rows."""
-        found: Tensor = self.step.args[0] if self.step.args else next(iter(self.step.kwargs.values()))
-        return found
-
-    @property
-    def few(self) -> Affine:
-        """A few operations on each entry, none larger than what comes in or out."""
-        return (self.size + self.reached) * (4 * self.unit)
-
-    def sums(self, terms: int) -> Affine:
-        """Sums of so many nonnegative multiples of entries."""
-        return self.reached * gamma(terms + 4, self.unit)
-
-    def approximate(self, scale: float = 1.0) -> Affine:
-        """One function of each entry that is not fixed by IEEE 754."""
-        whole = self.reached + self.inputs * 2.0 + Affine(math.sqrt(self.entries) * 2 * max(1.0, scale))
-        return whole * (APPROXIMATE * self.unit)
-
-
-def gamma(terms: int, unit: float) -> float:
-    """``n u / (1 - n u)``: relative to the sum of absolute values, what a sum of n products is wrong by at most.
-
-    Example:
-        >>> gamma(1, 0.25), gamma(4, 0.25)
-        (0.3333333333333333, inf)
-    """
-    return terms * unit / (1 - terms * unit) if terms * unit < 0.5 else math.inf
-
-
-def smallest_normal(dtype: torch.dtype) -> float:
-    """What may be lost below the range of the dtype, also where denormal numbers are flushed to zero."""
-    return torch.finfo(dtype).smallest_normal
-
+from groundwire_aol.rounding_products import PRODUCTS, of_linear
+from groundwire_aol.situation import APPROXIMATE, Affine, Situation, expanded_norm, gamma
 
 EXACT_LAYERS = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
@@ -169,7 +79,7 @@ def _of_layer(at: Situation) -> Affine | None:
         return at.sums(at.sample[0].numel())
     if kind in BATCHNORMS:
         return _batchnorm(at)
-    return _linear(at) if computes_linear(layer) else None
+    return of_linear(at) if computes_linear(layer) else None
 
 
 def _of_function(at: Situation) -> Affine | None:
@@ -184,7 +94,7 @@ def _of_function(at: Situation) -> Affine | None:
         return at.sums(at.sample[0].numel())
     if name in EXACT_FUNCTIONS or name in NONNEGATIVE:
         return Affine()
-    rule = _PRODUCTS.get(name)
+    rule = PRODUCTS.get(name)
     return rule(at) if rule is not None else None
 
 
@@ -217,7 +127,7 @@ def _n_activation(at: Situation) -> Affine:
 
 
 def _centering(at: Situation) -> Affine:
-    constant = _expanded(at.layer.running_mean, at) + _expanded(at.layer.bias, at)
+    constant = expanded_norm(at.layer.running_mean, at) + expanded_norm(at.layer.bias, at)
     return (at.inputs + Affine(constant)) * gamma(4, at.unit)
 
 
@@ -232,68 +142,5 @@ def _batchnorm(at: Situation) -> Affine:
     factors = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         factors = factors * norm.weight.detach().double().abs()
-    constant = _expanded(factors * norm.running_mean.double(), at) + _expanded(norm.bias, at)
+    constant = expanded_norm(factors * norm.running_mean.double(), at) + expanded_norm(norm.bias, at)
     return (at.inputs * float(factors.max()) + Affine(constant)) * gamma(12, at.unit)
-
-
-def _expanded(channels: Tensor | None, at: Situation) -> float:
-    """Norm of one value per channel, at all positions."""
-    if channels is None:
-        return 0.0
-    return float(channels.detach().double().norm()) * math.sqrt(at.entries / channels.numel())
-
-
-# Products with weights
-
-
-def _linear(at: Situation) -> Affine:
-    layer = copy.deepcopy(at.layer).double()
-    weight = layer.weight
-    if isinstance(layer, TRANSPOSED):
-        terms = weight[:, 0].numel() // layer.groups
-    else:
-        terms = _nonzero(weight)
-    weight.data.abs_()
-    bias, layer.bias = layer.bias, None
-    return _dot(at, layer, terms, bias)
-
-
-def _nonzero(weight: Tensor) -> int:
-    """Most terms of a sum: products with zero are exact, and so is adding them."""
-    return int((weight.detach() != 0).flatten(1).sum(1).max())
-
-
-def _dot(at: Situation, absolute: Callable[[Tensor], Tensor], terms: int, bias: Tensor | None) -> Affine:
-    norm = nonnegative_norm(absolute, tuple(at.sample.shape[1:]))
-    lost = smallest_normal(at.sample.dtype) * math.sqrt(at.entries * at.sample[0].numel()) * (terms + 2) * (1 + norm)
-    products = at.inputs * norm + Affine(_expanded(bias, at))
-    return products * gamma(terms + 2, at.unit) + at.inputs * lost + Affine(lost)
-
-
-def _dense(at: Situation) -> Affine:
-    weight, bias = at.step.argument(1, "weight").detach(), at.step.argument(2, "bias")
-    return _dot(at, lambda x: nn.functional.linear(x, weight.double().abs()), _nonzero(weight), bias)
-
-
-def _product(at: Situation) -> Affine:
-    matrix = at.step.args[1].detach()
-    return _dot(at, lambda x: x @ matrix.double().abs(), matrix.shape[0], None)
-
-
-def _kernel(at: Situation) -> Affine:
-    step = at.step
-    weight, bias = step.argument(1, "weight").detach(), step.argument(2, "bias")
-    rest = [a for a in step.args[3:]]
-    named = {k: v for k, v in step.kwargs.items() if k not in ("input", "weight", "bias")}
-
-    def absolute(x: Tensor) -> Tensor:
-        found: Tensor = step.node.target(x, weight.double().abs(), None, *rest, **named)  # type: ignore[operator]
-        return found
-
-    return _dot(at, absolute, weight[0].numel() * weight.shape[0], bias)
-
-
-_PRODUCTS: dict[str, Callable[[Situation], Affine]] = {
-    "linear": _dense, "matmul": _product, "mm": _product,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _kernel),
-}  # fmt: skip
