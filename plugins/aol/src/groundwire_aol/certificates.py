@@ -165,11 +165,11 @@ def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor, last_layer: Tensor
             f"{'last_layer=' if last_layer is not None else type(lipschitz).__name__} -> "
             "lipschitz=lipschitz_bound(model, inputs)"
         )
-    if inputs.shape != (len(logits), *lipschitz.input_shape) or not inputs.dtype == logits.dtype == found.dtype:
+    shape = (len(logits), *lipschitz.input_shape)
+    if inputs.shape != shape or not inputs.dtype == logits.dtype == found.dtype:
         raise ValueError(
-            f"inputs= must be the {found.dtype} batch that gave the logits, of shape "
-            f"({len(logits)}, *{lipschitz.input_shape}), got {inputs.dtype} {tuple(inputs.shape)} and {logits.dtype} "
-            "logits -> compute them without autocast"
+            f"inputs= must be what gave the logits, {found.dtype} of shape {shape}, got {inputs.dtype} "
+            f"{tuple(inputs.shape)} and {logits.dtype} logits -> compute them without autocast"
         )
     reason = found.unknown or not_standard(logits.device)
     if reason:

@@ -46,7 +46,7 @@ def trace(module: nn.Module) -> fx.Graph:
         raise UnknownLipschitzError(
             type(module).__name__,
             f"its forward cannot be traced ({type(error).__name__}: {_first_line(error)})",
-            "make forward(x) a fixed sequence of layers and tensor operations, without branches on values",
+            "make forward(x) a fixed sequence of layers and tensor operations, without branches on values or shapes",
         ) from error
     if not _equal(module, first, second):
         raise UnknownLipschitzError(
@@ -101,6 +101,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def refuse_weights(module: nn.Module) -> None:
     """Raise for weights and buffers that are not finite, or of less than 32 bits."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise UnsoundError(f"{name} has no values yet -> run one batch through the model first")
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise UnsoundError(
                 f"{name} is {tensor.dtype}: rounding a weight of norm 1 to bfloat16 gave norm 1.00257, to float16 "
@@ -115,6 +117,8 @@ def refuse_weights(module: nn.Module) -> None:
 def refuse_hooks(module: nn.Module) -> None:
     """Raise for hooks and instance methods, which may change what a layer computes. groundwire's own add constants."""
     for path, layer in module.named_modules():
+        if hasattr(layer, "_orig_mod"):
+            raise UnknownLipschitzError(path, "a compiled module hides its graph", "pass module._orig_mod")
         hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
         foreign = [hook for hook in hooks if not _home(hook).startswith("groundwire.")]
         if foreign:
@@ -128,8 +132,6 @@ def refuse_hooks(module: nn.Module) -> None:
         # Lightning leaves the class's own method on the instance.
         if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise UnknownLipschitzError(path, "forward was replaced on the instance", "give the class this forward")
-        if hasattr(layer, "_orig_mod"):
-            raise UnknownLipschitzError(path, "a compiled module hides its graph", "pass module._orig_mod")
 
 
 def _home(hook: Any) -> str:
