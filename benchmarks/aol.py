@@ -68,6 +68,7 @@ def on_digits(options: argparse.Namespace) -> list[Figure]:
         return figures
     audited = [*results["AOL"], *results["converted stock CNN"]]
     figures += aol_training.attacks(audited, data, 50 if options.quick else 500)
+    figures += aol_training.roundings({name: results[name] for name in ("AOL", "converted stock CNN")}, data)
     return figures + aol_training.digits_targets(results)
 
 

@@ -1,10 +1,8 @@
 """The rescale rule against matrices written out in float64."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
+import aol_operators as operators
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +11,6 @@ from torch.nn import functional as F
 
 from groundwire_aol.autocorrelation import FAST_CHANNELS, _HalfLags, autocorrelation, lag_sums
 from groundwire_aol.functional import Geometry, chosen_side, rescale, squared_scale
-
-spec = importlib.util.spec_from_file_location("aol_operators", Path(__file__).with_name("operators.py"))
-operators = sys.modules.setdefault("aol_operators", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(operators)
 
 #: What rounding in float64 may add to a norm of exactly 1.
 ROUNDING = 1e-12

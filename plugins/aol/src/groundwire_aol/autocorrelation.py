@@ -136,10 +136,16 @@ class _HalfLags(torch.autograd.Function):
         for sign, pairs in zip(signs, half_of_the_lags(tuple(blocks.shape[3:])), strict=True):
             outer = sign * both
             for one, other in pairs:
-                _add_product(found[one], outer, taps[other])
+                # Added as a whole: inside the product, each term would be rounded to the size of the sum so far.
+                found[one].add_(_product(outer, taps[other]))
                 if one != other:
-                    _add_product(found[other], outer.mT, taps[one])
+                    found[other].add_(_product(outer.mT, taps[one]))
         return _taps_last(found, blocks.shape)
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """``one @ other`` for stacks of matrices; a stack of one is no batch, for which BLAS is slower."""
+    return (one[0] @ other[0])[None] if len(one) == 1 else one @ other
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:

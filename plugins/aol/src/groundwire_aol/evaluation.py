@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
-from groundwire.offset import BUFFER
+from groundwire.offset import BUFFER, ROWS
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import smallest_std, total_lipschitz
 from groundwire_aol.errors import UnsoundError
@@ -117,7 +117,7 @@ class CertifiedPass:
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
         reason = bound.rounding.unknown or not_standard(scores.device)
-        if not reason and any(_nonzero(getattr(part, BUFFER, None)) for part in module.modules()):
+        if not reason and any(map(_is_corrected, module.modules())):
             reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
             reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"
@@ -160,8 +160,10 @@ class CertifiedPass:
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
 
 
-def _nonzero(offset: Tensor | None) -> bool:
-    return offset is not None and bool(offset.any())
+def _is_corrected(layer: nn.Module) -> bool:
+    """Whether the run adds something to this layer's scores."""
+    offset = getattr(layer, BUFFER, None)
+    return offset is not None and (bool(offset.any()) or getattr(layer, ROWS, None) is not None)
 
 
 def warn_of_range(inputs: Any, input_std: Any = None) -> None:
