@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 #: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py).
 FAST_CHANNELS = 96
+#: Products that are added in one sum.
+_AT_A_TIME = 3
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
@@ -130,22 +132,24 @@ class _HalfLags(torch.autograd.Function):
             twice: Tensor = torch.autograd.grad(plain_sums(blocks), blocks, grad, create_graph=True)[0]
             return twice
         first = _taps_first(blocks)
-        taps, found = first.unbind(), torch.zeros_like(first)
+        taps, found, part = first.unbind(), torch.zeros_like(first), torch.empty_like(first[0])
         # The pair (i, j) at a lag is also the pair (j, i) at the opposite one, so both sums feel it.
         both = grad.unsqueeze(2) + grad.unsqueeze(1)
+        partners: list[list[tuple[Tensor, int]]] = [[] for _ in taps]
         for sign, pairs in zip(signs, half_of_the_lags(tuple(blocks.shape[3:])), strict=True):
             outer = sign * both
             for one, other in pairs:
-                # Added as a whole: inside the product, each term would be rounded to the size of the sum so far.
-                found[one].add_(_product(outer, taps[other]))
+                partners[one].append((outer, other))
                 if one != other:
-                    found[other].add_(_product(outer.mT, taps[one]))
+                    partners[other].append((outer.mT, one))
+        for total, needed in zip(found, partners, strict=True):
+            # A few at a time: in one long sum, each term would be rounded to the size of the sum so far.
+            for start in range(0, len(needed), _AT_A_TIME):
+                part.zero_()
+                for outer, other in needed[start : start + _AT_A_TIME]:
+                    _add_product(part, outer, taps[other])
+                total += part
         return _taps_last(found, blocks.shape)
-
-
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """``one @ other`` for stacks of matrices; a stack of one is no batch, for which BLAS is slower."""
-    return (one[0] @ other[0])[None] if len(one) == 1 else one @ other
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
