@@ -171,3 +171,11 @@ def test_a_correction_of_the_scores_is_not_covered_and_said():
         with pytest.warns(UserWarning, match="a correction is added"):
             done.update(net, net(x).detach(), Fields(x, y))
     assert "rounding" not in done.compute().metrics
+
+
+def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
+    double, single = AOL(eps=(0.1,)), AOL(eps=(0.1,))
+    fit(kit, Net(), double, precision="64-true")
+    fit(kit, Net(), single)
+    ratio = double.results["validate"].rounding / single.results["validate"].rounding
+    assert ratio == pytest.approx(2.0**-29, rel=0.2)

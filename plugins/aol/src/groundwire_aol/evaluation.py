@@ -129,20 +129,24 @@ class CertifiedPass:
         return self.rounding
 
     def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor) -> Tensor:
-        """What the bound is about: the model's output in float32. The captured scores, if they are that."""
+        """What the bound is about: the model's output in the weights' precision; the captured scores, if they are that.
+
+        Those are float32, also of a float64 model.
+        """
         autocast = torch.is_autocast_enabled(inputs.device.type)
-        if self.same and not autocast:
+        double = any(p.dtype == torch.float64 for p in module.parameters())
+        if self.same and not autocast and not double:
             return scores
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            output = core_of(module)[1](inputs.float())
+            output = core_of(module)[1](inputs.double() if double else inputs.float())
         if not isinstance(output, Tensor):
             raise UnsoundError(
                 f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
             )
         if self.same is None:
-            alike = output.shape == scores.shape and torch.allclose(output, scores, rtol=1e-5, atol=1e-6)
+            alike = output.shape == scores.shape and torch.allclose(output.float(), scores, rtol=1e-5, atol=1e-6)
             self.same = alike and bool(scores.abs().amax() > 1e-3)
-        return output.float()
+        return output if double else output.float()
 
     def compute(self) -> Result | None:
         """Of all ranks; None if there was nothing to certify."""
