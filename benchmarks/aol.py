@@ -24,7 +24,7 @@ import aol_zoo
 from aol_rows import Figure, show
 from digits import digits, files
 
-PARTS = ("zoo", "peers", "strided", "steps", "evaluation", "accumulated", "digits", "data")
+PARTS = ("zoo", "peers", "strided", "rescale", "steps", "evaluation", "accumulated", "digits", "data")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure_part(part: str, options: argparse.Namespace) -> list[Figure]:
     if part in ("zoo", "peers", "strided"):
         return {"zoo": aol_zoo.soundness, "peers": aol_zoo.peers, "strided": aol_zoo.strided}[part](options.quick)
-    if part in ("steps", "evaluation", "accumulated"):
+    if part in ("rescale", "steps", "evaluation", "accumulated"):
         return list(getattr(aol_timing, part)(options.quick))
     return on_digits(options) if part == "digits" else on_files(options)
 
@@ -68,6 +68,7 @@ def on_digits(options: argparse.Namespace) -> list[Figure]:
         return figures
     audited = [*results["AOL"], *results["converted stock CNN"]]
     figures += aol_training.attacks(audited, data, 50 if options.quick else 500)
+    figures += aol_training.roundings({name: results[name] for name in ("AOL", "converted stock CNN")}, data)
     return figures + aol_training.digits_targets(results)
 
 

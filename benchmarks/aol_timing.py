@@ -12,6 +12,7 @@ from measure import interleaved
 from torch import nn
 
 from groundwire_aol import AOLConv2d, MaxMin
+from groundwire_aol.autocorrelation import lag_sums, plain_sums
 from groundwire_aol.parametrization import parametrizations
 
 Make = Callable[..., nn.Module]
@@ -70,6 +71,22 @@ def training(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], f
 
 def ratios(found: Mapping[str, list[float]], name: str) -> list[float]:
     return [a / b for a, b in zip(found[name], found["plain"], strict=True)]
+
+
+def rescale(quick: bool) -> list[Figure]:
+    """Half of the lags as matrix products against one convolution, forward and backward."""
+    figures = []
+    for channels, size in ((96, 3), (128, 3), (256, 3), (128, 5), (512, 1)):
+        blocks = torch.randn(1, channels, channels, size, size, requires_grad=True)
+
+        def run(sums: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor = blocks) -> Callable[[], float]:
+            return lambda: seconds(lambda: torch.autograd.grad(sums(blocks).sum(), blocks))
+
+        ways = {"plain": run(plain_sums), "half of the lags": run(lag_sums)}
+        found = interleaved(f"Rescale, {channels} channels", 2 if quick else 15, ways)
+        what = f"rescale, {channels} channels, kernel {size}: half of the lags / convolution"
+        figures.append(Figure(what, "ratio", ratios(found, "half of the lags")))
+    return figures
 
 
 def steps(quick: bool) -> list[Figure]:

@@ -176,6 +176,25 @@ def attacks(results: list[Trained], data: Split, samples: int) -> list[Figure]:
     ]
 
 
+def roundings(results: Mapping[str, list[Trained]], data: Split) -> list[Figure]:
+    """What it costs to cover the rounding of float32 by its proved bound."""
+    x, y = data.test
+    figures = []
+    for name, nets in results.items():
+        taken, covered = [], []
+        for trained in nets:
+            inputs = x - trained.mean
+            bound = lipschitz_bound(trained.module, inputs[:1])
+            with torch.no_grad():
+                scores = trained.module(inputs)
+            covered.append(float(certified_accuracy(scores, y, RADII[1:2], bound, inputs=inputs)))
+            largest = bound.rounding.error(inputs.double().flatten(1).norm(dim=1)).max()
+            taken.append(2 * float(largest) / float(bound))
+        figures.append(Figure(f"{name}: 36/255 with rounding covered", "accuracy", covered, by="mean"))
+        figures.append(Figure(f"{name}: what rounding takes of a radius", "pixels", taken, by="max"))
+    return figures
+
+
 def table(
     name: str, data: Split, seeds: int, epochs: int, ways: list[str]
 ) -> tuple[list[Figure], dict[str, list[Trained]]]:

@@ -235,6 +235,32 @@ def test_a_parametrization_that_makes_nan_is_refused():
         lipschitz_bound(nn.Sequential(layer), torch.rand(1, 3))
 
 
+def test_weights_that_do_not_exist_yet_are_refused():
+    with pytest.raises(UnsoundError, match="run one batch"):
+        lipschitz_bound(nn.Sequential(nn.LazyLinear(3)), torch.rand(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it imports its compiler
+def test_a_compiled_module_is_refused_with_the_way_out():
+    with pytest.raises(UnknownLipschitzError, match="_orig_mod"):
+        lipschitz_bound(torch.compile(nn.Sequential(nn.Linear(3, 3))), torch.rand(1, 3))
+
+
+def test_sizes_of_the_input_may_be_used_but_not_decided_on():
+    class Unpacked(nn.Module):
+        def forward(self, x):
+            b, c, h, w = x.shape
+            return 2 * x.view(b, c * h, w).reshape(-1, c * h * w)
+
+    class Deciding(nn.Module):
+        def forward(self, x):
+            return x if x.dim() == 4 else 5 * x
+
+    assert float(lipschitz_bound(Unpacked(), torch.rand(1, 2, 3, 3))) == pytest.approx(2, rel=1e-5)
+    with pytest.raises(UnknownLipschitzError, match="or shapes"):
+        lipschitz_bound(Deciding(), torch.rand(1, 2, 3, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_low_precision_are_refused_with_what_was_measured(dtype):
     with pytest.raises(UnsoundError, match=r"1\.00257"):

@@ -1,84 +1,17 @@
-"""The callback in Lightning: conversion, caches, logs, report, checkpoints, export, refusals."""
+"""The callback in Lightning: conversion, caches, report, checkpoints, export, refusals."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from aol_digits_net import Net, fit, images
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import groundwire
 from groundwire import Plugin, PluginError, Report, hookimpl
-from groundwire_aol import AOL, MaxMin, OffsetCrossEntropy, certified_accuracy, lipschitz_bound
+from groundwire_aol import AOL
 from groundwire_aol.functional import rescale
 from groundwire_aol.parametrization import aol_of, parametrizations
-
-
-def images(rows=96):
-    x, y = load_digits(return_X_y=True)
-    return TensorDataset(torch.tensor(x[:rows] / 16).float().view(-1, 1, 8, 8), torch.tensor(y[:rows]))
-
-
-class Net(pl.LightningModule):
-    def __init__(self, late=False):
-        super().__init__()
-        self.late = late
-        self.loss = OffsetCrossEntropy(0.4)
-        if not late:
-            self.build()
-
-    def build(self):
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(128, 16),
-            nn.ReLU(),
-            nn.Linear(16, 10),
-        )
-
-    def configure_model(self):
-        if self.late and not hasattr(self, "net"):
-            self.build()
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(self(batch[0]), batch[1]))
-
-    test_step = validation_step
-
-    def predict_step(self, batch, batch_idx):
-        return self(batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-
-
-def fit(kit, module, *callbacks, val=True, **options):
-    loader = DataLoader(images(), 16)
-    return kit.fit(module, *callbacks, loader=loader, val=loader if val else None, **{"max_epochs": 2, **options})
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_fit_logs_what_the_functions_say(kit, late):
-    module = Net(late)
-    trainer = fit(kit, module, AOL(eps=(0.1, 0.5)))
-    x, y = images().tensors
-    module.eval()
-    with torch.no_grad():
-        expected = certified_accuracy(module(x), y, (0.0, 0.1, 0.5), lipschitz_bound(module, x))
-    logged = [trainer.callback_metrics[f"aol/{name}"].item() for name in ("clean", "certified@0.1", "certified@0.5")]
-    assert logged == pytest.approx(expected.tolist(), abs=1e-6)
-    assert logged[0] > 0.5
-    assert isinstance(module.net[2], MaxMin)
-    assert trainer.callback_metrics["aol/lipschitz"].item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +36,6 @@ def test_under_accumulation_the_rule_runs_once_per_step(kit, monkeypatch):
     module = Net()
     fit(kit, module, AOL(log=False), val=False, accumulate_grad_batches=3, max_epochs=1)
     assert len(calls) == 2 * len(list(parametrizations(module)))  # 6 batches, 2 steps
-
-
-def test_a_fit_without_certificates_logs_none_and_still_converts(kit):
-    callback = AOL(log=False)
-    trainer = fit(kit, Net(), callback)
-    assert callback.log is False
-    assert not [name for name in trainer.callback_metrics if name.startswith("aol/")]
-    assert any("MaxMin" in line for line in callback.changes)
 
 
 def test_a_gradient_owner_reads_true_gradients_under_accumulation(kit):
@@ -224,49 +149,6 @@ def test_the_export_is_plain_and_gives_the_same_scores(kit):
         assert torch.equal(module(x), plain(x))
 
 
-def test_mixed_precision_is_certified_in_float32(kit):
-    module = Net()
-    trainer = fit(kit, module, AOL(eps=(0.1,)), precision="bf16-mixed")
-    x, y = images().tensors
-    module.eval()
-    with torch.no_grad():
-        expected = certified_accuracy(module(x), y, (0.1,), lipschitz_bound(module, x))
-    assert trainer.callback_metrics["aol/certified@0.1"].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_scores_that_are_scaled_after_the_head_are_certified_as_they_are_returned(kit):
-    class Scaled(Net):
-        def forward(self, x):
-            return 0.01 * self.net(x)
-
-    module = Scaled()
-    trainer = fit(kit, module, AOL(eps=(0.1,)))
-    x, y = images().tensors
-    module.eval()
-    with torch.no_grad():
-        expected = certified_accuracy(module(x), y, (0.1,), lipschitz_bound(module, x))
-    assert trainer.callback_metrics["aol/certified@0.1"].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_deviations_are_counted(kit):
-    module, plain = Net(), Net()
-    ours = fit(kit, module, AOL(eps=(0.1,), input_std=0.25))
-    theirs = fit(kit, plain, AOL(eps=(0.025, 0.4)))
-    assert ours.callback_metrics["aol/lipschitz"].item() == pytest.approx(4, abs=1e-4)
-    assert ours.callback_metrics["aol/certified@0.1"] == theirs.callback_metrics["aol/certified@0.4"]
-
-
-def test_images_out_of_range_are_warned_of(kit):
-    class Standardised(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx)
-
-    x, y = images().tensors
-    loader = DataLoader(TensorDataset((x - x.mean()) / x.std(), y), 16)
-    with pytest.warns(UserWarning, match="input_std"):
-        kit.fit(Standardised(), AOL(), loader=loader)
-
-
 class WithNorm(Net):
     def build(self):
         super().build()
@@ -312,43 +194,9 @@ def test_rounded_weights_are_refused(kit, options):
         fit(kit, Net(), AOL(), **options)
 
 
-def test_targets_that_are_no_classes_are_left_out_with_a_warning(kit):
-    class Regression(Net):
-        def training_step(self, batch, batch_idx):
-            return self(batch[0]).square().mean()
-
-        def validation_step(self, batch, batch_idx):
-            self.log("val_loss", self(batch[0]).square().mean())
-
-    x, _ = images().tensors
-    loader = DataLoader(TensorDataset(x, torch.rand(len(x))), 16)
-    with pytest.warns(UserWarning, match="no class numbers"):
-        trainer = kit.fit(Regression(), AOL(), loader=loader, val=loader)
-    assert "aol/clean" not in trainer.callback_metrics
-
-
 @pytest.mark.parametrize(
     "wrong", [{"activation": "relu"}, {"steps": 3}, {"eps": (-1.0,)}, {"eps": ()}, {"input_std": 0.0}, {"init": "no"}]
 )
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be"):
         AOL(**wrong)
-
-
-def test_a_module_without_forward_is_certified_by_its_only_network(kit):
-    class Bare(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def validation_step(self, batch, batch_idx):
-            self.net(batch[0])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    trainer = fit(kit, Bare(), groundwire.Plugins([AOL()], head="net.3"))
-    assert 0 < trainer.callback_metrics["aol/clean"] <= 1

@@ -1,10 +1,8 @@
 """The rescale rule against matrices written out in float64."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
+import aol_operators as operators
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +11,6 @@ from torch.nn import functional as F
 
 from groundwire_aol.autocorrelation import FAST_CHANNELS, _HalfLags, autocorrelation, lag_sums
 from groundwire_aol.functional import Geometry, chosen_side, rescale, squared_scale
-
-spec = importlib.util.spec_from_file_location("aol_operators", Path(__file__).with_name("operators.py"))
-operators = sys.modules.setdefault("aol_operators", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(operators)
 
 #: What rounding in float64 may add to a norm of exactly 1.
 ROUNDING = 1e-12
@@ -159,26 +153,38 @@ def test_an_empty_column_stays_empty_with_a_finite_gradient(n):
     assert torch.isfinite(w.grad).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(FAST_CHANNELS, 20), (FAST_CHANNELS, 10, 3, 2), (FAST_CHANNELS, 4, 5)])
-def test_half_of_the_lags_give_the_same_sums_and_gradients(shape):
-    w = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    weights = torch.rand(2, FAST_CHANNELS, generator=torch.Generator().manual_seed(1))
+def test_half_of_the_lags_give_the_same_sums_and_gradients(shape, transposed, groups):
+    w = torch.randn(groups, *shape, generator=torch.Generator().manual_seed(0))
+    if transposed:
+        w = w.transpose(1, 2).contiguous().transpose(1, 2)
+    w.requires_grad_()
+    weights = torch.rand(groups, FAST_CHANNELS, generator=torch.Generator().manual_seed(1))
     exact = w.detach().double().requires_grad_()
     expected = autocorrelation(exact).abs().flatten(2).sum(2)
     (expected * weights).sum().backward()
     sums = lag_sums(w)
+    assert "HalfLags" in type(sums.grad_fn).__name__
     (sums * weights).sum().backward()
     assert (sums - expected).abs().max() / expected.abs().max() < 1e-6
     assert (w.grad - exact.grad).abs().max() / exact.grad.abs().max() < 1e-6
 
 
-def test_the_fast_sums_can_be_derived_twice_and_mapped():
+def test_the_fast_sums_can_be_derived_twice():
     w = torch.randn(1, 3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _HalfLags.apply(x)[0], w)
-    assert torch.autograd.gradgradcheck(lambda x: _HalfLags.apply(x)[0], w)
-    many = torch.randn(4, 1, 3, 2, 3, dtype=torch.float64)
-    mapped = torch.func.vmap(lambda x: _HalfLags.apply(x)[0])(many)
-    assert torch.equal(mapped, torch.stack([_HalfLags.apply(x)[0] for x in many]))
+    assert torch.autograd.gradcheck(_HalfLags.apply, w)
+    assert torch.autograd.gradgradcheck(_HalfLags.apply, w)
+
+
+def test_the_sums_can_be_mapped_and_derived_by_torch_func():
+    many = torch.randn(4, 1, FAST_CHANNELS, 2, 3, dtype=torch.float64)
+    each = torch.stack([lag_sums(x) for x in many])
+    assert torch.allclose(torch.func.vmap(lag_sums)(many), each, rtol=1e-12)
+    x = many[0].clone().requires_grad_()
+    lag_sums(x).sum().backward()
+    assert torch.allclose(torch.func.grad(lambda w: lag_sums(w).sum())(many[0]), x.grad, rtol=1e-10)
 
 
 def test_the_scale_dominates_the_gram_matrix():

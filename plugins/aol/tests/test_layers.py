@@ -1,10 +1,8 @@
 """The layers as drop-ins for torch.nn: settings, caching, checkpoints, precision, copies."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
+import aol_operators as operators
 import pytest
 import torch
 from torch import nn
@@ -23,10 +21,6 @@ from groundwire_aol import (
     constrain,
 )
 from groundwire_aol.parametrization import aol_of
-
-spec = importlib.util.spec_from_file_location("aol_operators", Path(__file__).with_name("operators.py"))
-operators = sys.modules.setdefault("aol_operators", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(operators)
 
 LAYERS = [
     (lambda **o: AOLLinear(6, 9, **o), (6,)),

@@ -2,7 +2,7 @@
 
 from groundwire_aol.activations import GroupSort, MaxMin, NActivation
 from groundwire_aol.audit import Audit, audit_bound
-from groundwire_aol.bound import Bound, LayerBound, lipschitz_bound
+from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.callback import AOL
 from groundwire_aol.centering import BatchCentering
 from groundwire_aol.certificates import certified_accuracy, certified_radius
@@ -12,6 +12,8 @@ from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.layers import AOLConv1d, AOLConv2d, AOLConv3d, AOLConvTranspose2d, AOLLinear
 from groundwire_aol.loss import OffsetCrossEntropy
 from groundwire_aol.metrics import CertifiedAccuracy, CertifiedRadius
+from groundwire_aol.rounding import Rounding
+from groundwire_aol.walk import LayerBound
 
 __all__ = [  # noqa: RUF022 - grouped as people meet them
     "AOL",
@@ -19,6 +21,7 @@ __all__ = [  # noqa: RUF022 - grouped as people meet them
     "lipschitz_bound",
     "Bound",
     "LayerBound",
+    "Rounding",
     "certified_radius",
     "certified_accuracy",
     "CertifiedAccuracy",

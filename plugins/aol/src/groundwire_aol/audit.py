@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import certified_radius
+from groundwire_aol.rounding import not_standard
 from groundwire_aol.tracing import plain_copy
 
 #: The attack stays this much inside the radius, so that rounding the input does not carry it out.
@@ -30,6 +32,9 @@ class Audit:
         attacked: Number of certified samples that were attacked.
         successes: How many attacks changed the prediction inside the certified radius.
         counterexamples: File with inputs, perturbations, radii and targets of the successes, or None.
+        rounding: Largest distance between computed scores and those in float64, on the samples.
+        rounding_bound: What was proved of it, for the largest of these inputs; NaN if ``bound`` was a number, infinite
+            if nothing could be proved.
     """
 
     bound: float
@@ -37,11 +42,13 @@ class Audit:
     attacked: int
     successes: int
     counterexamples: Path | None = None
+    rounding: float = math.nan
+    rounding_bound: float = math.nan
 
     @property
     def sound(self) -> bool:
         """Whether nothing contradicts the bound. Not a proof: the proof is the bound itself."""
-        return self.jacobian <= self.bound and self.successes == 0
+        return self.jacobian <= self.bound and self.successes == 0 and not self.rounding > self.rounding_bound
 
 
 def audit_bound(
@@ -83,13 +90,14 @@ def audit_bound(
         (True, False)
     """
     batches = _batches(loader, samples)
-    claimed = float(lipschitz_bound(module, batches[0][0]) if bound is None else bound)
+    claimed = lipschitz_bound(module, batches[0][0]) if bound is None else bound
     twin = plain_copy(module)
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     inputs = torch.cat([x for x, _ in batches]).to(device)
-    largest = max_jacobian_norm(twin, inputs[:jacobians])
+    largest, rounding = max_jacobian_norm(twin, inputs[:jacobians]), _rounding(twin, inputs, claimed)
+    seen = Audit(float(claimed), largest, 0, 0, None, *rounding)
     if not attack:
-        return Audit(claimed, largest, 0, 0)
+        return seen
     generator = torch.Generator().manual_seed(seed)
     found, attacked = [], 0
     for x, y in track(batches, "Attacking", transient=True):
@@ -97,7 +105,7 @@ def audit_bound(
         attacked += tried
         found += successes
     path = _save(found, Path(directory)) if found else None
-    return Audit(claimed, largest, attacked, len(found), path)
+    return replace(seen, attacked=attacked, successes=len(found), counterexamples=path)
 
 
 def max_jacobian_norm(module: nn.Module, inputs: Tensor) -> float:
@@ -116,6 +124,26 @@ def max_jacobian_norm(module: nn.Module, inputs: Tensor) -> float:
     return worst
 
 
+def _rounding(twin: nn.Module, inputs: Tensor, bound: float | Bound) -> tuple[float, float]:
+    """The largest rounding error of the scores that the samples show, and what was proved of it."""
+    with torch.no_grad():
+        # Not every device has float64.
+        exact = copy.deepcopy(twin).cpu().double()(inputs.cpu().double())
+        error = (twin(inputs).cpu().double() - exact).flatten(1).norm(dim=1)
+    norms = inputs.double().flatten(1).norm(dim=1).cpu()
+    proved = bound.rounding.error(norms) if isinstance(bound, Bound) else torch.full_like(norms, math.nan)
+    if isinstance(bound, Bound) and not_standard(inputs.device):
+        proved = torch.full_like(norms, math.inf)
+    worst = int((error / proved).nan_to_num(0).argmax()) if bool(torch.isfinite(proved).all()) else int(error.argmax())
+    return float(error[worst]), float(proved[worst])
+
+
+def _covered(lipschitz: float | Bound, x: Tensor) -> Tensor | None:
+    """The inputs, if radii can cover their rounding."""
+    known = isinstance(lipschitz, Bound) and not lipschitz.rounding.unknown and lipschitz.rounding.dtype == x.dtype
+    return x if known and not not_standard(x.device) else None
+
+
 def _batches(loader: Iterable[Any], samples: int) -> list[tuple[Tensor, Tensor]]:
     kept: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
@@ -131,10 +159,10 @@ def _batches(loader: Iterable[Any], samples: int) -> list[tuple[Tensor, Tensor]]
 
 
 def _attack(
-    module: nn.Module, x: Tensor, y: Tensor, lipschitz: float, steps: int, generator: torch.Generator
+    module: nn.Module, x: Tensor, y: Tensor, lipschitz: float | Bound, steps: int, generator: torch.Generator
 ) -> tuple[int, list[dict[str, Tensor]]]:
     with torch.no_grad():
-        radii = certified_radius(module(x), y, lipschitz)
+        radii = certified_radius(module(x), y, lipschitz, inputs=_covered(lipschitz, x))
     sure = radii > 0
     x, y, radii = x[sure], y[sure], radii[sure]
     found: dict[int, dict[str, Tensor]] = {}

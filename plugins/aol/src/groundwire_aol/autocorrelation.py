@@ -1,13 +1,14 @@
 """Sums of the absolute autocorrelation of a kernel, the expensive part of AOL, in two ways with equal results.
 
 The plain way is one convolution of the kernel with itself. The fast way uses that ``v_ij(lag) = v_ji(-lag)``: half of
-the
-lags are enough, each is one matrix product, and the gradient has a closed form that needs the signs only.
+the lags are enough, and the gradient has a closed form that needs their signs only. Every pair of taps is one matrix
+product, added in place, so that almost all the time is spent in BLAS.
 """
 
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 #: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py).
 FAST_CHANNELS = 96
+#: Products that are added in one sum.
+_AT_A_TIME = 3
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
@@ -49,73 +52,109 @@ def lag_sums(blocks: Tensor) -> Tensor:
         tensor([[9.]])
     """
     if _is_fast(blocks):
-        sums: Tensor = _HalfLags.apply(blocks)[0]  # type: ignore[no-untyped-call]
+        sums: Tensor = _HalfLags.apply(blocks)  # type: ignore[no-untyped-call]
         return sums
+    return plain_sums(blocks)
+
+
+def plain_sums(blocks: Tensor) -> Tensor:
+    """The same by one convolution; differentiable any number of times."""
     return autocorrelation(blocks).abs().flatten(2).sum(2)
 
 
 def _is_fast(blocks: Tensor) -> bool:
     if blocks.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
-    return blocks.shape[1] >= FAST_CHANNELS
+    return blocks.shape[1] >= FAST_CHANNELS and not is_transformed(blocks)
 
 
-def half_of_the_lags(taps: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Zero, and of each pair of opposite lags one.
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a tracer's, of vmap, grad, export or a fake mode: its values cannot be looked at."""
+    return type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@cache
+def half_of_the_lags(taps: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """For lag zero, and one of each two opposite lags: the pairs (t, t + lag) of taps, as flat indices.
 
     Example:
-        >>> half_of_the_lags((2, 2))
-        [(0, 0), (0, 1), (1, -1), (1, 0), (1, 1)]
+        >>> half_of_the_lags((3,))
+        (((0, 0), (1, 1), (2, 2)), ((0, 1), (1, 2)), ((0, 2),))
     """
-    return [lag for lag in itertools.product(*(range(1 - k, k) for k in taps)) if lag >= (0,) * len(taps)]
+    index = {tap: i for i, tap in enumerate(itertools.product(*map(range, taps)))}
+    pairs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for tap, other in itertools.product(index, repeat=2):
+        lag = tuple(b - a for a, b in zip(tap, other, strict=True))
+        if lag >= (0,) * len(taps):
+            pairs.setdefault(lag, []).append((index[tap], index[other]))
+    return tuple(tuple(pairs[lag]) for lag in sorted(pairs))
 
 
-def _overlap(blocks: Tensor, lag: tuple[int, ...]) -> tuple[Any, Any]:
-    """Index of the taps t that have a partner t + lag, and of these partners. ``blocks``: (g, c, taps..., r)."""
-    first, second = [slice(None), slice(None)], [slice(None), slice(None)]
-    for size, shift in zip(blocks.shape[2:-1], lag, strict=True):
-        first.append(slice(max(0, -shift), size - max(0, shift)))
-        second.append(slice(max(0, shift), size - max(0, -shift)))
-    return tuple(first), tuple(second)
+def _taps_first(blocks: Tensor) -> Tensor:
+    """(g, c, r, taps...) as (taps, g, c, r), copied by torch's fast transposition of a matrix."""
+    swapped = blocks.stride(1) < blocks.stride(2)
+    stored = blocks.transpose(1, 2) if swapped else blocks
+    found = stored.reshape(stored.shape[:3].numel(), -1).t().contiguous().view(-1, *stored.shape[:3])
+    return found.mT if swapped else found
+
+
+def _taps_last(found: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`_taps_first`."""
+    swapped = found.stride(-1) > found.stride(-2)
+    stored = found.mT if swapped else found
+    blocks = stored.flatten(1).t().contiguous().view(*stored.shape[1:], *shape[3:])
+    return blocks.transpose(1, 2) if swapped else blocks
 
 
 class _HalfLags(torch.autograd.Function):
-    """Absolute sums from half of the lags. Its backward is differentiable too."""
-
-    generate_vmap_rule = True
+    """Absolute sums from half of the lags."""
 
     @staticmethod
-    def forward(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        last = blocks.movedim(2, -1).contiguous()
+    def forward(ctx: Any, blocks: Tensor) -> Tensor:
+        taps = _taps_first(blocks).unbind()
         sums = blocks.new_zeros(blocks.shape[:2])
         signs = []
-        for lag in half_of_the_lags(tuple(blocks.shape[3:])):
-            one, other = _overlap(last, lag)
-            products = last[one].flatten(2) @ last[other].flatten(2).mT
+        for pairs in half_of_the_lags(tuple(blocks.shape[3:])):
+            products = blocks.new_zeros(*sums.shape, sums.shape[1])
+            for one, other in pairs:
+                _add_product(products, taps[one], taps[other].mT)
             signs.append(products.sign().to(torch.int8))
-            magnitudes = products.abs_()
-            sums = sums + magnitudes.sum(2)
-            if any(lag):
-                sums = sums + magnitudes.sum(1)
-        return sums, torch.stack(signs)
+            sums += products.abs_().sum(2)
+            if pairs[0][0] != pairs[0][1]:
+                sums += products.sum(1)
+        ctx.save_for_backward(blocks, *signs)
+        return sums
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
-        blocks, signs = ctx.saved_tensors
-        last = blocks.movedim(2, -1).contiguous()
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        blocks, *signs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            twice: Tensor = torch.autograd.grad(plain_sums(blocks), blocks, grad, create_graph=True)[0]
+            return twice
+        first = _taps_first(blocks)
+        taps, found, part = first.unbind(), torch.zeros_like(first), torch.empty_like(first[0])
         # The pair (i, j) at a lag is also the pair (j, i) at the opposite one, so both sums feel it.
         both = grad.unsqueeze(2) + grad.unsqueeze(1)
-        found = torch.zeros_like(last)
-        for sign, lag in zip(signs, half_of_the_lags(tuple(blocks.shape[3:])), strict=True):
-            one, other = _overlap(last, lag)
+        partners: list[list[tuple[Tensor, int]]] = [[] for _ in taps]
+        for sign, pairs in zip(signs, half_of_the_lags(tuple(blocks.shape[3:])), strict=True):
             outer = sign * both
-            shape = last[one].shape
-            found[one] = found[one] + (outer @ last[other].flatten(2)).reshape(shape)
-            if any(lag):
-                found[other] = found[other] + (outer.mT @ last[one].flatten(2)).reshape(shape)
-        return found.movedim(-1, 2)
+            for one, other in pairs:
+                partners[one].append((outer, other))
+                if one != other:
+                    partners[other].append((outer.mT, one))
+        for total, needed in zip(found, partners, strict=True):
+            # A few at a time: in one long sum, each term would be rounded to the size of the sum so far.
+            for start in range(0, len(needed), _AT_A_TIME):
+                part.zero_()
+                for outer, other in needed[start : start + _AT_A_TIME]:
+                    _add_product(part, outer, taps[other])
+                total += part
+        return _taps_last(found, blocks.shape)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """``total += one @ other``, in place, for one matrix or several."""
+    if len(total) == 1:
+        total[0].addmm_(one[0], other[0])
+    else:
+        total.baddbmm_(one, other)

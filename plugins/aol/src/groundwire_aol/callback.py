@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
 from groundwire_aol.certificates import RADII, check_radii, smallest_std
 from groundwire_aol.constraint import bake
-from groundwire_aol.conversion import has_weights, lipschitz
+from groundwire_aol.conversion import lipschitz
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.evaluation import CertifiedPass, Result, warn_of_range
 from groundwire_aol.parametrization import AOLParametrization, parametrizations
 from groundwire_aol.report import section
+from groundwire_aol.scoring_part import has_weights
 
 _LOG = logging.getLogger("lightning.pytorch.groundwire_aol")
 
@@ -36,6 +37,8 @@ class AOL(Plugin):
         exclude: Paths of submodules to leave as they are; certificates count their norms.
         log: Whether to certify, log and report; otherwise the model is only converted.
         init: "orthogonal" for training from scratch; "keep" keeps present weights as raw weights.
+        rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest
+            part of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -57,6 +60,7 @@ class AOL(Plugin):
         log: bool = True,
         *,
         init: Literal["orthogonal", "keep"] = "orthogonal",
+        rounding: bool = True,
     ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
@@ -67,7 +71,7 @@ class AOL(Plugin):
         smallest_std(input_std)
         self.activation, self.steps, self.init, self._log = activation, steps, init, bool(log)
         self.eps = tuple(check_radii([eps] if isinstance(eps, int | float) else eps).tolist())
-        self.input_std = input_std
+        self.input_std, self.rounding = input_std, bool(rounding)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         #: What the conversion did, one line each.
         self.changes: list[str] = []
@@ -200,7 +204,7 @@ class AOL(Plugin):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A new pass, on every rank: its end is a collective."""
-        self._pass = CertifiedPass(self.eps, self.input_std).to(pl_module.device) if self.log else None
+        self._pass = CertifiedPass(self.eps, self.input_std, self.rounding).to(pl_module.device) if self.log else None
 
     on_test_epoch_start = on_validation_epoch_start
 

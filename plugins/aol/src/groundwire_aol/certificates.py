@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from groundwire_aol.errors import UnsoundError
+from groundwire_aol.rounding import Rounding, not_standard
 
 #: The radii of the literature, in units of pixels in [0, 1].
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
 #: Covers the rounding of the float64 arithmetic here.
 _DOWN = 1 - 1e-12
+_UP = 1 + 1e-12
 
 
 def certified_radius(
@@ -23,8 +25,9 @@ def certified_radius(
     lipschitz: Any = 1.0,
     *,
     input_std: Any = None,
-    slack: float = 0.0,
+    slack: Any = 0.0,
     last_layer: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
     r"""Radius in L2 within which the prediction is certain to stay ``target``; 0 where it is not ``target``.
 
@@ -38,16 +41,22 @@ def certified_radius(
             result.
         input_std: Deviations that the data was divided by, outside the model. Radii are then in units of the undivided
             pixels: L is multiplied by ``1 / min(input_std)``.
-        slack: Error of the scores that the margin must cover, such as that of their rounding.
+        slack: What else the margin must cover, a number or a tensor (B,): errors of a score difference, both at the
+            input and at the moved one.
         last_layer: Weight (K, d) of the final linear layer. L is then the bound of the model up to that layer, and each
             pair of classes is divided by ``||w_y - w_j||`` instead of sqrt(2).
+        inputs: Shape (B, ...), what the scores were computed from. The radius then covers the rounding of the forward
+            pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
+            (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
+            the certificate is one of exact arithmetic.
 
     Returns:
         Shape (B,), float64, at least 0; 0 also for scores that are not finite.
 
     Raises:
         ValueError: Shapes, classes or dtypes do not fit.
-        UnsoundError: L is not a positive finite number, so there is nothing to certify with.
+        UnsoundError: L is not a positive finite number, so there is nothing to certify with; or ``inputs`` are given
+            and the rounding has no bound, for this model or on this device.
 
     Example:
         >>> certified_radius(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
@@ -57,13 +66,21 @@ def certified_radius(
     constant = total_lipschitz(lipschitz, input_std)
     scores = logits.detach().double()
     own = scores.gather(1, target.view(-1, 1).long())
-    margins = own - scores - float(slack)
+    margins = own - scores - torch.as_tensor(slack, dtype=torch.float64, device=scores.device).reshape(-1, 1)
+    if inputs is not None:
+        rounding = _rounding(lipschitz, logits, inputs, last_layer)
+        norms = inputs.detach().double().flatten(1).norm(dim=1) * _UP
+        margins = margins - 2 * math.sqrt(2) * rounding.error(norms)[:, None]
+        constant += rounding.slope / smallest_std(input_std)
     if last_layer is None:
         radii = margins / (math.sqrt(2) * constant)
     else:
         radii = margins / (constant * _pair_norms(last_layer, target, scores.shape[1]))
     radii = radii.scatter(1, target.view(-1, 1).long(), math.inf).amin(1) * _DOWN
     sound = torch.isfinite(scores).all(1) & torch.isfinite(radii)
+    if inputs is not None:
+        # Within the ball nothing may leave the range of the dtype either.
+        sound &= torch.isfinite(rounding.error(norms + radii.clamp_min(0) / smallest_std(input_std)))
     return torch.where(sound, radii, 0.0).clamp_min(0.0)
 
 
@@ -137,6 +154,27 @@ def smallest_std(input_std: Any) -> float:
     if not len(values) or not bool((torch.isfinite(values) & (values > 0)).all()):
         raise ValueError(f"input_std must be positive numbers, got {input_std!r}")
     return float(values.min())
+
+
+def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor, last_layer: Tensor | None) -> Rounding:
+    """The rounding of a bound, if it is about these scores."""
+    found = getattr(lipschitz, "rounding", None)
+    if not isinstance(found, Rounding) or last_layer is not None:
+        raise ValueError(
+            "inputs= needs the bound of the whole model, got "
+            f"{'last_layer=' if last_layer is not None else type(lipschitz).__name__} -> "
+            "lipschitz=lipschitz_bound(model, inputs)"
+        )
+    shape = (len(logits), *lipschitz.input_shape)
+    if inputs.shape != shape or not inputs.dtype == logits.dtype == found.dtype:
+        raise ValueError(
+            f"inputs= must be what gave the logits, {found.dtype} of shape {shape}, got {inputs.dtype} "
+            f"{tuple(inputs.shape)} and {logits.dtype} logits -> compute them without autocast"
+        )
+    reason = found.unknown or not_standard(logits.device)
+    if reason:
+        raise UnsoundError(f"the rounding of the scores has no bound: {reason} -> leave inputs= out, or run on a CPU")
+    return found
 
 
 def _check(logits: Tensor, target: Tensor) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
-from groundwire_aol.bound import lipschitz_bound
-from groundwire_aol.certificates import smallest_std
-from groundwire_aol.conversion import core_of
+from groundwire.offset import BUFFER, ROWS
+from groundwire_aol.bound import Bound, lipschitz_bound
+from groundwire_aol.certificates import smallest_std, total_lipschitz
 from groundwire_aol.errors import UnsoundError
 from groundwire_aol.metrics import CertifiedAccuracy
+from groundwire_aol.rounding import not_standard
+from groundwire_aol.scoring_part import core_of
 
 #: Points of the curve over the radius.
 POINTS = 60
@@ -31,6 +34,8 @@ class Result:
         curve: (radius, accuracy) pairs for drawing.
         lipschitz: The bound that was proved, from pixels to scores.
         samples: Number of samples.
+        rounding: Largest part of a radius that the rounding of the scores took; NaN where certificates are of exact
+            arithmetic.
     """
 
     clean: float
@@ -38,44 +43,56 @@ class Result:
     curve: tuple[tuple[float, float], ...]
     lipschitz: float
     samples: int
+    rounding: float = math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
         """What is logged, by name."""
         named = {f"certified@{eps:.3g}": value for eps, value in self.certified.items()}
-        return {"clean": self.clean, **named, "lipschitz": self.lipschitz}
+        rounding = {} if math.isnan(self.rounding) else {"rounding": self.rounding}
+        return {"clean": self.clean, **named, "lipschitz": self.lipschitz, **rounding}
 
     def findings(self, plugin: str) -> list[Finding]:
         """For the report. A mapping, so that the numbers do not reach the loggers twice."""
         certified = ", ".join(f"{100 * v:.1f} % at {eps:.3g}" for eps, v in self.certified.items())
         message = f"Accuracy {100 * self.clean:.1f} %, certified in L2: {certified} ({self.samples} samples)."
-        return [Finding(plugin, "certified_accuracy", "info", self.metrics, message)]
+        found = [Finding(plugin, "certified_accuracy", "info", self.metrics, message)]
+        if self.rounding > 0.1 * min(e for e in (*self.certified, math.inf) if e > 0):
+            message = (
+                f"The proved bound of rounding takes up to {self.rounding:.3g} of each radius. Certify the model in "
+                "float64, or exact arithmetic as papers do, with AOL(rounding=False)."
+            )
+            found.append(Finding(plugin, "rounding", "warn", self.rounding, message))
+        return found
 
 
 class CertifiedPass:
     """Adds batches up. Bounds are proved once per pass and shape, as weights do not change in between."""
 
-    def __init__(self, eps: tuple[float, ...], input_std: Any = None) -> None:
-        self.eps, self.input_std = eps, input_std
+    def __init__(self, eps: tuple[float, ...], input_std: Any = None, rounding: bool = True) -> None:
+        self.eps, self.input_std, self.rounding = eps, input_std, rounding
         top = 1.5 * max(*eps, 0.1)
         self.grid = tuple(top * i / POINTS for i in range(POINTS + 1))
-        self.metric = CertifiedAccuracy((*eps, *self.grid), input_std=input_std)
-        self.bounds: dict[tuple[int, ...], float] = {}
+        self.metric = CertifiedAccuracy((*eps, *self.grid[1:]), input_std=input_std)
+        self.clean = CertifiedAccuracy((0.0,))
+        self.largest = MaxMetric(nan_strategy="disable")
+        self.bounds: dict[tuple[int, ...], Bound] = {}
         self.same: bool | None = None
         self.warned = False
 
     def to(self, device: Any) -> CertifiedPass:
         """Keep counts on ``device``."""
-        self.metric.to(device)
+        for metric in (self.metric, self.clean, self.largest):
+            metric.to(device)
         return self
 
-    def bound(self, module: nn.Module, inputs: Any) -> float:
+    def bound(self, module: nn.Module, inputs: Any) -> Bound:
         """The model's bound for inputs of this shape."""
         if not isinstance(inputs, Tensor):
             raise UnsoundError(f"the model's input is {type(inputs).__name__}, not one tensor -> give it one")
         shape = tuple(inputs.shape[1:])
         if shape not in self.bounds:
-            self.bounds[shape] = float(lipschitz_bound(core_of(module)[1], inputs[:1]))
+            self.bounds[shape] = lipschitz_bound(core_of(module)[1], inputs[:1])
         return self.bounds[shape]
 
     def update(self, module: nn.Module, scores: Tensor, fields: Fields) -> None:
@@ -88,38 +105,69 @@ class CertifiedPass:
                 )
             self.warned = True
             return
-        self.metric.lipschitz = self.bound(module, fields.inputs)
-        self.metric.update(self._scores(module, scores, fields.inputs), target)
+        bound = self.metric.lipschitz = self.bound(module, fields.inputs)
+        scores = self._scores(module, scores, fields.inputs)
+        self.clean.update(scores, target)
+        covered = fields.inputs if self._covers(bound, module, scores, fields.inputs) else None
+        self.metric.update(scores, target, covered)
+        if covered is not None:
+            norms = covered.detach().double().flatten(1).norm(dim=1)
+            self.largest.update(2 * bound.rounding.error(norms) / total_lipschitz(bound, self.input_std))
+
+    def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
+        """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
+        reason = bound.rounding.unknown or not_standard(scores.device)
+        if not reason and any(map(_is_corrected, module.modules())):
+            reason = "a correction is added to them"
+        if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
+            reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"
+        if reason and self.rounding:
+            self.rounding = False
+            warnings.warn(
+                f"aol certifies exact arithmetic, as the rounding of the scores has no bound ({reason})", stacklevel=2
+            )
+        return self.rounding
 
     def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor) -> Tensor:
-        """What the bound is about: the model's output in float32. The captured scores, if they are that."""
+        """What the bound is about: the model's output in the weights' precision; the captured scores, if they are that.
+
+        Those are float32, also of a float64 model.
+        """
         autocast = torch.is_autocast_enabled(inputs.device.type)
-        if self.same and not autocast:
+        double = any(p.dtype == torch.float64 for p in module.parameters())
+        if self.same and not autocast and not double:
             return scores
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            output = core_of(module)[1](inputs.float())
+            output = core_of(module)[1](inputs.double() if double else inputs.float())
         if not isinstance(output, Tensor):
             raise UnsoundError(
                 f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
             )
         if self.same is None:
-            alike = output.shape == scores.shape and torch.allclose(output, scores, rtol=1e-5, atol=1e-6)
+            alike = output.shape == scores.shape and torch.allclose(output.float(), scores, rtol=1e-5, atol=1e-6)
             self.same = alike and bool(scores.abs().amax() > 1e-3)
-        return output.float()
+        return output if double else output.float()
 
     def compute(self) -> Result | None:
         """Of all ranks; None if there was nothing to certify."""
         with warnings.catch_warnings():
             # A rank without batches, or targets that are no classes: told elsewhere, and the others wait for this one.
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
-            values = self.metric.compute().tolist()
+            values, clean = self.metric.compute().tolist(), float(self.clean.compute())
+            largest = float(self.largest.compute())
         samples = int(self.metric.total)
         if not samples or any(map(math.isnan, values)):
             return None
-        curve = tuple(zip(self.grid, values[len(self.eps) :], strict=True))
-        constant = max(self.bounds.values(), default=math.nan) / smallest_std(self.input_std)
+        curve = tuple(zip(self.grid, (clean, *values[len(self.eps) :]), strict=True))
+        constant = max(map(float, self.bounds.values()), default=math.nan) / smallest_std(self.input_std)
         certified = dict(zip(self.eps, values, strict=False))
-        return Result(curve[0][1], certified, curve, constant, samples)
+        return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
+
+
+def _is_corrected(layer: nn.Module) -> bool:
+    """Whether the run adds something to this layer's scores."""
+    offset = getattr(layer, BUFFER, None)
+    return offset is not None and (bool(offset.any()) or getattr(layer, ROWS, None) is not None)
 
 
 def warn_of_range(inputs: Any, input_std: Any = None) -> None:

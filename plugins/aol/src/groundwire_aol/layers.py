@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from groundwire_aol.constraint import constrain, geometry_of
 from groundwire_aol.functional import Side
 from groundwire_aol.initialisers import nearest_orthogonal_
 from groundwire_aol.parametrization import aol_of
+
+Size: TypeAlias = int | tuple[int, ...]
 
 
 class _Orthogonal:
@@ -70,41 +72,17 @@ class AOLLinear(_Orthogonal, nn.Linear):  # type: ignore[misc]
         constrain(self, steps, side=side, compat=compat)
 
 
-class AOLConv1d(_Orthogonal, nn.Conv1d):
-    """A 1-D convolution with spectral norm at most 1 at every input size, as :class:`torch.nn.Conv1d` otherwise.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Size of the kernel.
-        stride: Stride; above 1 each phase of the input is scaled by itself (zero padding only).
-        padding: Zeros on both sides, or "same" or "valid".
-        dilation: Distance of the taps.
-        groups: Blocks of channels.
-        bias: Whether to add a bias, which begins at 0.
-        padding_mode: "zeros", or "circular" with a total padding of at most dilation * (kernel_size - 1).
-        steps: 1, or 2 for the tighter rule.
-        side: Channels to scale: "in", "out", or "auto" for the fewer.
-        compat: "reference" for the published rule to the letter.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Raises:
-        UnsoundError: A padding that repeats pixels, for which the bound does not hold.
-
-    Example:
-        >>> AOLConv1d(4, 8, 3, stride=2, padding=1)(torch.zeros(1, 4, 8)).shape
-        torch.Size([1, 8, 4])
-    """
+class _Convolution(_Orthogonal):
+    """What the convolutions share: the arguments of torch's, and the constraint."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "circular", "reflect", "replicate"] = "zeros",
@@ -115,13 +93,23 @@ class AOLConv1d(_Orthogonal, nn.Conv1d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        constrain(self, steps, side=side, compat=compat)
+        geometry = stride, padding, dilation, groups, bias, padding_mode
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, device, dtype)  # type: ignore[call-arg]
+        constrain(self, steps, side=side, compat=compat)  # type: ignore[type-var]
 
 
-class AOLConv2d(_Orthogonal, nn.Conv2d):
+class AOLConv1d(_Convolution, nn.Conv1d):
+    """A 1-D convolution with spectral norm at most 1 at every input size, as :class:`torch.nn.Conv1d` otherwise.
+
+    Arguments and errors as for :class:`AOLConv2d`.
+
+    Example:
+        >>> AOLConv1d(4, 8, 3, stride=2, padding=1)(torch.zeros(1, 4, 8)).shape
+        torch.Size([1, 8, 4])
+    """
+
+
+class AOLConv2d(_Convolution, nn.Conv2d):
     """A 2-D convolution with spectral norm at most 1 at every input size, as :class:`torch.nn.Conv2d` otherwise.
 
     Args:
@@ -148,79 +136,16 @@ class AOLConv2d(_Orthogonal, nn.Conv2d):
         torch.Size([1, 8, 4, 4])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "circular", "reflect", "replicate"] = "zeros",
-        steps: int = 1,
-        *,
-        side: Side = "auto",
-        compat: Literal["reference"] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        constrain(self, steps, side=side, compat=compat)
 
-
-class AOLConv3d(_Orthogonal, nn.Conv3d):
+class AOLConv3d(_Convolution, nn.Conv3d):
     """A 3-D convolution with spectral norm at most 1 at every input size, as :class:`torch.nn.Conv3d` otherwise.
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Size of the kernel.
-        stride: Stride; above 1 each phase of the input is scaled by itself (zero padding only).
-        padding: Zeros on both sides, or "same" or "valid".
-        dilation: Distance of the taps.
-        groups: Blocks of channels.
-        bias: Whether to add a bias, which begins at 0.
-        padding_mode: "zeros", or "circular" with a total padding of at most dilation * (kernel_size - 1).
-        steps: 1, or 2 for the tighter rule.
-        side: Channels to scale: "in", "out", or "auto" for the fewer.
-        compat: "reference" for the published rule to the letter.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Raises:
-        UnsoundError: A padding that repeats pixels, for which the bound does not hold.
+    Arguments and errors as for :class:`AOLConv2d`.
 
     Example:
         >>> AOLConv3d(4, 8, 3, stride=2, padding=1)(torch.zeros(1, 4, 8, 8, 8)).shape
         torch.Size([1, 8, 4, 4, 4])
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: int | tuple[int, int, int] | str = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "circular", "reflect", "replicate"] = "zeros",
-        steps: int = 1,
-        *,
-        side: Side = "auto",
-        compat: Literal["reference"] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        constrain(self, steps, side=side, compat=compat)
 
 
 class AOLConvTranspose2d(_Orthogonal, nn.ConvTranspose2d):
@@ -229,7 +154,7 @@ class AOLConvTranspose2d(_Orthogonal, nn.ConvTranspose2d):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Size of the kernel.
+        kernel_size: int | tuple[int, int] of the kernel.
         stride: Stride.
         padding: What is cut from both sides of the output.
         output_padding: What is added to one side of the output.

@@ -22,7 +22,7 @@ class CertifiedAccuracy(Metric):
         kwargs: Of :class:`torchmetrics.Metric`.
 
     Shape:
-        ``update(logits, target)`` takes (B, K) and (B,); ``compute()`` gives (len(eps),).
+        ``update(logits, target, inputs=None)`` takes (B, K), (B,) and (B, ...); ``compute()`` gives (len(eps),).
 
     Example:
         >>> metric = CertifiedAccuracy(eps=(0.0, 1.0))
@@ -49,9 +49,9 @@ class CertifiedAccuracy(Metric):
         self.add_state("certified", torch.zeros(len(self.eps), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        radii = certified_radius(logits, target, self.lipschitz, input_std=self.input_std)
+    def update(self, logits: Tensor, target: Tensor, inputs: Tensor | None = None) -> None:
+        """Add a batch; with ``inputs``, radii cover the rounding of the scores (``lipschitz`` must be a Bound)."""
+        radii = certified_radius(logits, target, self.lipschitz, input_std=self.input_std, inputs=inputs)
         limits = torch.tensor(self.eps, dtype=torch.float64, device=radii.device)
         self.certified += (radii[:, None] > limits).sum(0).to(self.certified.device)
         self.total += len(radii)
@@ -89,9 +89,9 @@ class CertifiedRadius(Metric):
         self.add_state("radii", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        radii = certified_radius(logits, target, self.lipschitz, input_std=self.input_std)
+    def update(self, logits: Tensor, target: Tensor, inputs: Tensor | None = None) -> None:
+        """Add a batch; with ``inputs``, radii cover the rounding of the scores (``lipschitz`` must be a Bound)."""
+        radii = certified_radius(logits, target, self.lipschitz, input_std=self.input_std, inputs=inputs)
         self.radii += radii.sum().to(self.radii)
         self.total += len(radii)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from groundwire_aol.autocorrelation import is_transformed
 from groundwire_aol.functional import Geometry, Side, published, rescale
 
 
@@ -75,7 +76,7 @@ class AOLParametrization(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The rescaled weight, in the dtype of ``original``."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed(original):  # type: ignore[attr-defined,no-untyped-call]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(original):  # type: ignore[attr-defined,no-untyped-call]
             return self._rescaled(original)
         learns = torch.is_grad_enabled() and original.requires_grad
         if not learns and not self.training:
@@ -138,11 +139,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return (
         one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
     )
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a tracer's, of vmap, grad, export or a fake mode: its values cannot be looked at."""
-    return type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def parametrizations(module: nn.Module) -> Iterator[AOLParametrization]:

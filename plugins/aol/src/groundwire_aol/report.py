@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,10 @@ def section(aol: AOL) -> Section | None:
 
 def _table(stage: str, result: Result) -> Table:
     rows = [("clean", result.clean), *((f"{eps:.4g}", value) for eps, value in result.certified.items())]
+    rounding = "of exact arithmetic" if math.isnan(result.rounding) else f"less {result.rounding:.2g} for rounding"
     caption = (
-        f"Accuracy by radius, {stage}: {result.samples} samples, Lipschitz constant at most {result.lipschitz:.7g}"
+        f"Accuracy by radius, {stage}: {result.samples} samples, Lipschitz constant at most {result.lipschitz:.7g}, "
+        f"radii {rounding}"
     )
     return Table(caption, ("radius", "accuracy"), rows)
 

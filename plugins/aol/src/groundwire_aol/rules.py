@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,19 +11,11 @@ from torch import Tensor, nn
 
 from groundwire_aol import constants
 from groundwire_aol.centering import ConvexSum, Rescaled, ScaledConcat
-from groundwire_aol.constraint import TRANSPOSED, computes_linear
+from groundwire_aol.constraint import computes_linear
 from groundwire_aol.errors import UnknownLipschitzError
 from groundwire_aol.function_rules import FUNCTION_RULES
-from groundwire_aol.functional import Geometry
-from groundwire_aol.norms import (
-    MAX_COLUMNS,
-    ROUNDING,
-    kernel_norm,
-    matrix_norm,
-    nonnegative_norm,
-    operator_norm,
-    rescaled_norm,
-)
+from groundwire_aol.linear_rules import of_linear
+from groundwire_aol.norms import ROUNDING, nonnegative_norm
 from groundwire_aol.operations import (
     BATCHNORMS,
     FACTS,
@@ -122,7 +113,7 @@ class Rules:
         if type(layer) in NONNEGATIVE_LAYERS:
             return self._schur(step, layer, x)
         if computes_linear(layer):
-            return self._linear(step, layer, x)
+            return of_linear(layer, x, self.squares.get(str(step.node.target)))
         name = type(layer).__name__
         raise step.unknown(f"{name} has no known Lipschitz constant (input of shape {tuple(x.shape)})", hint(name))
 
@@ -145,20 +136,6 @@ class Rules:
             return nonnegative_norm(function, tuple(x.shape[1:])), "row and column sums"
         except (ValueError, RuntimeError, IndexError) as error:
             raise step.unknown(str(error).split("\n")[0], "keep the batch dimension first and apart") from error
-
-    def _linear(self, step: Step, layer: Any, x: Tensor) -> tuple[float, str]:
-        weight = layer.weight.detach().double()
-        known = self.squares.get(str(step.node.target))
-        if known is not None:
-            rule, squared, (steps, side) = known
-            if rule.geometry == _geometry(layer) and _bounded_padding(layer):
-                return (
-                    rescaled_norm(weight, squared, rule.rescaled_geometry, steps=steps, side=side),
-                    "AOL, proved again in float64",
-                )
-        if isinstance(layer, nn.Linear):
-            return matrix_norm(weight)
-        return _convolution(layer, x)
 
     @staticmethod
     def _same_shapes(step: Step) -> None:
@@ -223,39 +200,3 @@ def _dtypes(step: Step) -> list[torch.dtype]:
 
 def _with_first(step: Step, value: Any) -> Step:
     return Step(step.node, (value, *step.args[1:]), step.kwargs, step.nodes, step.named_nodes, step.bounds, step.values)
-
-
-def _geometry(layer: Any) -> Geometry:
-    if isinstance(layer, nn.Linear):
-        return Geometry()
-    mode = layer.padding_mode
-    return Geometry(
-        tuple(layer.stride), tuple(layer.dilation), layer.groups, isinstance(layer, TRANSPOSED), mode == "circular"
-    )
-
-
-def _bounded_padding(layer: Any) -> bool:
-    """Whether the bound of a rescaled kernel bounds the layer: padding repeats no pixel."""
-    if isinstance(layer, nn.Linear) or layer.padding_mode == "zeros" or isinstance(layer.padding, str):
-        return isinstance(layer, nn.Linear) or layer.padding_mode in ("zeros", "circular")
-    sizes = zip(layer.kernel_size, layer.dilation, layer.padding, strict=True)
-    return layer.padding_mode == "circular" and all(2 * p <= d * (k - 1) for k, d, p in sizes)
-
-
-def _convolution(layer: Any, x: Tensor) -> tuple[float, str]:
-    shape = tuple(x.shape[1:])
-    if math.prod(shape) <= MAX_COLUMNS:
-        twin = copy.deepcopy(layer).double()
-        return operator_norm(twin, shape), "exact (singular values)"
-    weight = layer.weight.detach().double()
-    if isinstance(layer, TRANSPOSED) or layer.padding_mode == "zeros":
-        return kernel_norm(weight, _geometry(layer)), "upper bound (iterated Gram kernel)"
-    geometry = Geometry(tuple(layer.stride), tuple(layer.dilation), layer.groups)
-
-    def padded(value: Tensor) -> Tensor:
-        return torch.nn.functional.pad(value, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-
-    return (
-        kernel_norm(weight, geometry) * nonnegative_norm(padded, shape),
-        f"upper bound (iterated Gram kernel, times that of {layer.padding_mode} padding)",
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def trace(module: nn.Module) -> fx.Graph:
         raise UnknownLipschitzError(
             type(module).__name__,
             f"its forward cannot be traced ({type(error).__name__}: {_first_line(error)})",
-            "make forward(x) a fixed sequence of layers and tensor operations, without branches on values",
+            "make forward(x) a fixed sequence of layers and tensor operations, without branches on values or shapes",
         ) from error
     if not _equal(module, first, second):
         raise UnknownLipschitzError(
@@ -100,6 +101,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def refuse_weights(module: nn.Module) -> None:
     """Raise for weights and buffers that are not finite, or of less than 32 bits."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise UnsoundError(f"{name} has no values yet -> run one batch through the model first")
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise UnsoundError(
                 f"{name} is {tensor.dtype}: rounding a weight of norm 1 to bfloat16 gave norm 1.00257, to float16 "
@@ -114,6 +117,8 @@ def refuse_weights(module: nn.Module) -> None:
 def refuse_hooks(module: nn.Module) -> None:
     """Raise for hooks and instance methods, which may change what a layer computes. groundwire's own add constants."""
     for path, layer in module.named_modules():
+        if hasattr(layer, "_orig_mod"):
+            raise UnknownLipschitzError(path, "a compiled module hides its graph", "pass module._orig_mod")
         hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
         foreign = [hook for hook in hooks if not _home(hook).startswith("groundwire.")]
         if foreign:
@@ -127,8 +132,6 @@ def refuse_hooks(module: nn.Module) -> None:
         # Lightning leaves the class's own method on the instance.
         if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise UnknownLipschitzError(path, "forward was replaced on the instance", "give the class this forward")
-        if hasattr(layer, "_orig_mod"):
-            raise UnknownLipschitzError(path, "a compiled module hides its graph", "pass module._orig_mod")
 
 
 def _home(hook: Any) -> str:
@@ -136,7 +139,7 @@ def _home(hook: Any) -> str:
 
 
 def rows_of(example: Any) -> Tensor:
-    """The example input as two samples.
+    """The first sample of the example input, and zero.
 
     Raises:
         UnsoundError: It is no floating-point tensor with a batch dimension.
@@ -148,4 +151,48 @@ def rows_of(example: Any) -> Tensor:
             f"the input is {example.dtype}: distances between integers are no certificate -> convert images to float "
             "in [0, 1], and certify embeddings instead of token numbers"
         )
-    return example[:1].detach().clone().repeat(2, *(1 for _ in example.shape[1:]))
+    first = example[:1].detach().clone()
+    return torch.cat([first, torch.zeros_like(first)])
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [t for item in value for t in tensors_of(item)]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else []
+    )
+
+
+def refuse_other_results(module: nn.Module, example: Tensor, walked: Any) -> None:
+    """The graph must compute what the model computes, and each sample by itself."""
+    probe = example + torch.linspace(0.0, 0.5, len(example), dtype=example.dtype, device=example.device).view(
+        -1, *(1 for _ in example.shape[1:])
+    )
+    name = type(module).__name__
+    try:
+        again, together, alone = (tensors_of(module(x.clone())) for x in (example, probe, probe[1:]))
+    except Exception as error:
+        raise UnknownLipschitzError(
+            name, f"its forward fails outside the trace ({error})", "make it take any batch"
+        ) from error
+    if not _close(again, tensors_of(walked)):
+        raise UnknownLipschitzError(
+            name, "its forward does not compute what was traced", "remove state and random numbers"
+        )
+    if not _close([t[1:] for t in together], alone):
+        raise UnknownLipschitzError(
+            name, "the result of a sample depends on its batch", "use no statistics of the batch"
+        )
+
+
+def _close(ones: list[Tensor], others: list[Tensor]) -> bool:
+    """Equal up to rounding, which is relative to the largest entry."""
+    return len(ones) == len(others) and all(
+        a.shape == b.shape and bool((a - b).abs().amax() <= 1e-4 * a.abs().amax())
+        for a, b in zip(ones, others, strict=True)
+    )

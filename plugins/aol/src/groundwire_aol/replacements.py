@@ -1,0 +1,163 @@
+"""What takes the place of each layer when a network is made 1-Lipschitz."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from groundwire_aol import constants
+from groundwire_aol.activations import MaxMin, NActivation
+from groundwire_aol.centering import BatchCentering, GlobalAvgPool, Rescaled
+from groundwire_aol.constraint import computes_linear, geometry_of
+from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
+from groundwire_aol.operations import BATCHNORMS, HINTS, INTERPOLATIONS, MAX_POOLS, NONNEGATIVE_LAYERS
+from groundwire_aol.parametrization import aol_of
+
+Activation: TypeAlias = Literal["maxmin", "nactivation"] | None
+Init: TypeAlias = Literal["orthogonal", "keep"]
+
+#: Replaced by MaxMin or NActivation. Tanh, Sigmoid and the like stay: somebody chose them for their range.
+REPLACED = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Softplus,
+)  # fmt: skip
+_AVG_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+_GLOBAL_POOLS = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a layer becomes, and how that is told.
+
+    Attributes:
+        layer: The new layer; None for "the same with an AOL weight".
+        line: "Old -> new".
+    """
+
+    layer: nn.Module | None
+    line: str
+
+
+def replacement(
+    path: str, layer: nn.Module, channels: int | None, activation: Activation, init: Init
+) -> Replacement | None:
+    """What becomes of a layer; None if it stays.
+
+    Args:
+        path: Where it is, for the refusal.
+        layer: A step of the traced model.
+        channels: Of its input, if they are known.
+        activation: As for :func:`groundwire_aol.lipschitz`.
+        init: As for :func:`groundwire_aol.lipschitz`.
+
+    Raises:
+        UnknownLipschitzError: There is no rule.
+        UnsoundError: Its padding has no bound.
+
+    Example:
+        >>> replacement("0", nn.MaxPool2d(3, 2), None, "maxmin", "keep").line
+        'MaxPool2d -> divided by its constant 2'
+    """
+    name = type(layer).__name__
+    if aol_of(layer) is not None:
+        return None
+    if computes_linear(layer):
+        try:
+            geometry_of(layer)
+        except UnsoundError as error:
+            raise UnsoundError(f"{path}: {error}") from error
+        start = ", orthogonal start" if init == "orthogonal" else ""
+        return Replacement(None, f"{name} -> AOL weight of norm at most 1{start}")
+    if type(layer) in REPLACED and activation is not None:
+        return _activation(path, name, channels, activation)
+    if type(layer) in BATCHNORMS:
+        return Replacement(_centering(layer, init), f"{name} -> BatchCentering: the division has no bound")
+    for kinds, rule in _RULES:
+        if type(layer) in kinds:
+            return rule(path, layer)
+    if _stays(layer):
+        return None
+    raise UnknownLipschitzError(
+        path, f"{name} has no known Lipschitz constant", HINTS.get(name, "replace it, or name it in exclude")
+    )
+
+
+def _stays(layer: nn.Module) -> bool:
+    known = type(layer) in constants.MODULES or constants.of_activation(layer) is not None
+    return known or type(layer) in NONNEGATIVE_LAYERS or type(layer).__module__.startswith("groundwire_aol.")
+
+
+def _activation(path: str, name: str, channels: int | None, activation: Activation) -> Replacement:
+    """MaxMin needs pairs, NActivation the number of channels."""
+    if activation == "nactivation":
+        if channels is None:
+            raise UnknownLipschitzError(path, "the number of its channels is unknown", "use activation='maxmin'")
+        return Replacement(NActivation(channels), f"{name} -> NActivation")
+    if channels is not None and channels % 2:
+        raise UnknownLipschitzError(
+            path,
+            f"MaxMin needs an even number of channels, got {channels}",
+            "make the layer before it wider by one, or use activation='nactivation'",
+        )
+    return Replacement(MaxMin(), f"{name} -> MaxMin")
+
+
+def _centering(norm: Any, init: Init) -> BatchCentering:
+    """BatchNorm's mean and bias, unless training begins anew."""
+    new = BatchCentering(norm.num_features, norm.momentum if norm.momentum is not None else 0.1, bias=norm.affine)
+    if init == "keep" and norm.running_mean is not None:
+        new.running_mean.copy_(norm.running_mean)
+    if init == "keep" and new.bias is not None:
+        new.bias.data.copy_(norm.bias.detach())
+    return new
+
+
+def _max_pool(path: str, layer: Any) -> Replacement | None:
+    """Windows that overlap count pixels more than once."""
+    constant = constants.of_max_pool(layer.kernel_size, layer.stride, layer.dilation, MAX_POOLS[type(layer)])
+    if layer.return_indices:
+        raise UnknownLipschitzError(path, "indices are no continuous function", "use return_indices=False")
+    if constant <= 1:
+        return None
+    line = f"{type(layer).__name__} -> divided by its constant {constant:g}"
+    return Replacement(Rescaled(layer, 1 / constant), line)
+
+
+def _global_pool(_: str, layer: Any) -> Replacement | None:
+    axes = _GLOBAL_POOLS[type(layer)]
+    if set(constants.per_axis(layer.output_size, axes)) != {1}:
+        return None
+    return Replacement(GlobalAvgPool(axes), f"{type(layer).__name__}(1) -> sum over the root of the size")
+
+
+def _avg_pool(_: str, layer: Any) -> Replacement | None:
+    """Averaging shrinks: multiplied so that a constant image keeps its length."""
+    axes = _AVG_POOLS[type(layer)]
+    size, stride, padding = (constants.per_axis(v, axes) for v in (layer.kernel_size, layer.stride, layer.padding))
+    apart = size == stride and not any(padding) and not layer.ceil_mode
+    factor = math.sqrt(math.prod(size))
+    if not apart or getattr(layer, "divisor_override", None) is not None or factor <= 1:
+        return None
+    line = f"{type(layer).__name__} -> times {factor:g}, so that its constant is 1 and not 1/{factor:g}"
+    return Replacement(Rescaled(layer, factor), line)
+
+
+def _upsample(path: str, layer: Any) -> Replacement | None:
+    """Copies of a pixel count as often as they are made."""
+    factor = layer.scale_factor
+    if layer.mode not in INTERPOLATIONS:
+        raise UnknownLipschitzError(path, f"mode {layer.mode!r} has negative weights", "use 'nearest' or 'bilinear'")
+    if not (isinstance(factor, int | float) and float(factor).is_integer()) or layer.align_corners:
+        return None
+    axes = {"linear": 1, "bilinear": 2, "trilinear": 3}.get(layer.mode, 2)
+    constant = math.sqrt(float(factor) ** axes)
+    return Replacement(Rescaled(layer, 1 / constant), f"Upsample -> divided by its constant {constant:g}")
+
+
+_RULES: tuple[tuple[Container[type[nn.Module]], Callable[[str, Any], Replacement | None]], ...] = (
+    (MAX_POOLS, _max_pool), (_GLOBAL_POOLS, _global_pool), (_AVG_POOLS, _avg_pool), ((nn.Upsample,), _upsample),
+)  # fmt: skip
