@@ -213,9 +213,9 @@ def test_versions_wait_for_their_epoch(kit):
     class Counting(BiasAudit):
         seen = ()
 
-        def _versions(self, run, *args):
+        def _compare(self, run, *args):
             self.seen = (*self.seen, run.trainer.current_epoch)
-            return super()._versions(run, *args)
+            return super()._compare(run, *args)
 
     last, every = Counting(variants=[0.5]), Counting(variants=[0.5], every_n_epochs=2)
     for plugin, epochs in ((last, [3]), (every, [1, 3])):

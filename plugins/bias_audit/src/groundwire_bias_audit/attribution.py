@@ -71,6 +71,7 @@ def attribution_shift(
     region: Any = None,
     per_group: int = 64,
     internal_batch_size: int = 32,
+    max_groups: int = 100,
     random_state: int = 0,
 ) -> AttributionShift:
     """Compare the attributions of a version with those of the dense model, by group and against a null band.
@@ -91,6 +92,7 @@ def attribution_shift(
             measure ``region_mass`` (its difference to the dense model's).
         per_group: Most rows of each group, drawn at random.
         internal_batch_size: Rows attributed at a time.
+        max_groups: Most values of a feature.
         random_state: Seed of the draw.
 
     Returns:
@@ -114,7 +116,7 @@ def attribution_shift(
     labels = torch.as_tensor(targets)
     if len(labels) != len(inputs):
         raise ValueError(f"{len(inputs)} inputs and {len(labels)} targets")
-    groups = read_groups(sensitive_features, rows=len(inputs))
+    groups = read_groups(sensitive_features, rows=len(inputs), max_groups=max_groups)
     assert groups.codes is not None
     rows, codes = _drawn(groups.codes, groups.size, per_group, random_state)
     chosen = _resolved(method, dense, layer)

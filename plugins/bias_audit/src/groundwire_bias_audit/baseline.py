@@ -12,7 +12,7 @@ from groundwire import PluginError, RunContext
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.inputs import read_outputs
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.passes import LOADER_STEP, Record, compared
+from groundwire_bias_audit.passes import Record, compared
 from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.stream import Stream
@@ -59,7 +59,8 @@ def _earlier(baseline: Any, record: Record | None, threshold: float) -> Record |
     if record.ids is None:
         raise PluginError("a baseline by data set index needs such indices -> use a map-style data set")
     values = baseline.detach().cpu() if isinstance(baseline, Tensor) else torch.as_tensor(baseline)
-    rows = record.ids % LOADER_STEP
+    rows = record.sample_ids
+    assert rows is not None
     if rows.max() >= len(values):
         raise PluginError(f"the baseline has {len(values)} rows, and the data set at least {rows.max() + 1}")
     task = record.outputs.task

@@ -11,7 +11,13 @@ from groundwire_bias_audit.passes import LOADER_STEP, Record
 
 
 def flipped(first: Record, second: Record) -> pd.DataFrame:
-    """Rows whose prediction differs, those the first model was surest of first; the index is the row in ``first``."""
+    """Rows whose prediction differs, those the first model was surest of first.
+
+    Returns:
+        Columns ``id`` (data set index), the features, ``target`` (of a multilabel task the first one that differs),
+        ``label``, ``before``, ``after``, the scores of both, and ``change``. The index is that of ``first.ids``, or the
+        row where there are none.
+    """
     a, b = first.outputs, second.outputs
     differs = a.predictions != b.predictions
     rows = np.flatnonzero(differs.any(axis=1) if differs.ndim == 2 else differs)
@@ -20,7 +26,8 @@ def flipped(first: Record, second: Record) -> pd.DataFrame:
     def of(values: Any) -> Any:
         return values[rows, column] if values.ndim == 2 else values[rows]
 
-    table: dict[str, Any] = {"id": rows if first.ids is None else first.ids[rows] % LOADER_STEP}
+    names = rows if first.ids is None else first.ids[rows]
+    table: dict[str, Any] = {"id": names % LOADER_STEP}
     table |= {name: [values[i] for i in rows] for name, values in first.features.items()}
     if a.task == "multilabel":
         table["target"] = column
@@ -31,8 +38,12 @@ def flipped(first: Record, second: Record) -> pd.DataFrame:
     table["change"] = np.select(
         [table["before"] == table["label"], table["after"] == table["label"]], ["broken", "mended"], "other error"
     )
-    frame = pd.DataFrame(table, index=rows)
-    if "score_before" not in frame:
-        return frame
-    sure = (frame["score_before"] - (0.5 if a.task != "multiclass" else 0)).abs()
-    return frame.loc[sure.sort_values(ascending=False, kind="stable").index]
+    return surest_first(pd.DataFrame(table, index=names), a.task)
+
+
+def surest_first(flips: pd.DataFrame, task: str) -> pd.DataFrame:
+    """``flips`` in the order of how sure the first model was; ties by their index."""
+    if "score_before" not in flips:
+        return flips.sort_index()
+    sure = (flips["score_before"] - (0.5 if task != "multiclass" else 0)).abs().to_numpy()
+    return flips.iloc[np.lexsort((flips.index.to_numpy(), -sure))]

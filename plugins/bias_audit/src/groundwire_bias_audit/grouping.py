@@ -94,8 +94,8 @@ def read_groups(sensitive: Any, control: Any = None, *, rows: int, max_groups: i
         >>> groups.levels, groups.codes.tolist()
         ((('f', 'm', 'unknown'), (0, 1)), [0, 3, 5])
     """
-    controls = [] if control is None else _named(control, "control_feature")
-    features = controls + _named(sensitive, "sensitive_feature")
+    controls = [] if control is None else named_columns(control, "control_feature")
+    features = controls + named_columns(sensitive, "sensitive_feature")
     names = tuple(name for name, _ in features)
     if len(set(names)) < len(names):
         raise ValueError(f"feature names must differ, got {list(names)} -> rename the columns")
@@ -114,7 +114,8 @@ def read_groups(sensitive: Any, control: Any = None, *, rows: int, max_groups: i
     return Groups(names, tuple(levels for _, levels in coded), len(controls), codes)
 
 
-def _named(values: Any, prefix: str) -> list[tuple[str, Any]]:
+def named_columns(values: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Features by name, from one column or several; those without a name are numbered after ``prefix``."""
     if isinstance(values, pd.DataFrame | Mapping):
         return [(str(name), values[name]) for name in values]
     if isinstance(values, pd.Series):
