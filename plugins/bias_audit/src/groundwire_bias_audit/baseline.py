@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,23 @@ from groundwire_bias_audit.stream import Stream
 
 #: How the model itself is called among its versions.
 DENSE = "dense"
+
+
+def checked_baseline(baseline: Any) -> Any:
+    """``BiasAudit(baseline=...)``: None, the name of a version (a sparsity is its name), or scores.
+
+    Raises:
+        TypeError: It is none of these.
+
+    Example:
+        >>> checked_baseline(0.5)
+        '0.5'
+    """
+    if isinstance(baseline, Real) and not isinstance(baseline, bool):
+        return f"{float(baseline):g}"
+    if baseline is not None and not isinstance(baseline, str) and np.ndim(baseline) == 0:
+        raise TypeError(f"baseline must be a version's name, or scores by data set index, got {baseline!r}")
+    return baseline
 
 
 def counted_rows(run: RunContext, record: Record | None, threshold: float, max_groups: int) -> Stream:

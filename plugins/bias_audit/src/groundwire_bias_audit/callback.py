@@ -11,7 +11,7 @@ from torch import Tensor
 from groundwire import Fields, Finding, Plugin, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
-from groundwire_bias_audit.baseline import DENSE
+from groundwire_bias_audit.baseline import DENSE, checked_baseline
 from groundwire_bias_audit.explained import Method, Pairs, attribution_finding, checked_attribution, null_problems
 from groundwire_bias_audit.findings import findings_of
 from groundwire_bias_audit.gate import Gate
@@ -44,8 +44,9 @@ class BiasAudit(Plugin):
         every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default of the last epoch. In
             ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
         gate: When a gap is a disparity.
-        baseline: What versions are compared with: the model itself by default, or the name of a version, or the scores
-            of an earlier model as an array by data set index (the model itself is then compared with them, too).
+        baseline: What versions are compared with: the model itself by default, or a version by its name or sparsity, or
+            the scores of an earlier model as an array by data set index (the model itself is then compared with them,
+            too).
         threshold: Predicted 1 where P(y=1) is at least this.
         task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
         max_groups: Most values of a feature.
@@ -63,7 +64,7 @@ class BiasAudit(Plugin):
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: ``gate`` is no Gate.
+        TypeError: ``gate`` is no Gate, or ``baseline`` is neither a version nor scores.
         PluginError: The table of groups cannot be used.
 
     Example:
@@ -88,14 +89,14 @@ class BiasAudit(Plugin):
         listed: int = 100,
         attribution: Method | None = None,
         attribution_samples: int = 16,
-        attribution_null: str | Path | Sequence[str | Path] = (),
+        attribution_null: Sequence[str | Path] | str | Path = (),
         name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
             raise ValueError(f"every_n_epochs must be a whole number of at least 1 or None, got {every_n_epochs!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be in (0, 1), got {threshold!r}")
-        self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, baseline
+        self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, checked_baseline(baseline)
         self.variants = checked_variants(variants)
         self.gate = checked_gate(gate)
         self.attribution, self.attribution_samples = attribution, attribution_samples
