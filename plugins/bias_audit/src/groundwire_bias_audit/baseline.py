@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def checked_baseline(baseline: Any) -> Any:
         >>> checked_baseline(0.5)
         '0.5'
     """
-    if isinstance(baseline, Real) and not isinstance(baseline, bool):
+    if isinstance(baseline, int | float) and not isinstance(baseline, bool):
         return f"{float(baseline):g}"
     if baseline is not None and not isinstance(baseline, str) and np.ndim(baseline) == 0:
         raise TypeError(f"baseline must be a version's name, or scores by data set index, got {baseline!r}")

@@ -24,8 +24,16 @@ GATED = (
     "false_negative_rate",
     "precision",
 )
+#: What metrics are called elsewhere, for the hint at a wrong name.
+SYNONYMS = {
+    "acc": "accuracy", "auc": "roc_auc", "auroc": "roc_auc", "ece": "calibration_error", "mae": "mean_absolute_error",
+    "mse": "mean_squared_error", "r2": "r2_score", "ppv": "precision", "demographic_parity": "selection_rate",
+    "tpr": "true_positive_rate", "recall": "true_positive_rate", "sensitivity": "true_positive_rate",
+    "equal_opportunity": "true_positive_rate", "tnr": "true_negative_rate", "specificity": "true_negative_rate",
+    "fpr": "false_positive_rate", "fnr": "false_negative_rate",
+}  # fmt: skip
 #: A low value of these is the bad side; a high value of the others.
-_GOOD_WHEN_HIGH = frozenset(GATED) - {"false_positive_rate", "false_negative_rate"}
+GOOD_WHEN_HIGH = frozenset(GATED) - {"false_positive_rate", "false_negative_rate"}
 
 
 class Verdict(Enum):
@@ -113,7 +121,8 @@ def check_metric(name: str, known: Sequence[str]) -> str:
         ValueError: unknown metric 'acuracy'; did you mean 'accuracy'? Known: accuracy, precision
     """
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1, 0.0)[0]
+        meant = SYNONYMS.get(str(name).lower())
+        near = meant if meant in known else difflib.get_close_matches(str(name), known, 1, 0.0)[0]
         raise ValueError(f"unknown metric {name!r}; did you mean {near!r}? Known: {', '.join(known)}")
     return name
 
@@ -227,7 +236,7 @@ def _outliers(metric: str, held: _Held, tolerance: float, level: float, draws: i
     """
     found: list[Any] = []
     groups, k, n = held
-    sign = 1.0 if metric in _GOOD_WHEN_HIGH else -1.0
+    sign = 1.0 if metric in GOOD_WHEN_HIGH else -1.0
     while len(n) > 1:
         rates = k / n
         if found and (rates.max() - rates.min() <= tolerance or homogeneity(k, n, draws=draws) > level):

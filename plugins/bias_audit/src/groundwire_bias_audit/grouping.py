@@ -120,12 +120,19 @@ def named_columns(values: Any, prefix: str) -> list[tuple[str, Any]]:
         return [(str(name), values[name]) for name in values]
     if isinstance(values, pd.Series):
         return [(f"{prefix}_0" if values.name is None else str(values.name), values)]
+    if values is None:
+        raise ValueError(f"{prefix}s is None -> give one value for each row")
     if hasattr(values, "detach"):
         values = values.detach().cpu().numpy()
-    if not isinstance(values, pd.Categorical | pd.Index):
+    if not isinstance(values, pd.api.extensions.ExtensionArray | pd.Index):
         values = values if isinstance(values, np.ndarray) else listed(values)
         if values.ndim == 2:
             return [(f"{prefix}_{i}", values[:, i]) for i in range(values.shape[1])]
         if values.ndim != 1:
             raise ValueError(f"{prefix}s must have shape (n,) or (n, k), got {values.shape}")
     return [(f"{prefix}_0", values)]
+
+
+def as_tuple(label: Any) -> tuple[Any, ...]:
+    """A group's values, of one feature or several."""
+    return label if isinstance(label, tuple) else (label,)

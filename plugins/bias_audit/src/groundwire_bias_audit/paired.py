@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from groundwire_bias_audit.bootstrap import quantiles, resample
 from groundwire_bias_audit.functional import Counts, ratio
-from groundwire_bias_audit.gate import Gate, Test, Verdict, decide
-from groundwire_bias_audit.grouping import Groups
+from groundwire_bias_audit.gate import GOOD_WHEN_HIGH, Gate, Test, Verdict, decide
+from groundwire_bias_audit.grouping import Groups, as_tuple
 from groundwire_bias_audit.inputs import Outputs
 from groundwire_bias_audit.null import adjust, mcnemar
 
@@ -113,7 +113,7 @@ class Comparison:
     flips: Counts
     gate: Gate
     n_boot: int = 1000
-    ci_quantiles: tuple[float, float] = (0.025, 0.975)
+    ci_quantiles: tuple[float, ...] = (0.025, 0.975)
     random_state: int = 0
 
     def to_frame(self, features: Sequence[str] | None = None, target: int = 0) -> pd.DataFrame:
@@ -131,11 +131,11 @@ class Comparison:
         p = [mcnemar(int(b), int(m)) if size else math.nan for b, m, size in zip(broken, mended, n, strict=True)]
         draws = resample(pairs, self.n_boot, np.random.default_rng(self.random_state))
         down, up = _broken_mended(draws)
-        low, high = quantiles(ratio(up - down, draws.sum(axis=(2, 3, 4))), self.ci_quantiles)
+        bounds = quantiles(ratio(up - down, draws.sum(axis=(2, 3, 4))), self.ci_quantiles)
         right = pairs[:, 0, 0].sum(axis=1) + pairs[:, 1, 1].sum(axis=1)
         columns = {
             "count": n, "baseline_accuracy": ratio(right, n), "accuracy": ratio(right + mended - broken, n),
-            "accuracy_change": ratio(mended - broken, n), "change_low": low, "change_high": high,
+            "accuracy_change": ratio(mended - broken, n), "change_low": bounds[0], "change_high": bounds[-1],
             "flip_rate": ratio(flips, n), "broken": broken, "mended": mended,
             "mcnemar_p": p, "mcnemar_p_adjusted": adjust(p),
         }  # fmt: skip
@@ -143,7 +143,7 @@ class Comparison:
 
     @cached_property
     def tests(self) -> list[Test]:
-        """Whether accuracy, true and false positive rate changed more in some groups, for every attribute."""
+        """Whether the gated rates (but precision) changed more in some groups, for every attribute."""
         assert self.gate.metrics is not None
         single = not self.pairs[:, :, 0].any()  # "right" of a multiclass task
         metrics = [m for m in self.gate.metrics if m == "accuracy" or not single]
@@ -154,8 +154,9 @@ class Comparison:
             for metric in metrics
             if metric in _CHANGES
         ]
-        draws = max(self.gate.draws, math.ceil(20 * len(asked) / self.gate.alpha))
-        raw = [self._raw(*question, seed, min(draws, 100_000)) for seed, question in enumerate(asked)]
+        blocks = math.prod(self.groups.shape[: self.groups.controls])
+        draws = max(self.gate.draws, math.ceil(20 * len(asked) * blocks / self.gate.alpha))
+        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, min(draws, 100_000))]
         adjusted = adjust([test.p_value for test in raw], self.gate.correction)
         return [_judged(test, float(p), self.gate) for test, p in zip(raw, adjusted, strict=True)]
 
@@ -164,30 +165,47 @@ class Comparison:
         """Whether the change itself is unevenly distributed; an old disparity that stayed as it was passes."""
         return decide(self.tests)
 
-    def _raw(self, name: str, metric: str, target: int, seed: int, draws: int) -> Test:
+    def _raw(self, name: str, metric: str, target: int, seed: int, draws: int) -> Iterator[Test]:
+        """One test for each combination of control values, before the correction."""
         kept = self.groups.keep([name])
-        worse, better, trials = _CHANGES[metric](self.groups.marginal(self.pairs, [name])[:, target])
-        labels = list(kept.index)
-        enough = trials >= self.gate.min_count
-        groups = tuple(label for label, ok in zip(labels, enough, strict=True) if ok)
-        small = tuple(
-            label for label, ok, n in zip(labels, enough, self.groups.marginal(self.flips, [name]), strict=True)
-            if not ok and (n >= 0).all()
-        )  # fmt: skip
-        worse, better, trials = worse[enough], better[enough], trials[enough]
-        mean = (better - worse) / trials
-        gap = float(np.ptp(mean)) if len(mean) > 1 else math.nan
-        p = change_test(worse, better, trials, draws=draws, rng=np.random.default_rng([self.random_state, seed]))
-        worst = tuple(g for g, m in zip(groups, mean, strict=True) if m == mean.min()) if len(mean) > 1 else ()
+        pairs = self.groups.marginal(self.pairs, [name])[:, target]
+        changes = np.stack(_CHANGES[metric](pairs))
+        present = pairs.sum(axis=(1, 2, 3)) > 0
+        labels = [as_tuple(label) for label in kept.index]
         target_name = str(self.names[target]) if len(self.names) > 1 and self.pairs.shape[1] > 1 else ""
-        return Test(name, metric, target_name, (), groups, small, gap, p if len(mean) > 1 else math.nan, outliers=worst)
+        width = len(kept.levels[-1])
+        for start in range(0, kept.size, width):
+            cells = [cell for cell in range(start, start + width) if present[cell]]
+            if cells:
+                groups = [labels[cell][-1] for cell in cells]
+                rng = np.random.default_rng([self.random_state, seed, start])
+                found = _tested(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
+                yield replace(found, attribute=name, metric=metric, target=target_name, control=labels[start][:-1])
+
+
+def _tested(
+    changes: Counts, groups: Sequence[Any], metric: str, least: int, draws: int, rng: np.random.Generator
+) -> Test:
+    """Did ``metric`` change alike? ``changes`` are rows by which it falls, by which it rises, and all, by group."""
+    enough = changes[2] >= least
+    judged, small = (
+        tuple(g for g, ok in zip(groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
+    )
+    down, up, trials = changes[:, enough]
+    if len(trials) < 2:
+        return Test("", "", groups=judged, small=small)
+    mean = (up - down) / trials
+    bad = mean.min() if metric in GOOD_WHEN_HIGH else mean.max()
+    worst = tuple(g for g, m in zip(judged, mean, strict=True) if m == bad)
+    p = change_test(down, up, trials, draws=draws, rng=rng)
+    return Test("", "", groups=judged, small=small, gap=float(np.ptp(mean)), p_value=p, outliers=worst)
 
 
 def _judged(test: Test, adjusted: float, gate: Gate) -> Test:
     disparity = test.gap > gate.tolerance and adjusted <= gate.alpha
-    return Test(
-        test.attribute, f"{test.metric}_change", test.target, test.control, test.groups, test.small, test.gap,
-        test.p_value, adjusted, disparity, test.outliers if disparity else (),
+    outliers = test.outliers if disparity else ()
+    return replace(
+        test, metric=f"{test.metric}_change", p_adjusted=adjusted, disparity=disparity, outliers=outliers
     )  # fmt: skip
 
 
@@ -205,10 +223,18 @@ def _selected(pairs: Counts, label: int) -> tuple[Counts, Counts, Counts]:
     return pairs[:, label, 1, 0], pairs[:, label, 0, 1], pairs[:, label].sum(axis=(1, 2))
 
 
+def _rejected(pairs: Counts, label: int) -> tuple[Counts, Counts, Counts]:
+    fewer, more, trials = _selected(pairs, label)
+    return more, fewer, trials
+
+
+#: Rows by which a rate falls, by which it rises, and those of its denominator. That of precision itself changes.
 _CHANGES: dict[str, Any] = {
     "accuracy": _accuracy,
     "true_positive_rate": lambda pairs: _selected(pairs, 1),
+    "false_negative_rate": lambda pairs: _rejected(pairs, 1),
     "false_positive_rate": lambda pairs: _selected(pairs, 0),
+    "true_negative_rate": lambda pairs: _rejected(pairs, 0),
     "selection_rate": lambda pairs: (
         pairs[:, :, 1, 0].sum(axis=1), pairs[:, :, 0, 1].sum(axis=1), pairs.sum(axis=(1, 2, 3))
     ),

@@ -16,8 +16,9 @@ from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap
 from groundwire_bias_audit.evidence import Evidence, regression_table
 from groundwire_bias_audit.functional import RATES, Floats, rate, spread
 from groundwire_bias_audit.gate import Gate, Test, Verdict, check_metric, decide
+from groundwire_bias_audit.grouping import as_tuple
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.questions import as_tuple, describe, tests_of, unwrapped
+from groundwire_bias_audit.questions import describe, tests_of, unwrapped
 
 SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
 REGRESSION_METRICS = (
@@ -51,7 +52,7 @@ class AuditResult:
     comparison: Comparison | None = None
     metrics: tuple[str, ...] | None = None
     n_boot: int = 1000
-    ci_quantiles: tuple[float, float] = (0.025, 0.975)
+    ci_quantiles: tuple[float, ...] = (0.025, 0.975)
     random_state: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -144,11 +145,11 @@ class AuditResult:
         Raises:
             ValueError: The audit has no scores, or the task is neither binary nor multilabel.
         """
-        histogram = self._by(features).score_histogram()
-        if histogram is None or self.task not in ("binary", "multilabel"):
-            raise ValueError("confidence needs scores of a binary or multilabel task")
         evidence = self._by(features)
-        cells = histogram.confident[:, self._target(target)]
+        counts = evidence.confident()
+        if counts is None:
+            raise ValueError("confidence needs scores of a binary or multilabel task")
+        cells = counts[:, self._target(target)]
         names = {("TP", 1, 1), ("FN", 1, 0), ("FP", 0, 1), ("TN", 0, 0)}
         columns = {
             (name, kind): cells[:, y, p, certain]
