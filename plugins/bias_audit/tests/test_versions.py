@@ -2,6 +2,8 @@
 
 import copy
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from bias_audit_patients import SHUFFLED, Classifier, Patients, assert_same, expected, fitted
@@ -118,3 +120,17 @@ def test_a_version_can_be_the_baseline(kit):
 def test_an_unknown_baseline_is_refused_before_training(kit):
     with pytest.raises(PluginError, match=r"baseline is '0.7', and the versions are \['0.5'\]"):
         fitted(kit, BiasAudit(variants=[0.5], baseline="0.7"))
+
+
+def test_a_feature_may_be_called_like_a_column_of_the_lists(kit):
+    groups = pd.DataFrame({"label": np.arange(569) % 3, "score": np.arange(569) % 2})
+    plugin = BiasAudit(groups, variants=[0.9], attribution="input_x_gradient", attribution_samples=2)
+    fitted(kit, plugin, "plain", report=True)
+    folder = Report.read(kit.path).path.parent / "bias_audit"
+    flips = pd.read_csv(folder / "flips-validate-0.9.csv")
+    likely = pd.read_csv(folder / "susceptible-validate.csv")
+    for table in (flips, likely):
+        assert (table["group label"] == table["id"] % 3).all()
+        assert (table["group score"] == table["id"] % 2).all()
+    assert set(flips["label"]) <= {0, 1}
+    assert {"label", "score"} <= set(pd.read_csv(folder / "attribution-validate-0.9.csv"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class BiasAudit(Plugin):
             ``callable(batch)``.
         variants: True for the versions that plugins of the run offer, False for none, or a list of sparsities (pruned
             by ``torch.nn.utils.prune``) and :class:`groundwire.Variant`.
-        every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default of the last epoch. In
+        every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default at any validation that may
+            be the last one, by ``max_epochs``, ``max_steps`` or the patience of an ``EarlyStopping``. In
             ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
         gate: When a gap is a disparity.
         baseline: What versions are compared with: the model itself by default, or a version by its name or sparsity, or
@@ -113,6 +115,8 @@ class BiasAudit(Plugin):
         self._training = TrainingCounts()
         self._report = Reporter()
         self._run: RunContext | None = None
+        self._due = False  # whether versions are evaluated in this pass; the same on all ranks
+        self._audited: set[str] = set()  # what this run saw: the model, and versions of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take neither rows nor the run along."""
@@ -163,11 +167,12 @@ class BiasAudit(Plugin):
             self._training.take(self._reader, batch, self._run)
 
     def _begin(self, trainer: Any) -> None:
-        self._recorder.begin(keep=self._due(trainer) or self.baseline is not None)
+        self._due = self._wants_versions and due(trainer, self.every_n_epochs)
+        self._recorder.begin(keep=self._due or self.baseline is not None)
 
-    def _due(self, trainer: Any) -> bool:
-        """Whether versions are evaluated in this pass; the same on all ranks."""
-        return self.variants is not False and self.variants != () and due(trainer, self.every_n_epochs)
+    @property
+    def _wants_versions(self) -> bool:
+        return self.variants is not False and self.variants != ()
 
     # groundwire's hooks
 
@@ -205,10 +210,11 @@ class BiasAudit(Plugin):
         results = {DENSE: self._result(whole, run)}
         found = findings_of(self.name, DENSE, results[DENSE], whole, self._training)
         reference = None
-        if self._due(run.trainer) or not isinstance(self.baseline, str | None):
+        if self._due or not isinstance(self.baseline, str | None):
             more, reference = self._compare(run, versions, results)
             found += more
         self.results[run.stage] = results
+        self._audited |= {"model", "versions"} if self._due else {"model"}
         samples = Samples(run, lambda number: loader_of(run, number))
         self._report.take(run, results, versions.records, reference, samples, self.listed)
         if last(run.trainer, self.every_n_epochs):
@@ -221,8 +227,8 @@ class BiasAudit(Plugin):
         self, run: RunContext, versions: Versions, results: dict[str, AuditResult]
     ) -> tuple[list[Finding], Record | None]:
         found = []
-        offered = self._offered(run) if self._due(run.trainer) else []
-        if self.variants is True and not offered and self._due(run.trainer):
+        offered = self._offered(run) if self._due else []
+        if self.variants is True and not offered and self._due:
             text = "No plugin of this run offers another version of the model; variants=[0.9] prunes to 90 % sparsity."
             found.append(Finding(self.name, "versions", "info", 0, text))
         for variant in offered:
@@ -239,7 +245,7 @@ class BiasAudit(Plugin):
         self, run: RunContext, records: dict[str, Record | None], dense: AuditResult, samples: Samples
     ) -> list[Finding]:
         """Attribution pairs; the same findings on all processes."""
-        if self.attribution is None or not self._due(run.trainer):
+        if self.attribution is None or not self._due:
             return []
         pairs = explain_versions(
             run, self._offered(run), records, dense.features, samples, method=self.attribution,
@@ -250,10 +256,21 @@ class BiasAudit(Plugin):
         return list(gathered(run.trainer, found)[0])
 
     def _training_findings(self, run: RunContext) -> list[Finding]:
-        if run.stage != "train" or self.results:
+        """At the end of a fit: was there anything that should have been audited and was not?"""
+        if run.stage != "train":
             return []
-        text = "Nothing was audited: the run had neither validation nor test data."
-        return [Finding(self.name, "audited", "warn", 0, text)]
+        if "model" not in self._audited:
+            text = "Nothing was audited: the run had neither validation nor test data."
+            return [Finding(self.name, "audited", "warn", 0, text)]
+        if "versions" in self._audited or not self._wants_versions or not self._offered(run):
+            return []
+        text = (
+            "Versions of the model were not audited: the training ended after a validation that was not known to be "
+            "the last one. Give every_n_epochs=1, or call trainer.validate."
+        )
+        if run.trainer.is_global_zero:
+            warnings.warn(f"{self.name}: {text}", stacklevel=2)
+        return [Finding(self.name, "versions", "warn", 0, text)]
 
     def _result(self, stream: Stream, run: RunContext, comparison: Any = None) -> AuditResult:
         epoch = run.trainer.current_epoch if str(run.trainer.state.fn.value) == "fit" else None

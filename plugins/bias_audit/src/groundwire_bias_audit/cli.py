@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from groundwire_bias_audit.api import audit
+from groundwire_bias_audit.export import with_groups
 from groundwire_bias_audit.gate import Gate, Verdict
 from groundwire_bias_audit.result import AuditResult
 
@@ -170,7 +171,7 @@ def show(result: AuditResult) -> None:
         gaps.add_row(*map(escape, (*named, *numbers, *lists)), style="red" if test.disparity else "")
     console.print(gaps)
     for feature in result.features:
-        frame = result.to_frame([feature]).reset_index()
+        frame = with_groups(result.to_frame([feature]))
         shown = frame.dropna(axis=1, how="all").iloc[:50]
         table = Table(*(escape(str(c).replace("_", " ")) for c in shown.columns))
         for row in shown.itertuples(index=False):

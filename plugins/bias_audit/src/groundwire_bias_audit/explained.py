@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from groundwire import Finding, PluginError, Problem, Variant
 from groundwire.seeds import preserve_rng
 from groundwire_bias_audit.attribution import METHODS, AttributionShift, Maps, Version, attribution_shift
-from groundwire_bias_audit.export import plain
+from groundwire_bias_audit.export import plain, with_groups
 from groundwire_bias_audit.samples import Samples, image, thinned
 
 Method: TypeAlias = Literal["auto", "gradcam", "input_x_gradient", "integrated_gradients", "occlusion"]
@@ -46,7 +46,7 @@ class Pairs:
 
     def table(self) -> pd.DataFrame:
         """The shift by group, and whether it can be interpreted."""
-        return self.shift.table.reset_index().assign(interpretable=self.shift.interpretable)
+        return with_groups(self.shift.table).assign(interpretable=self.shift.interpretable)
 
 
 def attribution_finding(plugin: str, version: str, pairs: Pairs | str) -> Finding:
@@ -138,7 +138,7 @@ def explain(
     module: nn.Module,
     variant: Variant,
     flips: pd.DataFrame,
-    features: Sequence[str],
+    features: Mapping[str, pd.Series],
     samples: Samples,
     *,
     method: str,
@@ -153,7 +153,7 @@ def explain(
         module: The model.
         variant: A version of it.
         flips: As :func:`groundwire_bias_audit.flips.flipped` gives them, with ids.
-        features: Columns of ``flips`` to group by.
+        features: Their groups.
         samples: Fetches them.
         method: Of the attribution.
         null: Checkpoints of other models without compression.
@@ -173,7 +173,7 @@ def explain(
     try:
         with preserve_rng(), torch.inference_mode(False):
             shift = attribution_shift(
-                module, (module, variant.apply), inputs, targets, flips[list(features)], null=models, method=method,
+                module, (module, variant.apply), inputs, targets, features, null=models, method=method,
                 per_group=len(flips), max_groups=len(flips),
             )  # fmt: skip
     except Exception as error:  # the user's model, which need not be differentiable, must not lose its training

@@ -130,6 +130,17 @@ def to_html(result: AuditResult, path: str | Path | None = None) -> str:
     return text
 
 
+def with_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with its index as columns; a feature called like a metric is "group <name>".
+
+    Example:
+        >>> with_groups(pd.DataFrame({"count": [3]}, index=pd.Index(["f"], name="count"))).columns.tolist()
+        ['group count', 'count']
+    """
+    taken = set(map(str, frame.columns))
+    return frame.reset_index(names=[f"group {name}" if str(name) in taken else name for name in frame.index.names])
+
+
 def to_csv(frame: pd.DataFrame, path: str | Path | None = None, *, index: bool = True) -> str:
     """``frame`` as CSV; text that starts with = + - @ gets an apostrophe in front, so that no spreadsheet runs it.
 
@@ -138,7 +149,7 @@ def to_csv(frame: pd.DataFrame, path: str | Path | None = None, *, index: bool =
         group,n
         '=1+1,-1
     """
-    safe = (frame.reset_index() if index else frame).copy()
+    safe = (with_groups(frame) if index else frame).copy()
     for i, column in enumerate(safe.columns):
         if not pd.api.types.is_numeric_dtype(safe.dtypes.iloc[i]):
             safe.isetitem(i, [_quoted(value) for value in safe.iloc[:, i]])

@@ -9,6 +9,24 @@ import pandas as pd
 
 from groundwire_bias_audit.passes import LOADER_STEP, Record
 
+#: Columns of the lists of samples.
+COLUMNS = frozenset(
+    (
+        "id", "target", "label", "before", "after", "score_before", "score_after", "change", "score", "uncertain",
+        "susceptibility",
+    )
+)  # fmt: skip
+
+
+def column_of(feature: str) -> str:
+    """Where a feature stands in a list of samples, whose own columns it must not replace.
+
+    Example:
+        >>> column_of("sex"), column_of("label")
+        ('sex', 'group label')
+    """
+    return f"group {feature}" if feature in COLUMNS else feature
+
 
 def flipped(first: Record, second: Record) -> pd.DataFrame:
     """Rows whose prediction differs, those the first model was surest of first.
@@ -28,7 +46,7 @@ def flipped(first: Record, second: Record) -> pd.DataFrame:
 
     names = rows if first.ids is None else first.ids[rows]
     table: dict[str, Any] = {"id": names % LOADER_STEP}
-    table |= {name: [values[i] for i in rows] for name, values in first.features.items()}
+    table |= {column_of(name): [values[i] for i in rows] for name, values in first.features.items()}
     if a.task == "multilabel":
         table["target"] = column
     table |= {"label": of(a.labels), "before": of(a.predictions), "after": of(b.predictions)}

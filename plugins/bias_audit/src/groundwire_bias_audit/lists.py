@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from groundwire_bias_audit.flips import flipped, surest_first
+from groundwire_bias_audit.flips import column_of, flipped, surest_first
 from groundwire_bias_audit.passes import Record
 from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.susceptibility import rank_susceptible
@@ -22,7 +22,8 @@ def susceptible(trainer: Any, record: Record | None, most: int) -> pd.DataFrame 
     """The samples of a binary task most likely to flip; None for other tasks."""
     own = None
     if record is not None and record.outputs.task == "binary" and record.outputs.scores is not None:
-        scores, features = record.outputs.scores[:, 0], record.features
+        scores = record.outputs.scores[:, 0]
+        features = {column_of(name): values for name, values in record.features.items()}
         own = rank_susceptible(scores, features, ids=record.sample_ids, top=most)  # type: ignore[arg-type]
     found = _joined(trainer, own)
     if found is None:
@@ -44,7 +45,7 @@ def drawn_flips(
     trainer: Any, first: Record | None, second: Record | None, features: Sequence[str], per_group: int
 ) -> pd.DataFrame | None:
     """At most ``per_group`` flips of each group at random, since the surest are not typical; None without ids."""
-    own = None
+    own, features = None, [column_of(name) for name in features]
     if first is not None and first.ids is not None and second is not None:
         own = drawn(flipped(first, second), features, per_group)
     found = _joined(trainer, own)

@@ -12,7 +12,7 @@ import pandas as pd
 from groundwire import RunContext, Section, Table
 from groundwire_bias_audit import figures
 from groundwire_bias_audit.examples import Examples
-from groundwire_bias_audit.export import plain, to_csv
+from groundwire_bias_audit.export import plain, to_csv, with_groups
 from groundwire_bias_audit.lists import surest_flips, susceptible
 from groundwire_bias_audit.passes import LOADER_STEP, Record
 from groundwire_bias_audit.ranks import gathered
@@ -218,7 +218,7 @@ def _tests(results: Mapping[str, AuditResult]) -> Table:
 def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
     flat = frame.copy()
     flat.columns = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in frame.columns]
-    return flat.reset_index()
+    return with_groups(flat)
 
 
 def _table(caption: str, frame: pd.DataFrame) -> Table:

@@ -89,8 +89,9 @@ class AuditResult:
         evidence = self._by(features)
         if self.task == "multilabel" and target is None and len(self.targets) > 1:
             frames = {name: self._frame(evidence, i) for i, name in enumerate(self.targets)}
-            names = [*evidence.groups.names, "target"]
-            joined = pd.concat(frames, names=["target", *evidence.groups.names])
+            level = "target" if "target" not in evidence.groups.names else "target of the model"
+            names = [*evidence.groups.names, level]
+            joined = pd.concat(frames, names=[level, *evidence.groups.names])
             return joined.reorder_levels(names).reindex(
                 [(*as_tuple(g), t) for g in evidence.groups.index for t in frames]
             )

@@ -10,6 +10,7 @@ from typing import Any
 from groundwire import Finding, PluginError, RunContext, Variant
 from groundwire_bias_audit.baseline import DENSE, comparison, counted_rows, reference_of
 from groundwire_bias_audit.explained import NO_FLIP, NO_INDEX, Pairs, explain
+from groundwire_bias_audit.flips import column_of
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.lists import drawn_flips
 from groundwire_bias_audit.paired import Comparison
@@ -91,5 +92,6 @@ def explain_versions(
         if flips is None:
             found[variant.name] = NO_FLIP if known else NO_INDEX
         elif run.trainer.is_global_zero:
-            found[variant.name] = explain(run.module, variant, flips, features, samples, method=method, null=null)
+            columns = {name: flips[column_of(name)] for name in features}
+            found[variant.name] = explain(run.module, variant, flips, columns, samples, method=method, null=null)
     return found
