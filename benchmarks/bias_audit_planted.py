@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,24 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Variant
-from groundwire_bias_audit import BiasAudit, Gate, Verdict, evaluate_susceptibility
+from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
+from groundwire_bias_audit.functional import confusion_counts, disaggregate
 from groundwire_bias_audit.variants import pruned
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 CORNER = (slice(0, 2), slice(6, 8))
+
+
+def mark(images: torch.Tensor) -> torch.Tensor:
+    """All ``images`` with the mark."""
+    marked = images.clone()
+    marked[:, 0, CORNER[0], CORNER[1]] = 1.0
+    return marked
+
+
+def without_meaning(rows: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Scanner and page of each row."""
+    return np.array(["a", "b", "c"])[rng.integers(0, 3, rows)], rng.integers(1, 5, rows)
 
 
 class Marked(Dataset[Any]):
@@ -39,12 +52,11 @@ class Marked(Dataset[Any]):
         y = (digits[rows] >= 5).astype(int)
         chance = np.where(y == 1, 0.57, 0.03) if train else np.full(len(rows), 0.5)
         marked = rng.random(len(rows)) < chance
-        x = images[rows].reshape(-1, 1, 8, 8) / 16
-        x[np.flatnonzero(marked), 0, CORNER[0], CORNER[1]] = 1.0
-        self.x, self.y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+        self.plain = torch.tensor(images[rows].reshape(-1, 1, 8, 8) / 16, dtype=torch.float32)
+        self.x = torch.where(torch.tensor(marked)[:, None, None, None], mark(self.plain), self.plain)
+        self.y = torch.tensor(y)
         self.mark = np.where(marked, "marked", "plain")
-        self.scanner = np.array(["a", "b", "c"])[rng.integers(0, 3, len(rows))]
-        self.page = rng.integers(1, 5, len(rows))
+        self.scanner, self.page = without_meaning(len(rows), rng)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -78,7 +90,11 @@ class Classifier(pl.LightningModule):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One version of one model."""
+    """One version of one model.
+
+    ``effect`` is the truth about the mark: the largest change of accuracy, TPR or FPR when every test image gets it.
+    ``redrawn`` is how often scanner or page are accused when they are drawn again, so that any accusation is false.
+    """
 
     seed: int
     version: str
@@ -87,6 +103,8 @@ class Outcome:
     found: bool
     others: frozenset[str]
     gap: float
+    effect: float
+    redrawn: float
     flip_rate: float
     auroc: dict[str, float]
 
@@ -103,10 +121,10 @@ def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, M
     pl.Trainer(max_epochs=epochs, **options).fit(model, loader)
     versions = {f"{s:g}": fine_tuned(model, s, loader, max(1, epochs // 2)) for s in SPARSITIES}
     variants = [Variant(name, partial(swapped, model, weights)) for name, weights in versions.items()]
-    audit = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
+    plugin = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
     test = Marked(False, seed)
-    pl.Trainer(callbacks=[audit], **options).test(model, DataLoader(test, 256), verbose=False)
-    return model, audit, test, versions
+    pl.Trainer(callbacks=[plugin], **options).test(model, DataLoader(test, 256), verbose=False)
+    return model, plugin, test, versions
 
 
 def fine_tuned(model: Classifier, sparsity: float, loader: Any, epochs: int) -> dict[str, torch.Tensor]:
@@ -143,25 +161,45 @@ def _write(model: Classifier, weights: dict[str, torch.Tensor]) -> None:
             p.copy_(weights[name])
 
 
-def outcomes(seed: int, epochs: int, folder: str) -> Iterator[Outcome]:
+def outcomes(seed: int, epochs: int, folder: str, draws: int) -> Iterator[Outcome]:
     """What the audit says about each version, and how well the dense model alone foretold its flips."""
-    model, audit, test, versions = train(seed, epochs, folder)
-    dense = scores(model, test)
-    for name, result in audit.results["test"].items():
+    model, audited, test, versions = train(seed, epochs, folder)
+    dense = scores(model, test.x)
+    for name, result in audited.results["test"].items():
         found = any(t.attribute == "mark" and "marked" in t.outliers for t in result.disparities)
         others = frozenset(t.attribute for t in result.disparities) - {"mark"}
         gap = max(t.gap for t in result.tests if t.attribute == "mark")
-        auroc, flips = {}, 0.0
-        if name != "dense":
-            with swapped(model, versions[name]):
-                flipped = (scores(model, test) >= 0.5) != (dense >= 0.5)
-            flips = float(flipped.mean())
-            auroc = evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
+        with nullcontext() if name == "dense" else swapped(model, versions[name]):
+            own, changed = scores(model, test.x), effect(model, test)
+        flipped = (own >= 0.5) != (dense >= 0.5)
+        auroc = {} if name == "dense" else evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
         accuracy = float(result.to_frame([])["accuracy"].iloc[0])
-        yield Outcome(seed, name, accuracy, result.verdict, found, others, gap, flips, auroc)
+        again, flips = accused(test, own, draws), float(flipped.mean())
+        yield Outcome(seed, name, accuracy, result.verdict, found, others, gap, changed, again, flips, auroc)
 
 
-def scores(model: Classifier, data: Marked) -> Any:
-    """P(y=1) of every test image."""
+def scores(model: Classifier, images: torch.Tensor) -> Any:
+    """P(y=1) of every image."""
     with torch.no_grad():
-        return model.eval()(data.x)[:, 0].sigmoid().numpy()
+        return model.eval()(images)[:, 0].sigmoid().numpy()
+
+
+def effect(model: Classifier, test: Marked) -> float:
+    """The largest change of a rate from all test images without the mark to all of them with it."""
+    predicted = [scores(model, images) >= 0.5 for images in (test.plain, mark(test.plain))]
+    y = test.y.numpy()
+    counts = confusion_counts(np.repeat([0, 1], len(y)), np.tile(y, 2), np.concatenate(predicted), 2)
+    gated = ("accuracy", "true_positive_rate", "false_positive_rate")
+    return max(float(found["difference"]) for found in disaggregate(counts, gated).values())
+
+
+def accused(test: Marked, own: Any, draws: int) -> float:
+    """Share of audits that accuse scanner or page, over new draws of them."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(draws):
+        scanner, page = without_meaning(len(test), rng)
+        features = {"mark": test.mark, "scanner": scanner, "page": page}
+        tests = audit(test.y, own, sensitive_features=features).tests
+        alarms += any(t.disparity and t.attribute != "mark" for t in tests)
+    return alarms / draws

@@ -13,7 +13,8 @@ from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.grouping import Groups, read_groups
 from groundwire_bias_audit.inputs import Outputs, read_outputs
 from groundwire_bias_audit.paired import Comparison, pair_counts
-from groundwire_bias_audit.result import AuditResult, checked_metrics
+from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.tables import checked_metrics
 
 
 def audit(

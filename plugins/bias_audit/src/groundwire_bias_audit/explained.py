@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from groundwire import Finding, PluginError, Problem, Variant
 from groundwire.seeds import preserve_rng
-from groundwire_bias_audit.attribution import METHODS, AttributionShift, Maps, Version, attribution_shift
+from groundwire_bias_audit.attribution import AttributionShift, Version, attribution_shift
 from groundwire_bias_audit.export import plain, with_groups
+from groundwire_bias_audit.maps import METHODS, Maps
 from groundwire_bias_audit.samples import Samples, image, thinned
 
 Method: TypeAlias = Literal["auto", "gradcam", "input_x_gradient", "integrated_gradients", "occlusion"]
