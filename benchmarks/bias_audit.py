@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    "speed": lambda o: speed(1, 4_000) if o.tiny else speed(2 if o.quick else 12),
+    "speed": lambda o: speed(1, 1_000) if o.tiny else speed(2 if o.quick else 12),
     "bootstrap": lambda o: resampling(2, 500, 3, 10) if o.tiny else resampling(2 if o.quick else 8),
     "gate": lambda o: gate(2 if o.tiny else 20 if o.quick else 400),
     "planted": lambda o: planted(1, 1, 1) if o.tiny else planted(1, 12, 20) if o.quick else planted(3, 20, 200),

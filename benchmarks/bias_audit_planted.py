@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from groundwire import Variant
+from groundwire import Plugins, Variant
 from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
 from groundwire_bias_audit.functional import confusion_counts, disaggregate
 from groundwire_bias_audit.variants import pruned
@@ -123,7 +123,7 @@ def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, M
     variants = [Variant(name, partial(swapped, model, weights)) for name, weights in versions.items()]
     plugin = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
     test = Marked(False, seed)
-    pl.Trainer(callbacks=[plugin], **options).test(model, DataLoader(test, 256), verbose=False)
+    pl.Trainer(callbacks=[Plugins([plugin], report=False)], **options).test(model, DataLoader(test, 256), verbose=False)
     return model, plugin, test, versions
 
 
