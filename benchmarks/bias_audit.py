@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
-from bias_audit_planted import outcomes
+from bias_audit_planted import planted
 from bias_audit_tabular import DATA_SETS, end_to_end
 from fairlearn.metrics import MetricFrame, false_negative_rate, false_positive_rate, selection_rate, true_positive_rate
 from measure import Row, interleaved, show, write
@@ -200,34 +200,6 @@ def gate(draws: int) -> list[Row]:
         for (groups, size), (count, _) in verdicts(max(2, draws // 4), gap).items():
             name = f"power, true gap {gap:g}, {groups} groups x {size}"
             rows.append(Row(name, "%", [100 * count / max(2, draws // 4)]))
-    return rows
-
-
-def planted(seeds: int, epochs: int, draws: int) -> list[Row]:
-    """Digits with a planted mark: is it found, is anything else accused, and who foretold the flips?"""
-    found = []
-    for seed in track(range(seeds), "planted bias", transient=True):
-        with tempfile.TemporaryDirectory() as folder:
-            found += outcomes(seed, epochs, folder, draws)
-    tolerance = Gate().tolerance
-    there = [o.found for o in found if o.effect > tolerance]
-    rows = [
-        Row("planted group missed, of all versions", "%", [100 * (1 - np.mean([o.found for o in found]))], 0.0),
-        Row("planted group missed where its effect exceeds the tolerance", "%", [100 * (1 - np.mean(there or [1]))]),
-        Row(
-            "versions in which another attribute is accused", "%", [100 * np.mean([bool(o.others) for o in found])], 0.0
-        ),
-        Row("the same, its values drawn again", "%", [100 * float(np.mean([o.redrawn for o in found]))]),
-    ]
-    for version in dict.fromkeys(o.version for o in found):
-        own = [o for o in found if o.version == version]
-        rows.append(Row(f"accuracy, {version}", "", [o.accuracy for o in own]))
-        rows.append(Row(f"largest gap of the mark, {version}", "", [o.gap for o in own]))
-        rows.append(Row(f"effect of the mark on all test images, {version}", "", [o.effect for o in own]))
-        if version != "dense":
-            rows.append(Row(f"flip rate, {version}", "", [o.flip_rate for o in own]))
-            for method in own[0].auroc:
-                rows.append(Row(f"AUROC of flips, {method}, {version}", "", [o.auroc[method] for o in own]))
     return rows
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from measure import Row
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from groundwire import Plugins, Variant
 from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
 from groundwire_bias_audit.functional import confusion_counts, disaggregate
+from groundwire_bias_audit.questions import describe
 from groundwire_bias_audit.variants import pruned
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
@@ -92,8 +96,9 @@ class Classifier(pl.LightningModule):
 class Outcome:
     """One version of one model.
 
-    ``effect`` is the truth about the mark: the largest change of accuracy, TPR or FPR when every test image gets it.
-    ``redrawn`` is how often scanner or page are accused when they are drawn again, so that any accusation is false.
+    ``accusations`` are those of scanner and page. ``effect`` is the truth about the mark: the largest change of
+    accuracy, TPR or FPR when every test image gets it. ``redrawn`` tells of new draws of scanner and page, the same for
+    all versions of a seed, whether either is accused, which is always false.
     """
 
     seed: int
@@ -101,10 +106,10 @@ class Outcome:
     accuracy: float
     verdict: Verdict
     found: bool
-    others: frozenset[str]
+    accusations: tuple[str, ...]
     gap: float
     effect: float
-    redrawn: float
+    redrawn: Any
     flip_rate: float
     auroc: dict[str, float]
 
@@ -167,7 +172,7 @@ def outcomes(seed: int, epochs: int, folder: str, draws: int) -> Iterator[Outcom
     dense = scores(model, test.x)
     for name, result in audited.results["test"].items():
         found = any(t.attribute == "mark" and "marked" in t.outliers for t in result.disparities)
-        others = frozenset(t.attribute for t in result.disparities) - {"mark"}
+        accusations = tuple(describe(t) for t in result.disparities if t.attribute != "mark")
         gap = max(t.gap for t in result.tests if t.attribute == "mark")
         with nullcontext() if name == "dense" else swapped(model, versions[name]):
             own, changed = scores(model, test.x), effect(model, test)
@@ -175,7 +180,7 @@ def outcomes(seed: int, epochs: int, folder: str, draws: int) -> Iterator[Outcom
         auroc = {} if name == "dense" else evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
         accuracy = float(result.to_frame([])["accuracy"].iloc[0])
         again, flips = accused(test, own, draws), float(flipped.mean())
-        yield Outcome(seed, name, accuracy, result.verdict, found, others, gap, changed, again, flips, auroc)
+        yield Outcome(seed, name, accuracy, result.verdict, found, accusations, gap, changed, again, flips, auroc)
 
 
 def scores(model: Classifier, images: torch.Tensor) -> Any:
@@ -193,13 +198,54 @@ def effect(model: Classifier, test: Marked) -> float:
     return max(float(found["difference"]) for found in disaggregate(counts, gated).values())
 
 
-def accused(test: Marked, own: Any, draws: int) -> float:
-    """Share of audits that accuse scanner or page, over new draws of them."""
-    rng = np.random.default_rng(0)
-    alarms = 0
+def accused(test: Marked, own: Any, draws: int) -> Any:
+    """Whether an audit accuses scanner or page, for each of some new draws of them."""
+    rng, found = np.random.default_rng(0), []
     for _ in range(draws):
         scanner, page = without_meaning(len(test), rng)
         features = {"mark": test.mark, "scanner": scanner, "page": page}
         tests = audit(test.y, own, sensitive_features=features).tests
-        alarms += any(t.disparity and t.attribute != "mark" for t in tests)
-    return alarms / draws
+        found.append(any(t.disparity and t.attribute != "mark" for t in tests))
+    return np.array(found)
+
+
+def planted(seeds: int, epochs: int, draws: int) -> list[Row]:
+    """Digits with a planted mark: is it found, is anything else accused, and who foretold the flips?"""
+    found = []
+    for seed in track(range(seeds), "planted bias", transient=True):
+        with tempfile.TemporaryDirectory() as folder:
+            found += outcomes(seed, epochs, folder, draws)
+    tolerance = Gate().tolerance
+    accusing = [bool(o.accusations) for o in found]
+    there = [o.found for o in found if o.effect > tolerance]
+    rows = [
+        Row("planted group missed, of all versions", "%", [100 * (1 - np.mean([o.found for o in found]))], 0.0),
+        Row("planted group missed where its effect exceeds the tolerance", "%", [100 * (1 - np.mean(there or [1]))]),
+        Row(
+            "versions in which another attribute is accused",
+            "%",
+            [100 * np.mean([bool(o.accusations) for o in found])],
+            0.0,
+        ),
+        Row("the same, its values drawn again", "%", [100 * float(np.mean([o.redrawn for o in found]))]),
+        Row("chance that no version accuses another attribute", "%", [100 * silence(found)]),
+    ]
+    for o in found:
+        for text in o.accusations:
+            print(f"seed {o.seed}, {o.version}: {text}")
+    for version in dict.fromkeys(o.version for o in found):
+        own = [o for o in found if o.version == version]
+        rows.append(Row(f"accuracy, {version}", "", [o.accuracy for o in own]))
+        rows.append(Row(f"largest gap of the mark, {version}", "", [o.gap for o in own]))
+        rows.append(Row(f"effect of the mark on all test images, {version}", "", [o.effect for o in own]))
+        if version != "dense":
+            rows.append(Row(f"flip rate, {version}", "", [o.flip_rate for o in own]))
+            for method in own[0].auroc:
+                rows.append(Row(f"AUROC of flips, {method}, {version}", "", [o.auroc[method] for o in own]))
+    return rows
+
+
+def silence(found: Sequence[Outcome]) -> float:
+    """Share of draws in which all versions of a seed accuse nobody, multiplied over seeds."""
+    seeds = {o.seed for o in found}
+    return float(np.prod([1 - np.any([o.redrawn for o in found if o.seed == s], axis=0).mean() for s in seeds]))
