@@ -14,7 +14,7 @@ from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
 from groundwire_bias_audit.baseline import DENSE, checked_baseline
 from groundwire_bias_audit.explained import Method, Pairs, attribution_finding, checked_attribution, null_problems
-from groundwire_bias_audit.findings import findings_of
+from groundwire_bias_audit.findings import findings_of, no_versions, nothing_audited, versions_missed
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.loaders import loader_of
 from groundwire_bias_audit.passes import Record
@@ -205,7 +205,7 @@ class BiasAudit(Plugin):
         dense, record = self._recorder.dense, self._recorder.dense.record()
         whole = dense.stream.merged(lambda value: gathered(run.trainer, value))
         if whole.shape is None:
-            return [Finding(self.name, "audited", "warn", 0, "No row was audited: the pass had no scores.")]
+            return [nothing_audited(self.name, "No row was audited: the pass had no scores.")]
         versions = Versions({DENSE: record}, {DENSE: whole})
         results = {DENSE: self._result(whole, run)}
         found = findings_of(self.name, DENSE, results[DENSE], whole, self._training)
@@ -229,8 +229,7 @@ class BiasAudit(Plugin):
         found = []
         offered = self._offered(run) if self._due else []
         if self.variants is True and not offered and self._due:
-            text = "No plugin of this run offers another version of the model; variants=[0.9] prunes to 90 % sparsity."
-            found.append(Finding(self.name, "versions", "info", 0, text))
+            found.append(no_versions(self.name))
         for variant in offered:
             if not versions.add(run, variant, self._recorder):
                 found.append(unmatched(self.name, variant.name))
@@ -261,16 +260,13 @@ class BiasAudit(Plugin):
             return []
         if "model" not in self._audited:
             text = "Nothing was audited: the run had neither validation nor test data."
-            return [Finding(self.name, "audited", "warn", 0, text)]
+            return [nothing_audited(self.name, text)]
         if "versions" in self._audited or not self._wants_versions or not self._offered(run):
             return []
-        text = (
-            "Versions of the model were not audited: the training ended after a validation that was not known to be "
-            "the last one. Give every_n_epochs=1, or call trainer.validate."
-        )
+        found = versions_missed(self.name)
         if run.trainer.is_global_zero:
-            warnings.warn(f"{self.name}: {text}", stacklevel=2)
-        return [Finding(self.name, "versions", "warn", 0, text)]
+            warnings.warn(f"{self.name}: {found.message}", stacklevel=2)
+        return [found]
 
     def _result(self, stream: Stream, run: RunContext, comparison: Any = None) -> AuditResult:
         epoch = run.trainer.current_epoch if str(run.trainer.state.fn.value) == "fit" else None

@@ -13,10 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from groundwire_bias_audit.bootstrap import quantiles, resample
+from groundwire_bias_audit.change import CHANGES, broken_mended, tested_change
 from groundwire_bias_audit.functional import Counts, ratio
-from groundwire_bias_audit.gate import GOOD_WHEN_HIGH, Gate, Test, Verdict, decide
+from groundwire_bias_audit.gate import Gate, Verdict
 from groundwire_bias_audit.grouping import Groups, as_tuple
 from groundwire_bias_audit.inputs import Outputs
+from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.null import adjust, mcnemar
 
 
@@ -46,50 +48,6 @@ def pair_counts(codes: NDArray[Any], first: Outputs, second: Outputs, groups: in
     ]
     flips = [np.bincount(codes, flipped[:, t], minlength=groups) for t in range(a.shape[1])]
     return np.stack(pairs, 1).reshape(groups, -1, 2, 2, 2), np.stack(flips, 1).astype(np.int64)
-
-
-def change_test(
-    worse: Counts, better: Counts, trials: Counts, *, draws: int = 2000, rng: np.random.Generator | None = None
-) -> float:
-    """P value of "the mean change is the same in all groups", each row changing by -1, 0 or +1.
-
-    The null is that the changes are exchangeable among the rows, so counts by group are drawn hypergeometrically.
-
-    Args:
-        worse: Rows of each group that change by -1.
-        better: Rows that change by +1.
-        trials: All rows of each group.
-        draws: Permutations.
-        rng: Source of randomness; seeded with 0 when left out.
-
-    Example:
-        >>> a, b = np.array([30, 2]), np.array([0, 0])
-        >>> change_test(a, b, np.array([100, 100])) < 0.001
-        True
-    """
-    held = trials > 0
-    worse, better, trials = worse[held], better[held], trials[held]
-    if len(trials) < 2 or worse.sum() + better.sum() == 0:
-        return 1.0
-    rng = rng or np.random.default_rng(0)
-    down = _spread(trials, int(worse.sum()), draws, rng)
-    up = _spread(trials - down, int(better.sum()), draws, rng)
-    drawn = ((up - down) ** 2 / trials).sum(axis=1)
-    observed = ((better - worse) ** 2 / trials).sum()
-    return (1 + int((drawn >= observed * (1 - 1e-9)).sum())) / (1 + draws)
-
-
-def _spread(room: Counts, marked: int, draws: int, rng: np.random.Generator) -> Counts:
-    """Put ``marked`` marks on rows at random; ``room`` is (G,) or, by draw, (B, G). Returns (B, G)."""
-    room = np.broadcast_to(room, (draws, room.shape[-1]))
-    left, marks = room.sum(axis=1), np.full(draws, marked)
-    found = np.zeros(room.shape, np.int64)
-    for group in range(room.shape[1] - 1):
-        left = left - room[:, group]
-        found[:, group] = rng.hypergeometric(marks, room[:, group] + left - marks, room[:, group])
-        marks = marks - found[:, group]
-    found[:, -1] = marks
-    return found
 
 
 @dataclass(frozen=True)
@@ -127,10 +85,10 @@ class Comparison:
         pairs = self.groups.marginal(self.pairs, names)[:, target]
         flips = self.groups.marginal(self.flips, names)[:, target]
         n = pairs.sum(axis=(1, 2, 3))
-        broken, mended = _broken_mended(pairs)
+        broken, mended = broken_mended(pairs)
         p = [mcnemar(int(b), int(m)) if size else math.nan for b, m, size in zip(broken, mended, n, strict=True)]
         draws = resample(pairs, self.n_boot, np.random.default_rng(self.random_state))
-        down, up = _broken_mended(draws)
+        down, up = broken_mended(draws)
         bounds = quantiles(ratio(up - down, draws.sum(axis=(2, 3, 4))), self.ci_quantiles)
         right = pairs[:, 0, 0].sum(axis=1) + pairs[:, 1, 1].sum(axis=1)
         columns = {
@@ -152,7 +110,7 @@ class Comparison:
             for name in self.groups.sensitive
             for target in range(self.pairs.shape[1])
             for metric in metrics
-            if metric in _CHANGES
+            if metric in CHANGES
         ]
         blocks = math.prod(self.groups.shape[: self.groups.controls])
         draws = max(self.gate.draws, math.ceil(20 * len(asked) * blocks / self.gate.alpha))
@@ -169,7 +127,7 @@ class Comparison:
         """One test for each combination of control values, before the correction."""
         kept = self.groups.keep([name])
         pairs = self.groups.marginal(self.pairs, [name])[:, target]
-        changes = np.stack(_CHANGES[metric](pairs))
+        changes = np.stack(CHANGES[metric](pairs))
         present = pairs.sum(axis=(1, 2, 3)) > 0
         labels = [as_tuple(label) for label in kept.index]
         target_name = str(self.names[target]) if len(self.names) > 1 and self.pairs.shape[1] > 1 else ""
@@ -179,26 +137,8 @@ class Comparison:
             if cells:
                 groups = [labels[cell][-1] for cell in cells]
                 rng = np.random.default_rng([self.random_state, seed, start])
-                found = _tested(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
+                found = tested_change(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
                 yield replace(found, attribute=name, metric=metric, target=target_name, control=labels[start][:-1])
-
-
-def _tested(
-    changes: Counts, groups: Sequence[Any], metric: str, least: int, draws: int, rng: np.random.Generator
-) -> Test:
-    """Did ``metric`` change alike? ``changes`` are rows by which it falls, by which it rises, and all, by group."""
-    enough = changes[2] >= least
-    judged, small = (
-        tuple(g for g, ok in zip(groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
-    )
-    down, up, trials = changes[:, enough]
-    if len(trials) < 2:
-        return Test("", "", groups=judged, small=small)
-    mean = (up - down) / trials
-    bad = mean.min() if metric in GOOD_WHEN_HIGH else mean.max()
-    worst = tuple(g for g, m in zip(judged, mean, strict=True) if m == bad)
-    p = change_test(down, up, trials, draws=draws, rng=rng)
-    return Test("", "", groups=judged, small=small, gap=float(np.ptp(mean)), p_value=p, outliers=worst)
 
 
 def _judged(test: Test, adjusted: float, gate: Gate) -> Test:
@@ -207,35 +147,3 @@ def _judged(test: Test, adjusted: float, gate: Gate) -> Test:
     return replace(
         test, metric=f"{test.metric}_change", p_adjusted=adjusted, disparity=disparity, outliers=outliers
     )  # fmt: skip
-
-
-def _broken_mended(pairs: Counts) -> tuple[Counts, Counts]:
-    """Rows that became wrong and rows that became right, from ``[..., label, before, after]``."""
-    broken = pairs[..., 1, 1, 0] + pairs[..., 0, 0, 1]
-    return broken, pairs[..., 1, 0, 1] + pairs[..., 0, 1, 0]
-
-
-def _accuracy(pairs: Counts) -> tuple[Counts, Counts, Counts]:
-    return *_broken_mended(pairs), pairs.sum(axis=(1, 2, 3))
-
-
-def _selected(pairs: Counts, label: int) -> tuple[Counts, Counts, Counts]:
-    return pairs[:, label, 1, 0], pairs[:, label, 0, 1], pairs[:, label].sum(axis=(1, 2))
-
-
-def _rejected(pairs: Counts, label: int) -> tuple[Counts, Counts, Counts]:
-    fewer, more, trials = _selected(pairs, label)
-    return more, fewer, trials
-
-
-#: Rows by which a rate falls, by which it rises, and those of its denominator. That of precision itself changes.
-_CHANGES: dict[str, Any] = {
-    "accuracy": _accuracy,
-    "true_positive_rate": lambda pairs: _selected(pairs, 1),
-    "false_negative_rate": lambda pairs: _rejected(pairs, 1),
-    "false_positive_rate": lambda pairs: _selected(pairs, 0),
-    "true_negative_rate": lambda pairs: _rejected(pairs, 0),
-    "selection_rate": lambda pairs: (
-        pairs[:, :, 1, 0].sum(axis=1), pairs[:, :, 0, 1].sum(axis=1), pairs.sum(axis=(1, 2, 3))
-    ),
-}  # fmt: skip

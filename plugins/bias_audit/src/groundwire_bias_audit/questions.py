@@ -10,8 +10,9 @@ import numpy as np
 
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import Counts, Floats, parts
-from groundwire_bias_audit.gate import Gate, Question, Test, ask
+from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.grouping import as_tuple
+from groundwire_bias_audit.judging import Question, Test, ask
 from groundwire_bias_audit.null import adjust, welch
 
 

@@ -14,8 +14,9 @@ import pandas as pd
 
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import rate, spread
-from groundwire_bias_audit.gate import Gate, Test, Verdict, decide
+from groundwire_bias_audit.gate import Gate, Verdict
 from groundwire_bias_audit.grouping import as_tuple
+from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.questions import describe, tests_of, unwrapped
 from groundwire_bias_audit.tables import (
