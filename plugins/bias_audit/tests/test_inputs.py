@@ -191,6 +191,20 @@ def test_a_baseline_is_compared_row_by_row():
     assert str(comparison.verdict) == "insufficient data"
 
 
+def test_every_output_of_several_is_compared_as_if_it_were_alone():
+    rng = np.random.default_rng(0)
+    y, before, after = (rng.integers(0, 2, (500, 3)) for _ in range(3))
+    g = rng.choice(["f", "m"], 500)
+    several = audit(y, y_pred=after, baseline_pred=before, sensitive_features=g).comparison
+    for target in range(3):
+        alone = audit(y[:, target], y_pred=after[:, target], baseline_pred=before[:, target], sensitive_features=g)
+        assert (several.pairs[:, target] == alone.comparison.pairs[:, 0]).all()
+        columns = ["baseline_accuracy", "accuracy", "accuracy_change", "flip_rate", "broken", "mended", "mcnemar_p"]
+        pd.testing.assert_frame_equal(several.to_frame(target=target)[columns], alone.comparison.to_frame()[columns])
+        gaps = [test.gap for test in several.tests if test.target == str(target)]
+        assert gaps == [test.gap for test in alone.comparison.tests]
+
+
 def test_a_change_that_hits_one_group_is_a_disparity():
     rng = np.random.default_rng(0)
     y, g = rng.integers(0, 2, 1000), np.repeat(["f", "m"], 500)

@@ -65,5 +65,7 @@ def test_an_end_that_nobody_could_foresee_is_reported(kit):
     with pytest.warns(UserWarning, match=r"Versions of the model were not audited.*every_n_epochs=1"):
         plugin = fitted(kit, Timed(), Impatient(), num_sanity_val_steps=0, max_epochs=9)
     assert plugin.compared == []
+    fitted(kit, often := Timed(every_n_epochs=2), num_sanity_val_steps=0, max_epochs=5)
+    assert often.compared == [2, 4, 5]
     fitted(kit, every := Timed(every_n_epochs=1), Impatient(), num_sanity_val_steps=0, max_epochs=9)
     assert every.compared == [1]

@@ -42,8 +42,8 @@ class BiasAudit(Plugin):
             ``callable(batch)``.
         variants: True for the versions that plugins of the run offer, False for none, or a list of sparsities (pruned
             by ``torch.nn.utils.prune``) and :class:`groundwire.Variant`.
-        every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default at any validation that may
-            be the last one, by ``max_epochs``, ``max_steps`` or the patience of an ``EarlyStopping``. In
+        every_n_epochs: Evaluate versions at the validations of every n-th epoch, too. By default only where a
+            validation may be the last one, by ``max_epochs``, ``max_steps`` or the patience of an ``EarlyStopping``; in
             ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
         gate: When a gap is a disparity.
         baseline: What versions are compared with: the model itself by default, or a version by its name or sparsity, or
@@ -217,7 +217,7 @@ class BiasAudit(Plugin):
         self._audited |= {"model", "versions"} if self._due else {"model"}
         samples = Samples(run, lambda number: loader_of(run, number))
         self._report.take(run, results, versions.records, reference, samples, self.listed)
-        if last(run.trainer, self.every_n_epochs):
+        if last(run.trainer):
             self._report.show(run, dense.examples, samples)
             found += self._explained(run, versions.records, results[DENSE], samples)
         self._recorder.dense = None

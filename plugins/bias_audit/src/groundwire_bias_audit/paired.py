@@ -43,11 +43,13 @@ def pair_counts(codes: NDArray[Any], first: Outputs, second: Outputs, groups: in
         labels, a, b = first.labels, first.predictions, second.predictions
         flipped = a != b
     pairs = [
-        np.bincount(codes.astype(np.int64) * 8 + labels[:, t] * 4 + a[:, t] * 2 + b[:, t], minlength=8 * groups)
+        np.bincount(
+            codes.astype(np.int64) * 8 + labels[:, t] * 4 + a[:, t] * 2 + b[:, t], minlength=8 * groups
+        ).reshape(groups, 2, 2, 2)
         for t in range(a.shape[1])
     ]
     flips = [np.bincount(codes, flipped[:, t], minlength=groups) for t in range(a.shape[1])]
-    return np.stack(pairs, 1).reshape(groups, -1, 2, 2, 2), np.stack(flips, 1).astype(np.int64)
+    return np.stack(pairs, axis=1), np.stack(flips, axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
