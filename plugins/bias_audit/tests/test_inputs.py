@@ -244,3 +244,27 @@ def test_changes_are_compared_within_control_features():
 def test_weights_do_not_enter_the_comparison_and_that_is_said():
     with pytest.warns(UserWarning, match="counts rows, without sample_weight"):
         audit(Y, P, baseline_scores=P, sensitive_features=G, sample_weight=[1, 2, 3, 4])
+
+
+def test_every_table_shows_all_outputs_of_several_or_the_one_asked_for():
+    rng = np.random.default_rng(0)
+    y = pd.DataFrame(rng.integers(0, 2, (400, 2)), columns=["hat", "beard"])
+    before, after = rng.random((2, 400, 2))
+    g = pd.Series(rng.choice(["f", "m"], 400), name="sex")
+    result = audit(y, after, baseline_scores=before, sensitive_features=g)
+    for name in ("to_frame", "summary", "intervals", "confidence", "impact_ratios"):
+        table = getattr(result, name)()
+        for target in ("hat", "beard"):
+            pd.testing.assert_frame_equal(table.xs(target, level="target"), getattr(result, name)(target=target))
+    changes = result.comparison.to_frame()
+    assert changes.index.tolist() == [("f", "hat"), ("f", "beard"), ("m", "hat"), ("m", "beard")]
+    one = result.comparison.to_frame(target=1).drop(columns="mcnemar_p_adjusted")
+    pd.testing.assert_frame_equal(changes.xs("beard", level="target")[one.columns], one)
+
+
+def test_impact_ratios_are_within_control_features():
+    rng = np.random.default_rng(0)
+    g, c = rng.choice(["f", "m"], 400), rng.choice(["a", "b"], 400)
+    picked = rng.random(400) < np.where(c == "a", 0.8, 0.2)
+    ratios = audit(picked, y_pred=picked, sensitive_features=g, control_features=c).impact_ratios()["impact_ratio"]
+    assert ratios.groupby(level=0).max().tolist() == [1.0, 1.0]

@@ -20,6 +20,7 @@ from groundwire_bias_audit.grouping import Groups, as_tuple
 from groundwire_bias_audit.inputs import Outputs
 from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.null import adjust, mcnemar
+from groundwire_bias_audit.tables import by_target
 
 
 def pair_counts(codes: NDArray[Any], first: Outputs, second: Outputs, groups: int) -> tuple[Counts, Counts]:
@@ -76,13 +77,22 @@ class Comparison:
     ci_quantiles: tuple[float, ...] = (0.025, 0.975)
     random_state: int = 0
 
-    def to_frame(self, features: Sequence[str] | None = None, target: int = 0) -> pd.DataFrame:
+    def to_frame(self, features: Sequence[str] | None = None, target: int | None = None) -> pd.DataFrame:
         """One row a group: accuracies, their change with a paired interval, flips, and McNemar's P value.
 
-        ``broken`` rows were right before and are wrong now, ``mended`` the other way. P values are Holm-corrected over
-        the groups shown.
+        ``broken`` rows were right before and are wrong now, ``mended`` the other way. Of several targets all are shown,
+        as the last level of the index, unless ``target`` gives the position of one. P values are Holm-corrected over
+        all rows shown.
         """
         names = self.groups.sensitive if features is None else tuple(features)
+        count = self.pairs.shape[1]
+        if target is not None or count == 1:
+            found = self._of_target(names, target or 0)
+        else:
+            found = by_target({self.names[t]: self._of_target(names, t) for t in range(count)})
+        return found.assign(mcnemar_p_adjusted=adjust(found["mcnemar_p"].to_numpy()))
+
+    def _of_target(self, names: Sequence[str], target: int) -> pd.DataFrame:
         index = self.groups.keep(names).index
         pairs = self.groups.marginal(self.pairs, names)[:, target]
         flips = self.groups.marginal(self.flips, names)[:, target]
@@ -96,8 +106,7 @@ class Comparison:
         columns = {
             "count": n, "baseline_accuracy": ratio(right, n), "accuracy": ratio(right + mended - broken, n),
             "accuracy_change": ratio(mended - broken, n), "change_low": bounds[0], "change_high": bounds[-1],
-            "flip_rate": ratio(flips, n), "broken": broken, "mended": mended,
-            "mcnemar_p": p, "mcnemar_p_adjusted": adjust(p),
+            "flip_rate": ratio(flips, n), "broken": broken, "mended": mended, "mcnemar_p": p,
         }  # fmt: skip
         return pd.DataFrame(columns, index=index)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,11 @@ import pandas as pd
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import rate, spread
 from groundwire_bias_audit.gate import Gate, Verdict
-from groundwire_bias_audit.grouping import as_tuple
 from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.questions import describe, tests_of, unwrapped
 from groundwire_bias_audit.tables import (
+    by_target,
     columns_of,
     confusion_by_confidence,
     impact,
@@ -83,34 +83,18 @@ class AuditResult:
             ValueError: There is no such feature or target.
         """
         evidence = self._by(features)
-        if self.task == "multilabel" and target is None and len(self.targets) > 1:
-            frames = {name: self._frame(evidence, i) for i, name in enumerate(self.targets)}
-            level = "target" if "target" not in evidence.groups.names else "target of the model"
-            names = [*evidence.groups.names, level]
-            joined = pd.concat(frames, names=[level, *evidence.groups.names])
-            return joined.reorder_levels(names).reindex(
-                [(*as_tuple(g), t) for g in evidence.groups.index for t in frames]
-            )
-        return self._frame(evidence, self._target(target), target is not None)
+        return self._each(target, lambda index, one: self._frame(evidence, index, one))
 
     def summary(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """Overall, smallest and largest value, differences and ratios, as fairlearn's ``MetricFrame`` has them.
 
         Returns:
-            Index: the metric (with the control values in front of it, if there are any). Columns: ``overall``,
-            ``group_min``, ``group_max``, ``difference``, ``difference_to_overall``, ``ratio``, ``ratio_to_overall``.
+            Index: the metric (with the control values in front of it, if there are any; targets as in
+            :meth:`to_frame`). Columns: ``overall``, ``group_min``, ``group_max``, ``difference``,
+            ``difference_to_overall``, ``ratio``, ``ratio_to_overall``.
         """
         evidence = self._by(features)
-        which = self._target(target), target is not None
-        by_group = self._frame(evidence, *which).drop(columns="count")
-        whole = evidence.overall()
-        overall = self._frame(whole, *which).drop(columns="count")
-        size, found = len(overall), {}
-        values = by_group.to_numpy().reshape(size, -1, by_group.shape[1])
-        for i, control in enumerate(overall.index):
-            column = {"overall": overall.to_numpy()[i], **spread(values[i], overall.to_numpy()[i])}
-            found[control] = pd.DataFrame(column, index=pd.Index(by_group.columns, name="metric"))
-        return pd.concat(found, names=whole.groups.names) if evidence.groups.controls else next(iter(found.values()))
+        return self._each(target, lambda index, one: self._summary(evidence, index, one))
 
     def intervals(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """Bootstrap intervals of the metrics by group; ``ci_quantiles`` of ``n_boot`` draws.
@@ -119,11 +103,18 @@ class AuditResult:
             Index as :meth:`to_frame`; columns (metric, quantile). An interval of a max - min gap is no test: see
             :attr:`tests`.
         """
-        evidence, one = self._by(features), target is not None
-        return intervals_by_group(
-            evidence, self._target(target), one, columns_of(self.task, one, self.metrics), n_boot=self.n_boot,
-            ci_quantiles=self.ci_quantiles, random_state=self.random_state,
-        )  # fmt: skip
+        evidence, options = self._by(features), {"n_boot": self.n_boot, "random_state": self.random_state}
+        return self._each(
+            target,
+            lambda index, one: intervals_by_group(
+                evidence,
+                index,
+                one,
+                columns_of(self.task, one, self.metrics),
+                ci_quantiles=self.ci_quantiles,
+                **options,
+            ),
+        )
 
     def confidence(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """TP, FN, FP and TN by group, split into certain (score outside 0.1-0.9) and uncertain.
@@ -131,15 +122,19 @@ class AuditResult:
         Raises:
             ValueError: The audit has no scores, or the task is neither binary nor multilabel.
         """
-        return confusion_by_confidence(self._by(features), self._target(target))
+        evidence = self._by(features)
+        return self._each(target, lambda index, one: confusion_by_confidence(evidence, index))
 
     def impact_ratios(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
-        """Selection rate of each group over the highest one, and whether it is at least four fifths.
+        """Selection rate of each group over the highest one of its target and control values; is it four fifths of it?
 
         A figure that US employment guidance and New York's rule on hiring tools ask for. It says nothing about
         compliance with either.
         """
-        return impact(self.to_frame(features, target=self.targets[0] if target is None else target))
+        controls = list(range(self.evidence.groups.controls))
+        one = self.targets[0] if target is None and len(self.targets) == 1 else target
+        frame = self.to_frame(features, target=one)
+        return impact(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
 
     @property
     def worst_group(self) -> tuple[Any, float]:
@@ -225,3 +220,20 @@ class AuditResult:
 
     def _frame(self, evidence: Evidence, target: int, one: bool = False) -> pd.DataFrame:
         return metrics_by_group(evidence, target, one, columns_of(self.task, one, self.metrics))
+
+    def _summary(self, evidence: Evidence, target: int, one: bool) -> pd.DataFrame:
+        by_group = self._frame(evidence, target, one).drop(columns="count")
+        whole = evidence.overall()
+        overall = self._frame(whole, target, one).drop(columns="count")
+        size, found = len(overall), {}
+        values = by_group.to_numpy().reshape(size, -1, by_group.shape[1])
+        for i, control in enumerate(overall.index):
+            column = {"overall": overall.to_numpy()[i], **spread(values[i], overall.to_numpy()[i])}
+            found[control] = pd.DataFrame(column, index=pd.Index(by_group.columns, name="metric"))
+        return pd.concat(found, names=whole.groups.names) if evidence.groups.controls else next(iter(found.values()))
+
+    def _each(self, target: Any, make: Callable[[int, bool], pd.DataFrame]) -> pd.DataFrame:
+        """The table of a target, or of all outputs of a multilabel task."""
+        if self.task != "multilabel" or target is not None or len(self.targets) == 1:
+            return make(self._target(target), target is not None)
+        return by_target({name: make(i, False) for i, name in enumerate(self.targets)})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap
 from groundwire_bias_audit.evidence import Evidence, regression_table
 from groundwire_bias_audit.functional import RATES, Counts, Floats, rate
 from groundwire_bias_audit.gate import check_metric
+from groundwire_bias_audit.grouping import as_tuple
 
 SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
 REGRESSION_METRICS = (
@@ -126,15 +126,31 @@ def confusion_by_confidence(evidence: Evidence, target: int) -> pd.DataFrame:
     return pd.DataFrame(columns, index=evidence.groups.index)
 
 
-def impact(frame: pd.DataFrame) -> pd.DataFrame:
-    """Selection rates over the highest one.
+def impact(frame: pd.DataFrame, within: Sequence[int]) -> pd.DataFrame:
+    """Selection rates over the highest one among the rows that agree in the index levels ``within``.
 
     Raises:
         ValueError: ``frame`` has no selection rate.
     """
     if "selection_rate" not in frame:
-        raise ValueError("impact_ratios needs the metric selection_rate")
-    best = frame["selection_rate"].max()
-    values = frame["selection_rate"] / best if best > 0 else frame["selection_rate"] * math.nan
+        raise ValueError("impact_ratios needs the metric selection_rate -> of a multiclass task name a class as target")
+    rates = frame["selection_rate"]
+    best = rates.groupby(level=list(within)).transform("max") if within else rates.max()
+    values = rates / best  # NaN where nobody is selected
     four_fifths = (values >= 0.8).astype(object).where(values.notna(), None)
     return frame[["count", "selection_rate"]].assign(impact_ratio=values, four_fifths=four_fifths)
+
+
+def by_target(frames: Mapping[Any, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several targets as one; the target is the last level of the index.
+
+    Example:
+        >>> table = pd.DataFrame({"count": [2, 3]}, index=pd.Index(["f", "m"], name="sex"))
+        >>> by_target({"hat": table, "beard": table}).index.tolist()
+        [('f', 'hat'), ('f', 'beard'), ('m', 'hat'), ('m', 'beard')]
+    """
+    first = next(iter(frames.values())).index
+    level = "target" if "target" not in first.names else "target of the model"
+    joined = pd.concat(frames, names=[level, *first.names])
+    order = [(*as_tuple(label), target) for label in first for target in frames]
+    return joined.reorder_levels([*range(1, joined.index.nlevels), 0]).reindex(order)
