@@ -76,9 +76,9 @@ def intervals_by_group(
     """Bootstrap intervals of the metrics ``shown``; ``options`` are ``n_boot``, ``ci_quantiles``, ``random_state``."""
     found: dict[str, Floats] = {}
     if evidence.counts is not None:
-        found |= _of_rates(evidence, evidence.counts, target, one, options)
+        found |= _of_rates(evidence, evidence.counts, target, one, shown, options)
     histogram = None if evidence.task == "multiclass" and one else evidence.score_histogram()
-    if histogram is not None and evidence.squares is None:
+    if histogram is not None and evidence.squares is None and {"roc_auc", "uncertainty"} & set(shown):
         scores = bootstrap_scores(histogram, **options | {"n_boot": min(options["n_boot"], 200)})
         axis = target if evidence.task == "multilabel" else 0
         found |= {name: value[:, :, axis] for name, value in scores.items()}
@@ -91,11 +91,11 @@ def intervals_by_group(
 
 
 def _of_rates(
-    evidence: Evidence, by_target: Counts, target: int, one: bool, options: dict[str, Any]
+    evidence: Evidence, by_target: Counts, target: int, one: bool, shown: Sequence[str], options: dict[str, Any]
 ) -> dict[str, Floats]:
     single = evidence.hits is not None and not one
     counts = evidence.hits if evidence.hits is not None and not one else by_target
-    names = ("accuracy",) if single else tuple(RATES)
+    names = ("accuracy",) if single else tuple(name for name in RATES if name in shown)
     if evidence.squares is None:
         found = bootstrap(counts[:, min(target, counts.shape[1] - 1)], names, **options)
         return {name: aggregates["by_group"] for name, aggregates in found.items()}
