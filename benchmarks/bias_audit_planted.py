@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,16 +13,32 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from measure import Row
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from groundwire import Variant
-from groundwire_bias_audit import BiasAudit, Gate, Verdict, evaluate_susceptibility
+from groundwire import Plugins, Variant
+from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
+from groundwire_bias_audit.functional import confusion_counts, disaggregate
+from groundwire_bias_audit.questions import describe
 from groundwire_bias_audit.variants import pruned
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 CORNER = (slice(0, 2), slice(6, 8))
+
+
+def mark(images: torch.Tensor) -> torch.Tensor:
+    """All ``images`` with the mark."""
+    marked = images.clone()
+    marked[:, 0, CORNER[0], CORNER[1]] = 1.0
+    return marked
+
+
+def without_meaning(rows: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Scanner and page of each row."""
+    return np.array(["a", "b", "c"])[rng.integers(0, 3, rows)], rng.integers(1, 5, rows)
 
 
 class Marked(Dataset[Any]):
@@ -39,12 +56,11 @@ class Marked(Dataset[Any]):
         y = (digits[rows] >= 5).astype(int)
         chance = np.where(y == 1, 0.57, 0.03) if train else np.full(len(rows), 0.5)
         marked = rng.random(len(rows)) < chance
-        x = images[rows].reshape(-1, 1, 8, 8) / 16
-        x[np.flatnonzero(marked), 0, CORNER[0], CORNER[1]] = 1.0
-        self.x, self.y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+        self.plain = torch.tensor(images[rows].reshape(-1, 1, 8, 8) / 16, dtype=torch.float32)
+        self.x = torch.where(torch.tensor(marked)[:, None, None, None], mark(self.plain), self.plain)
+        self.y = torch.tensor(y)
         self.mark = np.where(marked, "marked", "plain")
-        self.scanner = np.array(["a", "b", "c"])[rng.integers(0, 3, len(rows))]
-        self.page = rng.integers(1, 5, len(rows))
+        self.scanner, self.page = without_meaning(len(rows), rng)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -78,15 +94,22 @@ class Classifier(pl.LightningModule):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One version of one model."""
+    """One version of one model.
+
+    ``accusations`` are those of scanner and page. ``effect`` is the truth about the mark: the largest change of
+    accuracy, TPR or FPR when every test image gets it. ``redrawn`` tells of new draws of scanner and page, the same for
+    all versions of a seed, whether either is accused, which is always false.
+    """
 
     seed: int
     version: str
     accuracy: float
     verdict: Verdict
     found: bool
-    others: frozenset[str]
+    accusations: tuple[str, ...]
     gap: float
+    effect: float
+    redrawn: Any
     flip_rate: float
     auroc: dict[str, float]
 
@@ -103,10 +126,10 @@ def train(seed: int, epochs: int, folder: str) -> tuple[Classifier, BiasAudit, M
     pl.Trainer(max_epochs=epochs, **options).fit(model, loader)
     versions = {f"{s:g}": fine_tuned(model, s, loader, max(1, epochs // 2)) for s in SPARSITIES}
     variants = [Variant(name, partial(swapped, model, weights)) for name, weights in versions.items()]
-    audit = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
+    plugin = BiasAudit(["mark", "scanner", "page"], variants=variants, gate=Gate())
     test = Marked(False, seed)
-    pl.Trainer(callbacks=[audit], **options).test(model, DataLoader(test, 256), verbose=False)
-    return model, audit, test, versions
+    pl.Trainer(callbacks=[Plugins([plugin], report=False)], **options).test(model, DataLoader(test, 256), verbose=False)
+    return model, plugin, test, versions
 
 
 def fine_tuned(model: Classifier, sparsity: float, loader: Any, epochs: int) -> dict[str, torch.Tensor]:
@@ -143,25 +166,81 @@ def _write(model: Classifier, weights: dict[str, torch.Tensor]) -> None:
             p.copy_(weights[name])
 
 
-def outcomes(seed: int, epochs: int, folder: str) -> Iterator[Outcome]:
+def outcomes(seed: int, epochs: int, folder: str, draws: int) -> Iterator[Outcome]:
     """What the audit says about each version, and how well the dense model alone foretold its flips."""
-    model, audit, test, versions = train(seed, epochs, folder)
-    dense = scores(model, test)
-    for name, result in audit.results["test"].items():
+    model, audited, test, versions = train(seed, epochs, folder)
+    dense = scores(model, test.x)
+    for name, result in audited.results["test"].items():
         found = any(t.attribute == "mark" and "marked" in t.outliers for t in result.disparities)
-        others = frozenset(t.attribute for t in result.disparities) - {"mark"}
+        accusations = tuple(describe(t) for t in result.disparities if t.attribute != "mark")
         gap = max(t.gap for t in result.tests if t.attribute == "mark")
-        auroc, flips = {}, 0.0
-        if name != "dense":
-            with swapped(model, versions[name]):
-                flipped = (scores(model, test) >= 0.5) != (dense >= 0.5)
-            flips = float(flipped.mean())
-            auroc = evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
+        with nullcontext() if name == "dense" else swapped(model, versions[name]):
+            own, changed = scores(model, test.x), effect(model, test)
+        flipped = (own >= 0.5) != (dense >= 0.5)
+        auroc = {} if name == "dense" else evaluate_susceptibility(flipped, dense, test.mark, random_state=seed)
         accuracy = float(result.to_frame([])["accuracy"].iloc[0])
-        yield Outcome(seed, name, accuracy, result.verdict, found, others, gap, flips, auroc)
+        again, flips = accused(test, own, draws), float(flipped.mean())
+        yield Outcome(seed, name, accuracy, result.verdict, found, accusations, gap, changed, again, flips, auroc)
 
 
-def scores(model: Classifier, data: Marked) -> Any:
-    """P(y=1) of every test image."""
+def scores(model: Classifier, images: torch.Tensor) -> Any:
+    """P(y=1) of every image."""
     with torch.no_grad():
-        return model.eval()(data.x)[:, 0].sigmoid().numpy()
+        return model.eval()(images)[:, 0].sigmoid().numpy()
+
+
+def effect(model: Classifier, test: Marked) -> float:
+    """The largest change of a rate from all test images without the mark to all of them with it."""
+    predicted = [scores(model, images) >= 0.5 for images in (test.plain, mark(test.plain))]
+    y = test.y.numpy()
+    counts = confusion_counts(np.repeat([0, 1], len(y)), np.tile(y, 2), np.concatenate(predicted), 2)
+    gated = ("accuracy", "true_positive_rate", "false_positive_rate")
+    return max(float(found["difference"]) for found in disaggregate(counts, gated).values())
+
+
+def accused(test: Marked, own: Any, draws: int) -> Any:
+    """Whether an audit accuses scanner or page, for each of some new draws of them."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(draws):
+        scanner, page = without_meaning(len(test), rng)
+        features = {"mark": test.mark, "scanner": scanner, "page": page}
+        tests = audit(test.y, own, sensitive_features=features).tests
+        found.append(any(t.disparity and t.attribute != "mark" for t in tests))
+    return np.array(found)
+
+
+def planted(seeds: int, epochs: int, draws: int) -> list[Row]:
+    """Digits with a planted mark: is it found, is anything else accused, and who foretold the flips?"""
+    found = []
+    for seed in track(range(seeds), "planted bias", transient=True):
+        with tempfile.TemporaryDirectory() as folder:
+            found += outcomes(seed, epochs, folder, draws)
+    tolerance = Gate().tolerance
+    accusing = [bool(o.accusations) for o in found]
+    there = [o.found for o in found if o.effect > tolerance]
+    rows = [
+        Row("planted group missed, of all versions", "%", [100 * (1 - np.mean([o.found for o in found]))], 0.0),
+        Row("planted group missed where its effect exceeds the tolerance", "%", [100 * (1 - np.mean(there or [1]))]),
+        Row("versions in which another attribute is accused", "%", [100 * np.mean(accusing)], 0.0),
+        Row("the same, its values drawn again", "%", [100 * float(np.mean([o.redrawn for o in found]))]),
+        Row("chance that no version accuses another attribute", "%", [100 * silence(found)]),
+    ]
+    for o in found:
+        for text in o.accusations:
+            print(f"seed {o.seed}, {o.version}: {text}")
+    for version in dict.fromkeys(o.version for o in found):
+        own = [o for o in found if o.version == version]
+        rows.append(Row(f"accuracy, {version}", "", [o.accuracy for o in own]))
+        rows.append(Row(f"largest gap of the mark, {version}", "", [o.gap for o in own]))
+        rows.append(Row(f"effect of the mark on all test images, {version}", "", [o.effect for o in own]))
+        if version != "dense":
+            rows.append(Row(f"flip rate, {version}", "", [o.flip_rate for o in own]))
+            for method in own[0].auroc:
+                rows.append(Row(f"AUROC of flips, {method}, {version}", "", [o.auroc[method] for o in own]))
+    return rows
+
+
+def silence(found: Sequence[Outcome]) -> float:
+    """Share of draws in which all versions of a seed accuse nobody, multiplied over seeds."""
+    seeds = {o.seed for o in found}
+    return float(np.prod([1 - np.any([o.redrawn for o in found if o.seed == s], axis=0).mean() for s in seeds]))

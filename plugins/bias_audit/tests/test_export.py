@@ -62,6 +62,20 @@ def test_hostile_names_are_escaped_in_html():
     assert page.count("<svg") >= 2
 
 
+@pytest.mark.parametrize("name", ["count", "accuracy", "flip_rate", "target"])
+def test_a_feature_may_be_called_like_a_metric(name, tmp_path, capsys):
+    table = predictions(gap=0.3).rename(columns={"region": name})
+    result = audit(table["y"], table["score"], sensitive_features=table[[name]], baseline_pred=table["pred"])
+    assert name in result.to_html()
+    assert result.to_csv().startswith(name if name not in ("count", "accuracy") else f"group {name},count")
+    several = audit(table[["y", "pred"]], table[["score", "score"]], sensitive_features=table[[name]])
+    assert len(several.to_csv().splitlines()) == 1 + 2 * 2
+    assert len(json.loads(several.to_json())["by_group"][name]) == 4
+    table.to_csv(tmp_path / "p.csv", index=False)
+    assert main([str(tmp_path / "p.csv"), "--label", "y", "--score", "score", "--groups", name]) == 1
+    assert "north" in capsys.readouterr().out
+
+
 def test_spreadsheets_run_nothing(tmp_path):
     y = np.arange(80) % 2
     names = np.array([FORMULA, "+1", "-1", "@x", "\tx", "fine"])[np.arange(80) % 6]

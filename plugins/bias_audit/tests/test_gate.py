@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2_contingency, ttest_ind
 
 from groundwire_bias_audit import Gate, Verdict, audit
+from groundwire_bias_audit.change import change_test
 from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, welch
-from groundwire_bias_audit.paired import change_test
 
 
 def simulated(rates, size, seed, base=0.5):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from groundwire_bias_audit import audit
+from groundwire_bias_audit import Gate, audit
 
 Y, P, G = [0, 1, 0, 1], [0.1, 0.9, 0.4, 0.6], ["f", "f", "m", "m"]
 
@@ -35,6 +35,11 @@ Y, P, G = [0, 1, 0, 1], [0.1, 0.9, 0.4, 0.6], ["f", "f", "m", "m"]
         ({"baseline_scores": P[:2]}, "2"),
         ({"scores": np.array([[0.5, 0.2]] * 4)}, "sum to 1"),
         ({"task": "multiclass"}, r"shape \(n, C\)"),
+        ({"y_true": [1, 2, 1, 2]}, r"got \[1, 2\] -> pass pos_label"),
+        ({"threshold": [0.2, 0.3]}, "one for each of 1 targets"),
+        ({"metrics": ["recall"]}, "did you mean 'true_positive_rate'"),
+        ({"sensitive_features": None}, "sensitive_features is None"),
+        ({"ci_quantiles": [2, 3]}, "ci_quantiles must be ascending"),
     ],
 )
 def test_what_cannot_be_used_is_refused(arguments, message):
@@ -148,6 +153,34 @@ def test_confidence_splits_the_confusion_matrix():
     }
 
 
+def test_confidence_counts_the_predictions_of_the_threshold():
+    rng = np.random.default_rng(0)
+    labels, scores, g = rng.integers(0, 2, (300, 2)), rng.random((300, 2)), rng.integers(0, 2, 300)
+    found = audit(labels, scores, sensitive_features=g, threshold=[0.2, 0.7])
+    for target, threshold in enumerate((0.2, 0.7)):
+        cells = found.confidence(target=target)
+        predicted = cells[["TP", "FP"]].sum(axis=1).tolist()
+        assert predicted == [(scores[g == group, target] >= threshold).sum() for group in (0, 1)]
+        unsure = cells.xs("uncertain", axis=1, level=1).sum(axis=1).tolist()
+        assert unsure == [(abs(scores[g == group, target] - 0.5) < 0.4).sum() for group in (0, 1)]
+
+
+def test_columns_of_objects_and_nullable_types_are_what_they_hold():
+    expected = audit(Y, P, sensitive_features=[1, 2, 2, 1]).to_frame()
+    labels = [pd.Series([False, True, False, True], dtype=object), pd.array([0, 1, 0, 1], dtype="Int64")]
+    for y in labels:
+        found = audit(y, pd.array(P, dtype="Float64"), sensitive_features=pd.array([1, 2, 2, 1], dtype="Int64"))
+        pd.testing.assert_frame_equal(found.to_frame(), expected)
+    groups = pd.array([1, None, 2, 2], dtype="Int64")
+    assert audit(Y, P, sensitive_features=groups).to_frame().index.tolist() == [1, 2, "unknown"]
+
+
+def test_labels_with_a_positive_one_are_binary_whatever_they_are():
+    for labels, positive in (([1, 2, 1, 2], 2), ([0, 7, 0, 7], 7), (["n", "y", "n", "y"], "y")):
+        found = audit(labels, P, sensitive_features=G, pos_label=positive)
+        assert (found.task, found.to_frame()["accuracy"].tolist()) == ("binary", [1.0, 1.0])
+
+
 def test_a_baseline_is_compared_row_by_row():
     before = [0.1, 0.9, 0.4, 0.4]
     comparison = audit(Y, P, baseline_scores=before, sensitive_features=G).comparison
@@ -156,6 +189,20 @@ def test_a_baseline_is_compared_row_by_row():
     assert frame["mended"].to_dict() == {"f": 0, "m": 1}
     assert frame["accuracy_change"].to_dict() == {"f": 0.0, "m": 0.5}
     assert str(comparison.verdict) == "insufficient data"
+
+
+def test_every_output_of_several_is_compared_as_if_it_were_alone():
+    rng = np.random.default_rng(0)
+    y, before, after = (rng.integers(0, 2, (500, 3)) for _ in range(3))
+    g = rng.choice(["f", "m"], 500)
+    several = audit(y, y_pred=after, baseline_pred=before, sensitive_features=g).comparison
+    for target in range(3):
+        alone = audit(y[:, target], y_pred=after[:, target], baseline_pred=before[:, target], sensitive_features=g)
+        assert (several.pairs[:, target] == alone.comparison.pairs[:, 0]).all()
+        columns = ["baseline_accuracy", "accuracy", "accuracy_change", "flip_rate", "broken", "mended", "mcnemar_p"]
+        pd.testing.assert_frame_equal(several.to_frame(target=target)[columns], alone.comparison.to_frame()[columns])
+        gaps = [test.gap for test in several.tests if test.target == str(target)]
+        assert gaps == [test.gap for test in alone.comparison.tests]
 
 
 def test_a_change_that_hits_one_group_is_a_disparity():
@@ -167,3 +214,57 @@ def test_a_change_that_hits_one_group_is_a_disparity():
     assert str(result.comparison.verdict) == "disparity"
     assert {t.outliers for t in result.comparison.tests if t.metric == "accuracy_change"} == {("m",)}
     assert result.comparison.to_frame().loc["m", "mcnemar_p_adjusted"] < 0.001
+
+
+def test_the_group_that_a_change_hits_is_named_by_every_rate():
+    rng = np.random.default_rng(0)
+    y, g = rng.integers(0, 2, 4000), np.repeat(["f", "m"], 2000)
+    before = np.where(rng.random(4000) < 0.9, y, 1 - y)
+    after = np.where((g == "m") & (rng.random(4000) < 0.3), 1 - y, before)
+    rates = ["accuracy", "true_positive_rate", "false_positive_rate", "true_negative_rate", "false_negative_rate"]
+    result = audit(y, y_pred=after, baseline_pred=before, sensitive_features=g, gate=Gate(metrics=rates))
+    named = {test.metric: test.outliers for test in result.comparison.tests}
+    assert named == {f"{rate}_change": ("m",) for rate in rates}
+
+
+def test_changes_are_compared_within_control_features():
+    rng = np.random.default_rng(0)
+    y, g, site = rng.integers(0, 2, 4000), rng.choice(["f", "m"], 4000), rng.choice(["a", "b"], 4000)
+    before = np.where(rng.random(4000) < 0.9, y, 1 - y)
+    after = np.where((site == "b") & (rng.random(4000) < 0.3), 1 - before, before)  # a change of the site, not of sex
+    controlled = audit(y, y_pred=after, baseline_pred=before, sensitive_features=g, control_features=site).comparison
+    assert str(controlled.verdict) == "pass"
+    assert [(test.control, test.groups) for test in controlled.tests[:2]] == [
+        (("a",), ("f", "m")),
+        (("b",), ("f", "m")),
+    ]
+    assert str(audit(y, y_pred=after, baseline_pred=before, sensitive_features=site).comparison.verdict) == "disparity"
+
+
+def test_weights_do_not_enter_the_comparison_and_that_is_said():
+    with pytest.warns(UserWarning, match="counts rows, without sample_weight"):
+        audit(Y, P, baseline_scores=P, sensitive_features=G, sample_weight=[1, 2, 3, 4])
+
+
+def test_every_table_shows_all_outputs_of_several_or_the_one_asked_for():
+    rng = np.random.default_rng(0)
+    y = pd.DataFrame(rng.integers(0, 2, (400, 2)), columns=["hat", "beard"])
+    before, after = rng.random((2, 400, 2))
+    g = pd.Series(rng.choice(["f", "m"], 400), name="sex")
+    result = audit(y, after, baseline_scores=before, sensitive_features=g)
+    for name in ("to_frame", "summary", "intervals", "confidence", "impact_ratios"):
+        table = getattr(result, name)()
+        for target in ("hat", "beard"):
+            pd.testing.assert_frame_equal(table.xs(target, level="target"), getattr(result, name)(target=target))
+    changes = result.comparison.to_frame()
+    assert changes.index.tolist() == [("f", "hat"), ("f", "beard"), ("m", "hat"), ("m", "beard")]
+    one = result.comparison.to_frame(target=1).drop(columns="mcnemar_p_adjusted")
+    pd.testing.assert_frame_equal(changes.xs("beard", level="target")[one.columns], one)
+
+
+def test_impact_ratios_are_within_control_features():
+    rng = np.random.default_rng(0)
+    g, c = rng.choice(["f", "m"], 400), rng.choice(["a", "b"], 400)
+    picked = rng.random(400) < np.where(c == "a", 0.8, 0.2)
+    ratios = audit(picked, y_pred=picked, sensitive_features=g, control_features=c).impact_ratios()["impact_ratio"]
+    assert ratios.groupby(level=0).max().tolist() == [1.0, 1.0]

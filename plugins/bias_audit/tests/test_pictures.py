@@ -157,9 +157,9 @@ def test_attributions_are_off_by_default_and_computed_once(tmp_path, monkeypatch
     from groundwire_bias_audit import callback
 
     epochs = []
-    real = callback.explain_all
+    real = callback.explain_versions
     plugin = BiasAudit("writer", variants=[0.9], every_n_epochs=1, attribution="auto", attribution_samples=1)
-    monkeypatch.setattr(callback, "explain_all", lambda *a, **k: (epochs.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(callback, "explain_versions", lambda *a, **k: (epochs.append(1), real(*a, **k))[1])
     fitted(tmp_path, Plugins([plugin], report=False))
     assert epochs == [1]
     fitted(tmp_path / "off", Plugins([BiasAudit("writer", variants=[0.9])], report=False))

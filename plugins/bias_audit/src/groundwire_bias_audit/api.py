@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.grouping import Groups, read_groups
 from groundwire_bias_audit.inputs import Outputs, read_outputs
 from groundwire_bias_audit.paired import Comparison, pair_counts
-from groundwire_bias_audit.result import AuditResult, checked_metrics
+from groundwire_bias_audit.result import AuditResult
+from groundwire_bias_audit.tables import checked_metrics
 
 
 def audit(
@@ -50,7 +52,7 @@ def audit(
         sensitive_features: One feature, or several as a DataFrame, mapping or (n, k) array. Missing values are a
             group of their own.
         control_features: Features within whose values groups are compared.
-        sample_weight: Weight of each row, not negative.
+        sample_weight: Weight of each row, not negative. The comparison with a baseline counts rows without weights.
         baseline_scores: Scores of the model before compression, on the same rows.
         baseline_pred: Its hard predictions instead.
         gate: When a gap is a disparity; ``Gate()`` when left out.
@@ -84,10 +86,13 @@ def audit(
     groups = read_groups(sensitive_features, control_features, rows=outputs.rows, max_groups=max_groups)
     weights = None if sample_weight is None else _weights(sample_weight, outputs.rows)
     intervals: dict[str, Any] = {
-        "n_boot": _at_least(n_boot, 1, "n_boot"), "ci_quantiles": tuple(ci_quantiles), "random_state": random_state,
+        "n_boot": _at_least(n_boot, 1, "n_boot"), "ci_quantiles": _quantiles(ci_quantiles),
+        "random_state": random_state,
     }  # fmt: skip
     comparison = None
     if baseline_scores is not None or baseline_pred is not None:
+        if weights is not None:
+            warnings.warn("the comparison with the baseline counts rows, without sample_weight", stacklevel=2)
         before = read_outputs(y_true, baseline_scores, baseline_pred, task=outputs.task, **options)
         comparison = compare(before, outputs, groups, gate, **intervals)
     shown = checked_metrics(metrics)
@@ -132,6 +137,13 @@ def _weights(values: Any, rows: int) -> Any:
     if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
         raise ValueError("sample_weight must be finite, not negative, and not all 0")
     return weights
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(values)
+    if not found or any(not 0 <= q <= 1 for q in found) or list(found) != sorted(found):
+        raise ValueError(f"ci_quantiles must be ascending numbers in [0, 1], got {values!r}")
+    return found
 
 
 def _at_least(value: int, least: int, name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,13 +13,30 @@ from groundwire import PluginError, RunContext
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.inputs import read_outputs
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.passes import LOADER_STEP, Record, compared
+from groundwire_bias_audit.passes import Record, compared
 from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.stream import Stream
 
 #: How the model itself is called among its versions.
 DENSE = "dense"
+
+
+def checked_baseline(baseline: Any) -> Any:
+    """``BiasAudit(baseline=...)``: None, the name of a version (a sparsity is its name), or scores.
+
+    Raises:
+        TypeError: It is none of these.
+
+    Example:
+        >>> checked_baseline(0.5)
+        '0.5'
+    """
+    if isinstance(baseline, int | float) and not isinstance(baseline, bool):
+        return f"{float(baseline):g}"
+    if baseline is not None and not isinstance(baseline, str) and np.ndim(baseline) == 0:
+        raise TypeError(f"baseline must be a version's name, or scores by data set index, got {baseline!r}")
+    return baseline
 
 
 def counted_rows(run: RunContext, record: Record | None, threshold: float, max_groups: int) -> Stream:
@@ -59,7 +77,8 @@ def _earlier(baseline: Any, record: Record | None, threshold: float) -> Record |
     if record.ids is None:
         raise PluginError("a baseline by data set index needs such indices -> use a map-style data set")
     values = baseline.detach().cpu() if isinstance(baseline, Tensor) else torch.as_tensor(baseline)
-    rows = record.ids % LOADER_STEP
+    rows = record.sample_ids
+    assert rows is not None
     if rows.max() >= len(values):
         raise PluginError(f"the baseline has {len(values)} rows, and the data set at least {rows.max() + 1}")
     task = record.outputs.task

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from groundwire_bias_audit.functional import Counts, Floats, rate, spread
-from groundwire_bias_audit.histogram import Histogram, auc, uncertainty
+from groundwire_bias_audit.functional import Counts, Floats, rate, ratio, spread
+from groundwire_bias_audit.histogram import Histogram, auc
 
 
 def resample(counts: Counts, n_boot: int, rng: np.random.Generator) -> Counts:
@@ -101,12 +101,17 @@ def bootstrap_scores(
     """
     rng = np.random.default_rng(random_state)
     groups, targets = histogram.counts.shape[:2]
+    inside = np.zeros(histogram.counts.shape[-1], bool)
+    inside[histogram.bins.uncertain] = True
     found: dict[str, list[Any]] = {"roc_auc": [], "uncertainty": []}
     for group in range(groups):
         for target in range(targets):
-            draws = resample(histogram.counts[group, target], n_boot, rng)
+            counts = histogram.counts[group, target]
+            held = counts.any(axis=0)  # empty bins change neither
+            draws = resample(counts[:, held], n_boot, rng)
+            unsure = ratio(draws[..., inside[held]].sum(axis=(-2, -1)), draws.sum(axis=(-2, -1)))
             found["roc_auc"].append(quantiles(auc(draws), ci_quantiles))
-            found["uncertainty"].append(quantiles(uncertainty(draws, histogram.bins), ci_quantiles))
+            found["uncertainty"].append(quantiles(unsure, ci_quantiles))
     return {
         name: np.stack(values, axis=-1).reshape(len(ci_quantiles), groups, targets) for name, values in found.items()
     }

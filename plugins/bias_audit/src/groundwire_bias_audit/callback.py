@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
+from groundwire import Fields, Finding, Plugin, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
-from groundwire_bias_audit.baseline import DENSE, comparison, counted_rows, reference_of
-from groundwire_bias_audit.explained import (
-    Method,
-    Pairs,
-    attribution_finding,
-    checked_attribution,
-    explain_all,
-    null_problems,
-)
-from groundwire_bias_audit.findings import findings_of
+from groundwire_bias_audit.baseline import DENSE, checked_baseline
+from groundwire_bias_audit.explained import Method, Pairs, attribution_finding, checked_attribution, null_problems
+from groundwire_bias_audit.findings import findings_of, no_versions, nothing_audited, versions_missed
 from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.loaders import dataset_of, loader_of
-from groundwire_bias_audit.padding import counted
-from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned
+from groundwire_bias_audit.loaders import loader_of
+from groundwire_bias_audit.passes import Record
 from groundwire_bias_audit.ranks import gathered
+from groundwire_bias_audit.recorder import Recorder
 from groundwire_bias_audit.report import Reporter
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.samples import Samples
@@ -35,6 +27,7 @@ from groundwire_bias_audit.stream import Stream
 from groundwire_bias_audit.timing import due, last
 from groundwire_bias_audit.training import TrainingCounts
 from groundwire_bias_audit.variants import checked_variants, requested
+from groundwire_bias_audit.versions import Versions, explain_versions, unmatched
 
 
 class BiasAudit(Plugin):
@@ -49,11 +42,13 @@ class BiasAudit(Plugin):
             ``callable(batch)``.
         variants: True for the versions that plugins of the run offer, False for none, or a list of sparsities (pruned
             by ``torch.nn.utils.prune``) and :class:`groundwire.Variant`.
-        every_n_epochs: Evaluate versions at the validations of every n-th epoch; by default of the last epoch. In
+        every_n_epochs: Evaluate versions at the validations of every n-th epoch, too. By default only where a
+            validation may be the last one, by ``max_epochs``, ``max_steps`` or the patience of an ``EarlyStopping``; in
             ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
         gate: When a gap is a disparity.
-        baseline: What versions are compared with: the model itself by default, or the name of a version, or the scores
-            of an earlier model as an array by data set index (the model itself is then compared with them, too).
+        baseline: What versions are compared with: the model itself by default, or a version by its name or sparsity, or
+            the scores of an earlier model as an array by data set index (the model itself is then compared with them,
+            too).
         threshold: Predicted 1 where P(y=1) is at least this.
         task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
         max_groups: Most values of a feature.
@@ -71,7 +66,7 @@ class BiasAudit(Plugin):
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: ``gate`` is no Gate.
+        TypeError: ``gate`` is no Gate, or ``baseline`` is neither a version nor scores.
         PluginError: The table of groups cannot be used.
 
     Example:
@@ -96,14 +91,14 @@ class BiasAudit(Plugin):
         listed: int = 100,
         attribution: Method | None = None,
         attribution_samples: int = 16,
-        attribution_null: str | Path | Sequence[str | Path] = (),
+        attribution_null: Sequence[str | Path] | str | Path = (),
         name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
             raise ValueError(f"every_n_epochs must be a whole number of at least 1 or None, got {every_n_epochs!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be in (0, 1), got {threshold!r}")
-        self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, baseline
+        self.groups, self.every_n_epochs, self.baseline = groups, every_n_epochs, checked_baseline(baseline)
         self.variants = checked_variants(variants)
         self.gate = checked_gate(gate)
         self.attribution, self.attribution_samples = attribution, attribution_samples
@@ -116,15 +111,12 @@ class BiasAudit(Plugin):
         self._forget()
 
     def _forget(self) -> None:
-        self._dense: Pass | None = None
-        self._version: tuple[str, Pass] | None = None
-        self._batches: list[int] = []
-        self._position: dict[int, int] = {}
-        self._loader = self._cursor = 0
-        self._batch: Any = None
+        self._recorder = Recorder(self._reader, self.threshold, self.task, self.max_groups)
         self._training = TrainingCounts()
         self._report = Reporter()
         self._run: RunContext | None = None
+        self._due = False  # whether versions are evaluated in this pass; the same on all ranks
+        self._audited: set[str] = set()  # what this run saw: the model, and versions of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take neither rows nor the run along."""
@@ -165,7 +157,7 @@ class BiasAudit(Plugin):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Remember which loader the batch is from."""
-        self._batch, self._loader = batch, dataloader_idx
+        self._recorder.batch_starts(batch, dataloader_idx)
 
     on_test_batch_start = on_validation_batch_start
 
@@ -175,13 +167,12 @@ class BiasAudit(Plugin):
             self._training.take(self._reader, batch, self._run)
 
     def _begin(self, trainer: Any) -> None:
-        self._batches, self._position = [], {}
-        keep = self._due(trainer) or self.baseline is not None
-        self._dense = Pass(self.threshold, self.task, self.max_groups, keep=keep)
+        self._due = self._wants_versions and due(trainer, self.every_n_epochs)
+        self._recorder.begin(keep=self._due or self.baseline is not None)
 
-    def _due(self, trainer: Any) -> bool:
-        """Whether versions are evaluated in this pass; the same on all ranks."""
-        return self.variants is not False and self.variants != () and due(trainer, self.every_n_epochs)
+    @property
+    def _wants_versions(self) -> bool:
+        return self.variants is not False and self.variants != ()
 
     # groundwire's hooks
 
@@ -204,74 +195,78 @@ class BiasAudit(Plugin):
     @hookimpl
     def gw_scores(self, scores: Tensor, fields: Fields, stage: str, variant: str | None, run: RunContext) -> None:
         """Keep the scores of the model, or of the version that this audit evaluates."""
-        if variant is None and self._dense is not None:
-            self._batches.append(self._loader)
-            self._take(self._dense, scores, fields, self._batch, self._loader, run)
-            self._batch = None
-        elif self._version is not None and variant == self._version[0]:
-            loader = self._batches[self._cursor]
-            self._cursor += 1
-            self._take(self._version[1], scores, fields, None, loader, run)
-
-    def _take(self, target: Pass, scores: Tensor, fields: Fields, batch: Any, loader: int, run: RunContext) -> None:
-        start = self._position.get(loader, 0)
-        self._position[loader] = start + len(scores)
-        ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
-        features = self._features(target, batch, fields, run, loader)
-        prepared = loader_of(run, loader)
-        keep = counted(getattr(prepared, "sampler", None), start, len(scores))
-        target.add(scores, fields.targets, features, ids, keep)
-
-    def _features(self, target: Pass, batch: Any, fields: Fields, run: RunContext, loader: int) -> Any:
-        """Groups of the batch. A version's rows are the model's, so they have the groups of those."""
-        if not target.count:
-            return {}
-        return self._reader(batch, fields, run.ids, dataset_of(run, loader))
+        self._recorder.take(scores, fields, variant, run)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
         """Audit the model, then every version when it is due."""
-        if run.stage not in ("validate", "test") or self._dense is None:
+        if run.stage not in ("validate", "test") or self._recorder.dense is None:
             return self._training_findings(run)
-        dense, record = self._dense, self._dense.record()
+        dense, record = self._recorder.dense, self._recorder.dense.record()
         whole = dense.stream.merged(lambda value: gathered(run.trainer, value))
         if whole.shape is None:
-            return [Finding(self.name, "audited", "warn", 0, "No row was audited: the pass had no scores.")]
-        results, records = {DENSE: self._result(whole, run)}, {DENSE: record}
+            return [nothing_audited(self.name, "No row was audited: the pass had no scores.")]
+        versions = Versions({DENSE: record}, {DENSE: whole})
+        results = {DENSE: self._result(whole, run)}
         found = findings_of(self.name, DENSE, results[DENSE], whole, self._training)
         reference = None
-        if self._due(run.trainer) or not isinstance(self.baseline, str | None):
-            more, reference = self._versions(run, records, whole, results)
+        if self._due or not isinstance(self.baseline, str | None):
+            more, reference = self._compare(run, versions, results)
             found += more
         self.results[run.stage] = results
+        self._audited |= {"model", "versions"} if self._due else {"model"}
         samples = Samples(run, lambda number: loader_of(run, number))
-        self._report.take(self, run, results, records, reference, samples)
-        if last(run.trainer, self.every_n_epochs):
-            if run.trainer.is_global_zero:
-                self._report.show(dense.examples, samples)
-            found += self._explained(run, records, samples)
-        self._dense = None
+        self._report.take(run, results, versions.records, reference, samples, self.listed)
+        if last(run.trainer):
+            self._report.show(run, dense.examples, samples)
+            found += self._explained(run, versions.records, results[DENSE], samples)
+        self._recorder.dense = None
         return found
 
-    def _explained(self, run: RunContext, records: dict[str, Record | None], samples: Samples) -> list[Finding]:
-        """Attribution pairs of the first process's rows; the same findings on all."""
-        if self.attribution is None or not self._due(run.trainer):
+    def _compare(
+        self, run: RunContext, versions: Versions, results: dict[str, AuditResult]
+    ) -> tuple[list[Finding], Record | None]:
+        found = []
+        offered = self._offered(run) if self._due else []
+        if self.variants is True and not offered and self._due:
+            found.append(no_versions(self.name))
+        for variant in offered:
+            if not versions.add(run, variant, self._recorder):
+                found.append(unmatched(self.name, variant.name))
+        changes, reference = versions.changes(run, self.baseline, self.threshold, results[DENSE], self.gate)
+        for name, change in changes.items():
+            results[name] = self._result(versions.streams[name], run, change)
+            if name != DENSE or change is not None:
+                found += findings_of(self.name, name, results[name], versions.streams[name], self._training)
+        return found, reference
+
+    def _explained(
+        self, run: RunContext, records: dict[str, Record | None], dense: AuditResult, samples: Samples
+    ) -> list[Finding]:
+        """Attribution pairs; the same findings on all processes."""
+        if self.attribution is None or not self._due:
             return []
-        found: list[Finding] = []
-        if run.trainer.is_global_zero:
-            pairs = explain_all(
-                run.module, self._offered(run), records, records[DENSE], samples=samples, method=self.attribution,
-                per_group=self.attribution_samples, null=self.attribution_null,
-            )  # fmt: skip
-            found = [attribution_finding(self.name, version, pair) for version, pair in pairs.items()]
-            self._report.explain(run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, Pairs)})
+        pairs = explain_versions(
+            run, self._offered(run), records, dense.features, samples, method=self.attribution,
+            per_group=self.attribution_samples, null=self.attribution_null,
+        )  # fmt: skip
+        self._report.explain(run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, Pairs)})
+        found = [attribution_finding(self.name, version, pair) for version, pair in pairs.items()]
         return list(gathered(run.trainer, found)[0])
 
     def _training_findings(self, run: RunContext) -> list[Finding]:
-        if run.stage != "train" or self.results:
+        """At the end of a fit: was there anything that should have been audited and was not?"""
+        if run.stage != "train":
             return []
-        text = "Nothing was audited: the run had neither validation nor test data."
-        return [Finding(self.name, "audited", "warn", 0, text)]
+        if "model" not in self._audited:
+            text = "Nothing was audited: the run had neither validation nor test data."
+            return [nothing_audited(self.name, text)]
+        if "versions" in self._audited or not self._wants_versions or not self._offered(run):
+            return []
+        found = versions_missed(self.name)
+        if run.trainer.is_global_zero:
+            warnings.warn(f"{self.name}: {found.message}", stacklevel=2)
+        return [found]
 
     def _result(self, stream: Stream, run: RunContext, comparison: Any = None) -> AuditResult:
         epoch = run.trainer.current_epoch if str(run.trainer.state.fn.value) == "fit" else None
@@ -281,56 +276,10 @@ class BiasAudit(Plugin):
     def _offered(self, run: RunContext) -> list[Variant]:
         return run.variants() if self.variants is True else requested(run.module, self.variants or ())
 
-    def _versions(
-        self, run: RunContext, records: dict[str, Record | None], whole: Stream, results: dict[str, AuditResult]
-    ) -> tuple[list[Finding], Record | None]:
-        offered = self._offered(run) if self._due(run.trainer) else []
-        found = []
-        if self.variants is True and not offered and self._due(run.trainer):
-            text = "No plugin of this run offers another version of the model; variants=[0.9] prunes to 90 % sparsity."
-            found.append(Finding(self.name, "versions", "info", 0, text))
-        record = records[DENSE]
-        streams = {DENSE: whole}
-        for variant in offered:
-            if variant.name in records:
-                raise PluginError(f"two versions of the model are called {variant.name!r} -> rename one")
-            matched, own = self._evaluate(run, variant, record)
-            if not matched:
-                text = f"The rows of {variant.name} could not be matched with the model's, so it was not audited."
-                found.append(Finding(self.name, f"unmatched@{variant.name}", "warn", variant.name, text))
-                continue
-            records[variant.name], streams[variant.name] = own, counted_rows(run, own, self.threshold, self.max_groups)
-        reference, against = reference_of(self.baseline, records, self.threshold)
-        for name in records:
-            change = None
-            if name != against:
-                change = comparison(run, reference, records[name], results[DENSE], self.gate)
-            results[name] = self._result(streams[name], run, change)
-        for name, result in results.items():
-            if name != DENSE or result.comparison is not None:
-                found += findings_of(self.name, name, result, streams[name], self._training)
-        return found, reference
-
-    def _evaluate(self, run: RunContext, variant: Variant, record: Record | None) -> tuple[bool, Record | None]:
-        """The rows of a version in the order of the model's, with their groups; the same answer on all ranks."""
-        taken = Pass(self.threshold, self.task, self.max_groups, keep=True, count=False)
-        self._version, self._cursor, self._position = (variant.name, taken), 0, {}
-        try:
-            run.evaluate(variant)
-        finally:
-            self._version = None
-        own = taken.record()
-        if own is not None and record is not None:
-            own = aligned(record, own)
-        good = (own is None) == (record is None)
-        if own is not None and record is not None:
-            own = replace(own, features=record.features, ids=record.ids)
-        return all(gathered(run.trainer, good)), own
-
     @hookimpl
     def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
         """Groups, curves, flips."""
-        return self._report.section(self)
+        return self._report.section()
 
     @hookimpl
     def gw_report(self, report: Any, run: RunContext) -> None:

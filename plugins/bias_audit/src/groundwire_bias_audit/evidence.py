@@ -114,6 +114,22 @@ class Evidence:
             found.pop("roc_auc")
         return found
 
+    def confident(self) -> Counts | None:
+        """``[group, target, label, prediction, certain]`` of a task with scores and labels 0 and 1, else None."""
+        if not self.scored or self.task not in ("binary", "multilabel"):
+            return None
+        if self.rows is None:
+            assert self.histogram is not None
+            return self.histogram.confident
+        outputs, codes = self.rows.outputs, self.groups.codes
+        assert outputs.scores is not None
+        assert codes is not None
+        low, high = (outputs.scores.dtype.type(end) for end in BAND)
+        certain = (outputs.scores <= low) | (outputs.scores >= high)
+        cells = codes.astype(np.int64)[:, None] * 8 + outputs.labels * 4 + outputs.predictions * 2 + certain
+        size = self.groups.size
+        return np.stack([np.bincount(c, minlength=8 * size).reshape(size, 2, 2, 2) for c in cells.T], axis=1)
+
     def score_histogram(self) -> Histogram | None:
         """The scores as a histogram, also from rows."""
         if self.histogram is not None or self.rows is None or self.rows.outputs.scores is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -58,3 +58,12 @@ class Examples:
                 for i in np.flatnonzero(inside)[: MOST - len(held)]:
                     groups = tuple(values[i] for values in features.values())
                     held.append(Example(int(rows[i]), float(p[i]), groups))
+
+    @classmethod
+    def merged(cls, parts: Iterable[Examples]) -> Examples:
+        """Of several processes together, those with the smallest ids."""
+        found = cls()
+        for part in parts:
+            for cell, examples in part.cells.items():
+                found.cells[cell] = sorted([*found.cells[cell], *examples], key=lambda example: example.id)[:MOST]
+        return found

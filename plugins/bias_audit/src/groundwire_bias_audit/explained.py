@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from groundwire import Finding, PluginError, Problem, Variant
 from groundwire.seeds import preserve_rng
-from groundwire_bias_audit.attribution import METHODS, AttributionShift, Maps, Version, attribution_shift
-from groundwire_bias_audit.export import plain
-from groundwire_bias_audit.flips import flipped
-from groundwire_bias_audit.passes import Record
+from groundwire_bias_audit.attribution import AttributionShift, Version, attribution_shift
+from groundwire_bias_audit.export import plain, with_groups
+from groundwire_bias_audit.maps import METHODS, Maps
 from groundwire_bias_audit.samples import Samples, image, thinned
 
 Method: TypeAlias = Literal["auto", "gradcam", "input_x_gradient", "integrated_gradients", "occlusion"]
 #: Samples in the picture of a version.
 DRAWN = 6
 NO_FLIP = "it flipped no prediction"
+NO_INDEX = "the data set has no index to fetch samples by"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pairs:
 
     def table(self) -> pd.DataFrame:
         """The shift by group, and whether it can be interpreted."""
-        return self.shift.table.reset_index().assign(interpretable=self.shift.interpretable)
+        return with_groups(self.shift.table).assign(interpretable=self.shift.interpretable)
 
 
 def attribution_finding(plugin: str, version: str, pairs: Pairs | str) -> Finding:
@@ -138,65 +138,48 @@ def _weights_of(module: nn.Module, path: Path) -> Iterator[None]:
 def explain(
     module: nn.Module,
     variant: Variant,
-    dense: Record,
-    other: Record,
+    flips: pd.DataFrame,
+    features: Mapping[str, pd.Series],
     samples: Samples,
     *,
     method: str,
-    per_group: int,
     null: Sequence[Path] = (),
 ) -> Pairs | str:
-    """Compare the attributions of ``variant`` with those of ``module`` on at most ``per_group`` flips of each group.
+    """Compare the attributions of ``variant`` with those of ``module`` for samples that it flipped.
 
     The class whose score is attributed is the one that the model predicted (of a multilabel task, the output that
     flipped first).
 
+    Args:
+        module: The model.
+        variant: A version of it.
+        flips: As :func:`groundwire_bias_audit.flips.flipped` gives them, with ids.
+        features: Their groups.
+        samples: Fetches them.
+        method: Of the attribution.
+        null: Checkpoints of other models without compression.
+
     Returns:
         The pairs, or why there are none.
     """
-    flips = flipped(dense, other)
     if flips.empty:
         return NO_FLIP
-    if dense.ids is None:
-        return "the data set has no index to fetch samples by"
-    chosen = _drawn(flips, list(dense.features), per_group)
-    fetched = [samples.inputs(row) for row in dense.ids[chosen.index]]
+    fetched = [samples.inputs(row) for row in flips.index]
     tensors = [x for x in fetched if x is not None]
     if len(tensors) < len(fetched) or len({x.shape for x in tensors}) > 1 or not tensors[0].is_floating_point():
         return "samples must be floating-point tensors of one shape that the data set gives by index"
     inputs = torch.cat(tensors).to(next((p.dtype for p in module.parameters()), torch.float32))
-    targets = torch.tensor(chosen["target" if "target" in chosen else "before"].to_numpy().astype(np.int64))
+    targets = torch.tensor(flips["target" if "target" in flips else "before"].to_numpy().astype(np.int64))
     models: list[Version] = [(module, partial(_weights_of, module, path)) for path in null]
     try:
         with preserve_rng(), torch.inference_mode(False):
             shift = attribution_shift(
-                module, (module, variant.apply), inputs, targets, chosen[list(dense.features)], null=models,
-                method=method, per_group=per_group,
+                module, (module, variant.apply), inputs, targets, features, null=models, method=method,
+                per_group=len(flips), max_groups=len(flips),
             )  # fmt: skip
     except Exception as error:  # the user's model, which need not be differentiable, must not lose its training
         return f"{type(error).__name__}: {error}"
-    return Pairs(shift, *_pictures(shift, inputs, chosen))
-
-
-def explain_all(
-    module: nn.Module,
-    variants: Sequence[Variant],
-    records: Mapping[str, Record | None],
-    dense: Record | None,
-    **how: Any,
-) -> dict[str, Pairs | str]:
-    """:func:`explain` for every version whose rows are known."""
-    return {
-        variant.name: explain(module, variant, dense, record, **how)
-        for variant in variants
-        if dense is not None and (record := records.get(variant.name)) is not None
-    }
-
-
-def _drawn(flips: pd.DataFrame, features: list[str], per_group: int) -> pd.DataFrame:
-    """At random: the flips that the model was surest of come first in the list."""
-    mixed = flips.iloc[np.random.default_rng(0).permutation(len(flips))]
-    return mixed.groupby(features, dropna=False, sort=False).head(per_group)
+    return Pairs(shift, *_pictures(shift, inputs, flips))
 
 
 def _pictures(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ def content(result: AuditResult) -> dict[str, Any]:
         "tests": [plain(asdict(test)) for test in result.tests],
         "overall": records(result.to_frame([])),
         "by_group": {" x ".join(names): records(result.to_frame(names)) for names in marginals},
-        "intervals": {" x ".join(names): records(result.intervals(names)) for names in marginals},
+        "intervals": {" x ".join(names): records(_quick(result).intervals(names)) for names in marginals},
         "ci_quantiles": list(result.ci_quantiles),
-        "n_boot": result.n_boot,
+        "n_boot": _quick(result).n_boot,
         "random_state": result.random_state,
         "empty_combinations": plain([list(g) if isinstance(g, tuple) else [g] for g in result.dropped]),
         "limitations": list(LIMITATIONS),
@@ -91,6 +91,13 @@ def content(result: AuditResult) -> dict[str, Any]:
             "by_group": {name: records(comparison.to_frame([name])) for name in features},
         }
     return found
+
+
+def _quick(result: AuditResult) -> AuditResult:
+    """Of several outputs the file has intervals of the gated rates by 200 draws; the others can be had in Python."""
+    if len(result.targets) == 1 or result.task != "multilabel":
+        return result
+    return replace(result, metrics=tuple(result.gate.metrics or ()), n_boot=min(result.n_boot, 200))
 
 
 def versions() -> dict[str, str]:
@@ -130,6 +137,17 @@ def to_html(result: AuditResult, path: str | Path | None = None) -> str:
     return text
 
 
+def with_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with its index as columns; a feature called like a metric is "group <name>".
+
+    Example:
+        >>> with_groups(pd.DataFrame({"count": [3]}, index=pd.Index(["f"], name="count"))).columns.tolist()
+        ['group count', 'count']
+    """
+    taken = set(map(str, frame.columns))
+    return frame.reset_index(names=[f"group {name}" if str(name) in taken else name for name in frame.index.names])
+
+
 def to_csv(frame: pd.DataFrame, path: str | Path | None = None, *, index: bool = True) -> str:
     """``frame`` as CSV; text that starts with = + - @ gets an apostrophe in front, so that no spreadsheet runs it.
 
@@ -138,7 +156,7 @@ def to_csv(frame: pd.DataFrame, path: str | Path | None = None, *, index: bool =
         group,n
         '=1+1,-1
     """
-    safe = (frame.reset_index() if index else frame).copy()
+    safe = (with_groups(frame) if index else frame).copy()
     for i, column in enumerate(safe.columns):
         if not pd.api.types.is_numeric_dtype(safe.dtypes.iloc[i]):
             safe.isetitem(i, [_quoted(value) for value in safe.iloc[:, i]])

@@ -37,9 +37,8 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 def group_bars(result: AuditResult, feature: str, metrics: Sequence[str]) -> Figure:
     """Metrics of each group of ``feature`` as points with bootstrap intervals, and the overall value as a line."""
-    frame, intervals = result.to_frame([feature]), result.intervals([feature])
-    if result.evidence.groups.controls or (result.task == "multilabel" and len(result.targets) > 1):
-        frame = result.to_frame([feature], target=result.targets[0])
+    target = result.targets[0] if result.task == "multilabel" else None
+    frame, intervals = result.to_frame([feature], target=target), result.intervals([feature], target=target)
     frame = frame.sort_values("count", ascending=False).head(MOST).sort_index()
     overall = result.to_frame([], target=result.targets[0] if result.task == "multilabel" else None)
     figure = _figure((2.6 * len(metrics) + 1.4, 0.34 * len(frame) + 1.5))

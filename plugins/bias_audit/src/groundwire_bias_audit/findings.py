@@ -123,3 +123,23 @@ def _changes(plugin: str, version: str, result: AuditResult) -> Iterator[Finding
     text += f": {'; '.join(worst)}." if worst else "."
     severity = SEVERITY[comparison.verdict]
     yield Finding(plugin, f"change_verdict{suffix}", severity, str(comparison.verdict), text)
+
+
+def nothing_audited(plugin: str, why: str) -> Finding:
+    """There was nothing to audit."""
+    return Finding(plugin, "audited", "warn", 0, why)
+
+
+def no_versions(plugin: str) -> Finding:
+    """Nobody offers versions of the model."""
+    text = "No plugin of this run offers another version of the model; variants=[0.9] prunes to 90 % sparsity."
+    return Finding(plugin, "versions", "info", 0, text)
+
+
+def versions_missed(plugin: str) -> Finding:
+    """Versions were asked for, and no validation was known to be the last one."""
+    text = (
+        "Versions of the model were not audited: the training ended after a validation that was not known to be the "
+        "last one. Give every_n_epochs=1, or call trainer.validate."
+    )
+    return Finding(plugin, "versions", "warn", 0, text)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-MISSING = "unknown"
+from groundwire_bias_audit.encoding import encoded, listed
+
 #: More cells than this are no groups any more.
 MOST_CELLS = 100_000
 
@@ -57,6 +58,8 @@ class Groups:
     def keep(self, names: Sequence[str]) -> Groups:
         """Only ``names`` and the control features; codes are projected."""
         axes = [i for i, name in enumerate(self.names) if i < self.controls or name in names]
+        if len(axes) == len(self.names):
+            return self
         levels = tuple(self.levels[i] for i in axes)
         codes = None
         if self.codes is not None:
@@ -91,14 +94,14 @@ def read_groups(sensitive: Any, control: Any = None, *, rows: int, max_groups: i
         >>> groups.levels, groups.codes.tolist()
         ((('f', 'm', 'unknown'), (0, 1)), [0, 3, 5])
     """
-    controls = [] if control is None else _named(control, "control_feature")
-    features = controls + _named(sensitive, "sensitive_feature")
+    controls = [] if control is None else named_columns(control, "control_feature")
+    features = controls + named_columns(sensitive, "sensitive_feature")
     names = tuple(name for name, _ in features)
     if len(set(names)) < len(names):
         raise ValueError(f"feature names must differ, got {list(names)} -> rename the columns")
     if len(features) == len(controls):
         raise ValueError("sensitive_features has no column -> give at least one feature")
-    coded = [_coded(name, values, rows, max_groups) for name, values in features]
+    coded = [encoded(name, values, rows, max_groups) for name, values in features]
     shape = tuple(len(levels) for _, levels in coded)
     if math.prod(shape) > MOST_CELLS:
         raise ValueError(
@@ -111,15 +114,18 @@ def read_groups(sensitive: Any, control: Any = None, *, rows: int, max_groups: i
     return Groups(names, tuple(levels for _, levels in coded), len(controls), codes)
 
 
-def _named(values: Any, prefix: str) -> list[tuple[str, Any]]:
+def named_columns(values: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Features by name, from one column or several; those without a name are numbered after ``prefix``."""
     if isinstance(values, pd.DataFrame | Mapping):
         return [(str(name), values[name]) for name in values]
     if isinstance(values, pd.Series):
         return [(f"{prefix}_0" if values.name is None else str(values.name), values)]
+    if values is None:
+        raise ValueError(f"{prefix}s is None -> give one value for each row")
     if hasattr(values, "detach"):
         values = values.detach().cpu().numpy()
-    if not isinstance(values, pd.Categorical | pd.Index):
-        values = values if isinstance(values, np.ndarray) else _array(values)
+    if not isinstance(values, pd.api.extensions.ExtensionArray | pd.Index):
+        values = values if isinstance(values, np.ndarray) else listed(values)
         if values.ndim == 2:
             return [(f"{prefix}_{i}", values[:, i]) for i in range(values.shape[1])]
         if values.ndim != 1:
@@ -127,70 +133,6 @@ def _named(values: Any, prefix: str) -> list[tuple[str, Any]]:
     return [(f"{prefix}_0", values)]
 
 
-def _array(values: Any) -> NDArray[Any]:
-    """Like ``np.array``, but None and NaN beside strings stay what they are."""
-    plain = np.asarray(values)
-    return plain if plain.dtype.kind in "biufM" or plain.ndim != 1 else np.array(values, dtype=object)
-
-
-def _coded(name: str, values: Any, rows: int, max_groups: int) -> tuple[NDArray[Any], tuple[Any, ...]]:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    if isinstance(values, list | tuple):
-        values = _array(values)
-    if len(values) != rows:
-        raise ValueError(f"feature {name!r} has {len(values)} rows, and y_true has {rows} -> align them row by row")
-    small = _small_integers(values)
-    codes, levels = small if small is not None else _factorized(values)
-    if (codes < 0).any():
-        label = MISSING if MISSING not in levels else f"{MISSING} (missing)"
-        codes = np.where(codes < 0, len(levels), codes)
-        levels = (*levels, label)
-    if len(levels) > max_groups:
-        raise ValueError(
-            f"feature {name!r} has {len(levels)} different values, more than max_groups={max_groups} -> bin it first, "
-            "for example with pandas.cut, or raise max_groups"
-        )
-    return codes, levels
-
-
-def _small_integers(values: Any) -> tuple[NDArray[Any], tuple[Any, ...]] | None:
-    """Codes by counting instead of hashing, where the values are integers of a small range."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "bui" or not len(values):
-        return None
-    if values.dtype == bool:
-        values = values.view(np.uint8).astype(np.int8)
-        present = np.flatnonzero(np.bincount(values, minlength=2))
-        return (values if len(present) == 2 else np.zeros(len(values), np.int8)), tuple(bool(v) for v in present)
-    low, high = int(values.min()), int(values.max())
-    if high - low > 1023:
-        return None
-    shifted = values - low if low else values
-    present = np.flatnonzero(np.bincount(shifted))
-    if len(present) == high - low + 1:
-        return shifted, tuple(int(v) + low for v in present)
-    table = np.zeros(high - low + 1, np.int64)
-    table[present] = np.arange(len(present))
-    return table[shifted], tuple(int(v) + low for v in present)
-
-
-def _factorized(values: Any) -> tuple[NDArray[Any], tuple[Any, ...]]:
-    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
-        values = values.astype(object)
-    codes, uniques = pd.factorize(values, use_na_sentinel=True)
-    levels = [v.item() if isinstance(v, np.generic) else v for v in uniques]
-    order = _order(levels, getattr(getattr(values, "dtype", None), "categories", None))
-    rank = np.empty(len(levels) + 1, np.int64)  # one more: the code of a missing value is -1
-    rank[-1] = -1
-    rank[order] = np.arange(len(levels))
-    return rank[codes], tuple(levels[i] for i in order)
-
-
-def _order(levels: list[Any], categories: Any) -> list[int]:
-    if categories is not None:
-        place = {category: i for i, category in enumerate(categories)}
-        return sorted(range(len(levels)), key=lambda i: place[levels[i]])
-    try:
-        return sorted(range(len(levels)), key=lambda i: levels[i])
-    except TypeError:  # values of several types
-        return sorted(range(len(levels)), key=lambda i: (type(levels[i]).__name__, str(levels[i])))
+def as_tuple(label: Any) -> tuple[Any, ...]:
+    """A group's values, of one feature or several."""
+    return label if isinstance(label, tuple) else (label,)

@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
+
+from groundwire_bias_audit.labels import array, real, zero_one
+from groundwire_bias_audit.probabilities import checked_threshold, probabilities, sum_to_one
 
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel", "regression"]
 TASKS = ("binary", "multiclass", "multilabel", "regression")
@@ -53,38 +55,6 @@ class Outputs:
         return equal
 
 
-def array(values: Any, what: str) -> NDArray[Any]:
-    """``values`` as a NumPy array: tensors, frames, series and lists.
-
-    Raises:
-        ValueError: It is empty or holds NaN; the text says how many and where the first is.
-    """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype.is_floating_point and values.element_size() < 4 else values).numpy()
-    found = np.asarray(values)
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.ndim not in (1, 2):
-        raise ValueError(f"{what} must have one or two dimensions, got shape {found.shape}")
-    if not len(found):
-        raise ValueError(f"{what} is empty")
-    missing = _missing(found)
-    if missing is not None:
-        raise ValueError(f"{what} has {missing.sum()} missing values (NaN or None), the first in row "
-                         f"{int(np.argmax(missing))} -> drop or fill these rows before the audit")  # fmt: skip
-    return found
-
-
-def _missing(values: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Rows with a missing value, or None if there is none; one cheap look where that suffices."""
-    if values.dtype.kind in "biu" or (values.dtype.kind == "f" and not np.isnan(np.min(values))):
-        return None
-    missing = np.asarray(pd.isna(values))
-    rows = missing.any(axis=1) if missing.ndim == 2 else missing
-    return np.asarray(rows, bool) if rows.any() else None
-
-
 def read_outputs(
     y_true: Any,
     scores: Any = None,
@@ -116,84 +86,31 @@ def read_outputs(
     given_values = array(scores if y_pred is None else y_pred, what)
     if len(labels) != len(given_values):
         raise ValueError(f"y_true has {len(labels)} rows and {what} {len(given_values)} -> align them row by row")
-    kind = task or _guess(labels, given_values, what)
+    kind = task or _guess(labels, given_values, what, pos_label)
     if kind == "regression":
-        return Outputs("regression", ("",), _real(labels, "y_true"), _real(given_values, what), None)
+        return Outputs("regression", ("",), real(labels, "y_true"), real(given_values, what), None)
     if kind == "multiclass":
         return _multiclass(labels, given_values, what, from_logits, names)
     columns = names or getattr(y_true, "columns", None)
     return _binary(kind, labels, given_values, what, threshold, pos_label, from_logits, columns)
 
 
-def _guess(labels: NDArray[Any], values: NDArray[Any], what: str) -> str:
+def _guess(labels: NDArray[Any], values: NDArray[Any], what: str, pos_label: Any) -> str:
     if labels.ndim == 2:
         return "multilabel"
+    classes = values.ndim == 2 and values.shape[1] > 2
+    if pos_label is not None and not classes:
+        return "binary"
     if labels.dtype.kind == "f" and (labels != np.floor(labels)).any():
         return "regression"
-    if labels.dtype.kind in "biuf":
-        if labels.min() >= -1 and labels.max() <= 1:
-            return "multiclass" if values.ndim == 2 and values.shape[1] > 2 else "binary"
-        if values.ndim == 1 and values.dtype.kind == "f" and (values != np.floor(values)).any():
-            return "regression"
-        return "multiclass"
-    several = len(pd.unique(labels)) > 2 or (values.ndim == 2 and values.shape[1] > 2)
-    return "multiclass" if several else "binary"
-
-
-def _real(values: NDArray[Any], what: str) -> NDArray[np.float64]:
-    if values.ndim != 1 or values.dtype.kind not in "biuf":
-        raise ValueError(f"regression needs one number a row, {what} has shape {values.shape} and type {values.dtype}")
-    real = values.astype(np.float64)
-    if not np.isfinite(real).all():
-        raise ValueError(f"{what} has infinite values")
-    return real
-
-
-def _zero_one(values: NDArray[Any], what: str, pos_label: Any) -> NDArray[np.uint8]:
-    if values.dtype == bool and pos_label is None:
-        return values.view(np.uint8)
-    if pos_label is not None:
-        found = pd.unique(values.ravel())
-        if len(found) > 2 or (len(found) == 2 and pos_label not in list(found)):
-            raise ValueError(f"{what} has the labels {_some(found)}, and pos_label is {pos_label!r}")
-        return np.asarray(values == pos_label).astype(np.uint8)
-    if values.dtype.kind in "iuf":
-        low, high = values.min(), values.max()
-        bits = values.astype(np.uint8) if low >= 0 and high <= 1 else None
-        if bits is not None and (values.dtype.kind != "f" or bool((bits == values).all())):
-            return bits
-        if low == -1 and high <= 1 and not (values == 0).any():
-            return (values > 0).astype(np.uint8)
-    raise ValueError(
-        f"{what} must be 0/1, -1/1 or bool for a binary task, got {_some(pd.unique(values.ravel()))} "
-        "-> pass pos_label=..., or task='multiclass' or 'regression'"
-    )
-
-
-def _some(values: Any) -> str:
-    listed = [v.item() if hasattr(v, "item") else v for v in values[:5]]
-    return f"{listed}{' and more' if len(values) > 5 else ''}"
-
-
-def probabilities(values: NDArray[Any], from_logits: bool, axis: bool = False) -> NDArray[Any]:
-    """Scores in [0, 1]; logits are refused unless announced.
-
-    Raises:
-        ValueError: A score is outside [0, 1].
-    """
-    if values.dtype.kind not in "biuf":
-        raise ValueError(f"scores must be numbers, got type {values.dtype}")
-    values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
-    if from_logits:
-        return np.asarray(softmax(values, axis=-1) if axis else expit(values))
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 1:
-        outside = int(((values < 0) | (values > 1)).sum())
-        raise ValueError(
-            f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), as logits are "
-            "-> pass from_logits=True if they are, or probabilities P(y=1)"
-        )
-    return values
+    if labels.dtype.kind not in "biuf":
+        return "multiclass" if classes or len(pd.unique(labels)) > 2 else "binary"
+    if labels.min() >= -1 and labels.max() <= 1:
+        return "multiclass" if classes else "binary"
+    if values.ndim == 1 and values.dtype.kind == "f" and (values != np.floor(values)).any():
+        # Probabilities beside labels such as 1 and 2 are no regression: it must be told which label is meant.
+        return "binary" if what == "scores" and values.min() >= 0 and values.max() <= 1 else "regression"
+    return "multiclass"
 
 
 def _binary(
@@ -206,17 +123,19 @@ def _binary(
     from_logits: bool,
     columns: Any,
 ) -> Outputs:
-    y = _zero_one(labels, "y_true", pos_label)
+    y = zero_one(labels, "y_true", pos_label)
     scores = None
     if what == "scores":
         two = kind == "binary" and values.ndim == 2 and values.shape[1] == 2
         scores = probabilities(values, from_logits, axis=two)
         if two:
-            _sum_to_one(scores)
+            sum_to_one(scores)
             scores = scores[:, 1]
-        predictions = (scores >= _threshold(threshold)).view(np.uint8)
+        predictions = (scores >= checked_threshold(threshold, scores.shape[1] if scores.ndim == 2 else 1)).view(
+            np.uint8
+        )
     else:
-        predictions = _zero_one(values, "y_pred", pos_label)
+        predictions = zero_one(values, "y_pred", pos_label)
     if y.shape != predictions.shape:
         raise ValueError(
             f"y_true has shape {y.shape} and {what} {predictions.shape} -> give one column for each target"
@@ -228,19 +147,6 @@ def _binary(
     if len(names) != y.shape[1]:
         raise ValueError(f"{len(names)} target names for {y.shape[1]} targets")
     return Outputs("multilabel" if kind == "multilabel" else "binary", names, y, predictions, scores)
-
-
-def _threshold(threshold: float | Sequence[float]) -> Any:
-    values = np.asarray(threshold, dtype=float)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"threshold must be in [0, 1], got {threshold!r}")
-    return float(values) if values.ndim == 0 else values
-
-
-def _sum_to_one(scores: NDArray[Any]) -> None:
-    off = float(np.abs(scores.sum(axis=1) - 1).max())
-    if off > 1e-3:
-        raise ValueError(f"scores of a row must sum to 1, they are off by up to {off:.3g} -> pass probabilities")
 
 
 def _multiclass(
@@ -257,7 +163,7 @@ def _multiclass(
     if values.ndim != 2:
         raise ValueError(f"scores of a multiclass task have shape (n, C), got {values.shape} -> or pass y_pred")
     scores = probabilities(values, from_logits, axis=True)
-    _sum_to_one(scores)
+    sum_to_one(scores)
     classes = tuple(range(scores.shape[1])) if names is None else tuple(names)
     if len(classes) != scores.shape[1]:
         raise ValueError(f"{len(classes)} names for {scores.shape[1]} classes")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from groundwire_bias_audit.bootstrap import quantiles, resample
+from groundwire_bias_audit.change import CHANGES, broken_mended, tested_change
 from groundwire_bias_audit.functional import Counts, ratio
-from groundwire_bias_audit.gate import Gate, Test, Verdict, decide
-from groundwire_bias_audit.grouping import Groups
+from groundwire_bias_audit.gate import Gate, Verdict
+from groundwire_bias_audit.grouping import Groups, as_tuple
 from groundwire_bias_audit.inputs import Outputs
+from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.null import adjust, mcnemar
+from groundwire_bias_audit.tables import by_target
 
 
 def pair_counts(codes: NDArray[Any], first: Outputs, second: Outputs, groups: int) -> tuple[Counts, Counts]:
@@ -41,55 +44,13 @@ def pair_counts(codes: NDArray[Any], first: Outputs, second: Outputs, groups: in
         labels, a, b = first.labels, first.predictions, second.predictions
         flipped = a != b
     pairs = [
-        np.bincount(codes.astype(np.int64) * 8 + labels[:, t] * 4 + a[:, t] * 2 + b[:, t], minlength=8 * groups)
+        np.bincount(
+            codes.astype(np.int64) * 8 + labels[:, t] * 4 + a[:, t] * 2 + b[:, t], minlength=8 * groups
+        ).reshape(groups, 2, 2, 2)
         for t in range(a.shape[1])
     ]
     flips = [np.bincount(codes, flipped[:, t], minlength=groups) for t in range(a.shape[1])]
-    return np.stack(pairs, 1).reshape(groups, -1, 2, 2, 2), np.stack(flips, 1).astype(np.int64)
-
-
-def change_test(
-    worse: Counts, better: Counts, trials: Counts, *, draws: int = 2000, rng: np.random.Generator | None = None
-) -> float:
-    """P value of "the mean change is the same in all groups", each row changing by -1, 0 or +1.
-
-    The null is that the changes are exchangeable among the rows, so counts by group are drawn hypergeometrically.
-
-    Args:
-        worse: Rows of each group that change by -1.
-        better: Rows that change by +1.
-        trials: All rows of each group.
-        draws: Permutations.
-        rng: Source of randomness; seeded with 0 when left out.
-
-    Example:
-        >>> a, b = np.array([30, 2]), np.array([0, 0])
-        >>> change_test(a, b, np.array([100, 100])) < 0.001
-        True
-    """
-    held = trials > 0
-    worse, better, trials = worse[held], better[held], trials[held]
-    if len(trials) < 2 or worse.sum() + better.sum() == 0:
-        return 1.0
-    rng = rng or np.random.default_rng(0)
-    down = _spread(trials, int(worse.sum()), draws, rng)
-    up = _spread(trials - down, int(better.sum()), draws, rng)
-    drawn = ((up - down) ** 2 / trials).sum(axis=1)
-    observed = ((better - worse) ** 2 / trials).sum()
-    return (1 + int((drawn >= observed * (1 - 1e-9)).sum())) / (1 + draws)
-
-
-def _spread(room: Counts, marked: int, draws: int, rng: np.random.Generator) -> Counts:
-    """Put ``marked`` marks on rows at random; ``room`` is (G,) or, by draw, (B, G). Returns (B, G)."""
-    room = np.broadcast_to(room, (draws, room.shape[-1]))
-    left, marks = room.sum(axis=1), np.full(draws, marked)
-    found = np.zeros(room.shape, np.int64)
-    for group in range(room.shape[1] - 1):
-        left = left - room[:, group]
-        found[:, group] = rng.hypergeometric(marks, room[:, group] + left - marks, room[:, group])
-        marks = marks - found[:, group]
-    found[:, -1] = marks
-    return found
+    return np.stack(pairs, axis=1), np.stack(flips, axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -113,37 +74,45 @@ class Comparison:
     flips: Counts
     gate: Gate
     n_boot: int = 1000
-    ci_quantiles: tuple[float, float] = (0.025, 0.975)
+    ci_quantiles: tuple[float, ...] = (0.025, 0.975)
     random_state: int = 0
 
-    def to_frame(self, features: Sequence[str] | None = None, target: int = 0) -> pd.DataFrame:
+    def to_frame(self, features: Sequence[str] | None = None, target: int | None = None) -> pd.DataFrame:
         """One row a group: accuracies, their change with a paired interval, flips, and McNemar's P value.
 
-        ``broken`` rows were right before and are wrong now, ``mended`` the other way. P values are Holm-corrected over
-        the groups shown.
+        ``broken`` rows were right before and are wrong now, ``mended`` the other way. Of several targets all are shown,
+        as the last level of the index, unless ``target`` gives the position of one. P values are Holm-corrected over
+        all rows shown.
         """
         names = self.groups.sensitive if features is None else tuple(features)
+        count = self.pairs.shape[1]
+        if target is not None or count == 1:
+            found = self._of_target(names, target or 0)
+        else:
+            found = by_target({self.names[t]: self._of_target(names, t) for t in range(count)})
+        return found.assign(mcnemar_p_adjusted=adjust(found["mcnemar_p"].to_numpy()))
+
+    def _of_target(self, names: Sequence[str], target: int) -> pd.DataFrame:
         index = self.groups.keep(names).index
         pairs = self.groups.marginal(self.pairs, names)[:, target]
         flips = self.groups.marginal(self.flips, names)[:, target]
         n = pairs.sum(axis=(1, 2, 3))
-        broken, mended = _broken_mended(pairs)
+        broken, mended = broken_mended(pairs)
         p = [mcnemar(int(b), int(m)) if size else math.nan for b, m, size in zip(broken, mended, n, strict=True)]
         draws = resample(pairs, self.n_boot, np.random.default_rng(self.random_state))
-        down, up = _broken_mended(draws)
-        low, high = quantiles(ratio(up - down, draws.sum(axis=(2, 3, 4))), self.ci_quantiles)
+        down, up = broken_mended(draws)
+        bounds = quantiles(ratio(up - down, draws.sum(axis=(2, 3, 4))), self.ci_quantiles)
         right = pairs[:, 0, 0].sum(axis=1) + pairs[:, 1, 1].sum(axis=1)
         columns = {
             "count": n, "baseline_accuracy": ratio(right, n), "accuracy": ratio(right + mended - broken, n),
-            "accuracy_change": ratio(mended - broken, n), "change_low": low, "change_high": high,
-            "flip_rate": ratio(flips, n), "broken": broken, "mended": mended,
-            "mcnemar_p": p, "mcnemar_p_adjusted": adjust(p),
+            "accuracy_change": ratio(mended - broken, n), "change_low": bounds[0], "change_high": bounds[-1],
+            "flip_rate": ratio(flips, n), "broken": broken, "mended": mended, "mcnemar_p": p,
         }  # fmt: skip
         return pd.DataFrame(columns, index=index)
 
     @cached_property
     def tests(self) -> list[Test]:
-        """Whether accuracy, true and false positive rate changed more in some groups, for every attribute."""
+        """Whether the gated rates (but precision) changed more in some groups, for every attribute."""
         assert self.gate.metrics is not None
         single = not self.pairs[:, :, 0].any()  # "right" of a multiclass task
         metrics = [m for m in self.gate.metrics if m == "accuracy" or not single]
@@ -152,10 +121,11 @@ class Comparison:
             for name in self.groups.sensitive
             for target in range(self.pairs.shape[1])
             for metric in metrics
-            if metric in _CHANGES
+            if metric in CHANGES
         ]
-        draws = max(self.gate.draws, math.ceil(20 * len(asked) / self.gate.alpha))
-        raw = [self._raw(*question, seed, min(draws, 100_000)) for seed, question in enumerate(asked)]
+        blocks = math.prod(self.groups.shape[: self.groups.controls])
+        draws = max(self.gate.draws, math.ceil(20 * len(asked) * blocks / self.gate.alpha))
+        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, min(draws, 100_000))]
         adjusted = adjust([test.p_value for test in raw], self.gate.correction)
         return [_judged(test, float(p), self.gate) for test, p in zip(raw, adjusted, strict=True)]
 
@@ -164,52 +134,27 @@ class Comparison:
         """Whether the change itself is unevenly distributed; an old disparity that stayed as it was passes."""
         return decide(self.tests)
 
-    def _raw(self, name: str, metric: str, target: int, seed: int, draws: int) -> Test:
+    def _raw(self, name: str, metric: str, target: int, seed: int, draws: int) -> Iterator[Test]:
+        """One test for each combination of control values, before the correction."""
         kept = self.groups.keep([name])
-        worse, better, trials = _CHANGES[metric](self.groups.marginal(self.pairs, [name])[:, target])
-        labels = list(kept.index)
-        enough = trials >= self.gate.min_count
-        groups = tuple(label for label, ok in zip(labels, enough, strict=True) if ok)
-        small = tuple(
-            label for label, ok, n in zip(labels, enough, self.groups.marginal(self.flips, [name]), strict=True)
-            if not ok and (n >= 0).all()
-        )  # fmt: skip
-        worse, better, trials = worse[enough], better[enough], trials[enough]
-        mean = (better - worse) / trials
-        gap = float(np.ptp(mean)) if len(mean) > 1 else math.nan
-        p = change_test(worse, better, trials, draws=draws, rng=np.random.default_rng([self.random_state, seed]))
-        worst = tuple(g for g, m in zip(groups, mean, strict=True) if m == mean.min()) if len(mean) > 1 else ()
+        pairs = self.groups.marginal(self.pairs, [name])[:, target]
+        changes = np.stack(CHANGES[metric](pairs))
+        present = pairs.sum(axis=(1, 2, 3)) > 0
+        labels = [as_tuple(label) for label in kept.index]
         target_name = str(self.names[target]) if len(self.names) > 1 and self.pairs.shape[1] > 1 else ""
-        return Test(name, metric, target_name, (), groups, small, gap, p if len(mean) > 1 else math.nan, outliers=worst)
+        width = len(kept.levels[-1])
+        for start in range(0, kept.size, width):
+            cells = [cell for cell in range(start, start + width) if present[cell]]
+            if cells:
+                groups = [labels[cell][-1] for cell in cells]
+                rng = np.random.default_rng([self.random_state, seed, start])
+                found = tested_change(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
+                yield replace(found, attribute=name, metric=metric, target=target_name, control=labels[start][:-1])
 
 
 def _judged(test: Test, adjusted: float, gate: Gate) -> Test:
     disparity = test.gap > gate.tolerance and adjusted <= gate.alpha
-    return Test(
-        test.attribute, f"{test.metric}_change", test.target, test.control, test.groups, test.small, test.gap,
-        test.p_value, adjusted, disparity, test.outliers if disparity else (),
+    outliers = test.outliers if disparity else ()
+    return replace(
+        test, metric=f"{test.metric}_change", p_adjusted=adjusted, disparity=disparity, outliers=outliers
     )  # fmt: skip
-
-
-def _broken_mended(pairs: Counts) -> tuple[Counts, Counts]:
-    """Rows that became wrong and rows that became right, from ``[..., label, before, after]``."""
-    broken = pairs[..., 1, 1, 0] + pairs[..., 0, 0, 1]
-    return broken, pairs[..., 1, 0, 1] + pairs[..., 0, 1, 0]
-
-
-def _accuracy(pairs: Counts) -> tuple[Counts, Counts, Counts]:
-    return *_broken_mended(pairs), pairs.sum(axis=(1, 2, 3))
-
-
-def _selected(pairs: Counts, label: int) -> tuple[Counts, Counts, Counts]:
-    return pairs[:, label, 1, 0], pairs[:, label, 0, 1], pairs[:, label].sum(axis=(1, 2))
-
-
-_CHANGES: dict[str, Any] = {
-    "accuracy": _accuracy,
-    "true_positive_rate": lambda pairs: _selected(pairs, 1),
-    "false_positive_rate": lambda pairs: _selected(pairs, 0),
-    "selection_rate": lambda pairs: (
-        pairs[:, :, 1, 0].sum(axis=1), pairs[:, :, 0, 1].sum(axis=1), pairs.sum(axis=(1, 2, 3))
-    ),
-}  # fmt: skip

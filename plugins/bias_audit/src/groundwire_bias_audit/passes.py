@@ -37,6 +37,11 @@ class Record:
     features: Mapping[str, list[Any]]
     ids: NDArray[np.int64] | None
 
+    @property
+    def sample_ids(self) -> NDArray[np.int64] | None:
+        """Data set index of each row, of whatever loader."""
+        return None if self.ids is None else self.ids % LOADER_STEP
+
     def take(self, rows: NDArray[Any]) -> Record:
         """Only ``rows``, in that order."""
         o = self.outputs

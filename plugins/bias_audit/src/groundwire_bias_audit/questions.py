@@ -10,7 +10,9 @@ import numpy as np
 
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import Counts, Floats, parts
-from groundwire_bias_audit.gate import Gate, Question, Test, ask
+from groundwire_bias_audit.gate import Gate
+from groundwire_bias_audit.grouping import as_tuple
+from groundwire_bias_audit.judging import Question, Test, ask
 from groundwire_bias_audit.null import adjust, welch
 
 
@@ -138,11 +140,6 @@ def _all_right(squares: Counts) -> Counts:
     found = np.zeros((len(squares), 1, 2, 2))
     found[:, 0, 1, 1] = squares[:, 0].sum(axis=(1, 2))
     return found
-
-
-def as_tuple(label: Any) -> tuple[Any, ...]:
-    """A group's values, of one feature or several."""
-    return label if isinstance(label, tuple) else (label,)
 
 
 def unwrapped(label: Any) -> Any:

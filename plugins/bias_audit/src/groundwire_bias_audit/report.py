@@ -12,12 +12,12 @@ import pandas as pd
 from groundwire import RunContext, Section, Table
 from groundwire_bias_audit import figures
 from groundwire_bias_audit.examples import Examples
-from groundwire_bias_audit.export import plain, to_csv
-from groundwire_bias_audit.flips import flipped
+from groundwire_bias_audit.export import plain, to_csv, with_groups
+from groundwire_bias_audit.lists import surest_flips, susceptible
 from groundwire_bias_audit.passes import LOADER_STEP, Record
+from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.samples import Samples
-from groundwire_bias_audit.susceptibility import rank_susceptible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,10 +41,11 @@ class Reporter:
         self.examples: dict[tuple[str, str], list[tuple[Any, str]]] = {}
         self.pairs: dict[str, Pairs] = {}
 
-    def show(self, examples: Examples, samples: Samples) -> None:
+    def show(self, run: RunContext, examples: Examples, samples: Samples) -> None:
         """Remember samples of the confusion by confidence, if they are images."""
+        whole = Examples.merged(gathered(run.trainer, examples))
         self.examples = {}
-        for cell, found in examples.cells.items():
+        for cell, found in whole.cells.items() if run.trainer.is_global_zero else ():
             images = samples.images(example.id for example in found)
             if len(images) < len(found):
                 self.examples = {}
@@ -59,30 +60,30 @@ class Reporter:
 
     def take(
         self,
-        audit: BiasAudit,
         run: RunContext,
         results: dict[str, AuditResult],
         records: Mapping[str, Record | None],
         reference: Record | None,
         samples: Samples,
+        most: int,
     ) -> None:
-        """Remember the results of a stage, the samples that flipped, and those likely to."""
-        self.results[run.stage] = results
-        if not run.trainer.is_global_zero or not records:
-            return
-        dense = records.get("dense")
-        if dense is not None and dense.outputs.task == "binary":
-            assert dense.outputs.scores is not None
-            ids = None if dense.ids is None else dense.ids % LOADER_STEP
-            ranked = rank_susceptible(dense.outputs.scores[:, 0], dense.features, ids=ids, top=audit.listed)  # type: ignore[arg-type]
-            self.lists[f"susceptible-{run.stage}"] = ranked
-        for name, record in records.items():
-            if record is not None and reference is not None and record is not reference:
-                flips = flipped(reference, record)
-                self.lists[f"flips-{run.stage}-{name}"] = flips.head(audit.listed)
-                self.images[name] = thumbnails(samples, reference, flips.head(IMAGES))
+        """Remember the results of a stage, and ``most`` samples that flipped and that are likely to.
 
-    def section(self, audit: BiasAudit) -> Section | None:
+        Every process must call it; only the first one remembers lists.
+        """
+        self.results[run.stage] = results
+        kept = {f"susceptible-{run.stage}": susceptible(run.trainer, records["dense"], most)}
+        for name, record in records.items():
+            if results[name].comparison is not None:
+                flips = surest_flips(run.trainer, reference, record, results[name].task, max(most, IMAGES))
+                kept[f"flips-{run.stage}-{name}"] = None if flips is None else flips.head(most)
+                if flips is not None and run.trainer.is_global_zero:
+                    by_index = reference is None or reference.ids is not None
+                    self.images[name] = thumbnails(samples, flips.head(IMAGES)) if by_index else ([], [])
+        if run.trainer.is_global_zero:
+            self.lists |= {name: table for name, table in kept.items() if table is not None}
+
+    def section(self) -> Section | None:
         """The latest stage's section."""
         if not self.results:
             return None
@@ -120,11 +121,9 @@ def _file(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)[:100]
 
 
-def thumbnails(samples: Samples, record: Record, flips: pd.DataFrame) -> tuple[list[Any], list[str]]:
-    """Images of flipped rows of ``record``, where the data set can be indexed and holds images."""
-    if record.ids is None:
-        return [], []
-    images = samples.images(record.ids[flips.index])
+def thumbnails(samples: Samples, flips: pd.DataFrame) -> tuple[list[Any], list[str]]:
+    """Images of flipped samples, where the data set holds images."""
+    images = samples.images(flips.index)
     titles = [f"{row['id']}: {row['label']}\n{row['before']} to {row['after']}" for row in flips.to_dict("records")]
     return images, titles[: len(images)]
 
@@ -219,7 +218,7 @@ def _tests(results: Mapping[str, AuditResult]) -> Table:
 def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
     flat = frame.copy()
     flat.columns = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in frame.columns]
-    return flat.reset_index()
+    return with_groups(flat)
 
 
 def _table(caption: str, frame: pd.DataFrame) -> Table:

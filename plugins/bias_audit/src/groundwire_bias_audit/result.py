@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +12,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from groundwire_bias_audit.bootstrap import bootstrap, bootstrap_rows, bootstrap_scores
-from groundwire_bias_audit.evidence import Evidence, regression_table
-from groundwire_bias_audit.functional import RATES, Floats, rate, spread
-from groundwire_bias_audit.gate import Gate, Test, Verdict, check_metric, decide
+from groundwire_bias_audit.evidence import Evidence
+from groundwire_bias_audit.functional import rate, spread
+from groundwire_bias_audit.gate import Gate, Verdict
+from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.questions import as_tuple, describe, tests_of, unwrapped
-
-SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
-REGRESSION_METRICS = (
-    "mean_label",
-    "mean_prediction",
-    "mean_error",
-    "mean_absolute_error",
-    "mean_squared_error",
-    "r2_score",
+from groundwire_bias_audit.questions import describe, tests_of, unwrapped
+from groundwire_bias_audit.tables import (
+    by_target,
+    columns_of,
+    confusion_by_confidence,
+    impact,
+    intervals_by_group,
+    metrics_by_group,
 )
-METRICS = (*RATES, *SCORE_METRICS, *REGRESSION_METRICS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class AuditResult:
     comparison: Comparison | None = None
     metrics: tuple[str, ...] | None = None
     n_boot: int = 1000
-    ci_quantiles: tuple[float, float] = (0.025, 0.975)
+    ci_quantiles: tuple[float, ...] = (0.025, 0.975)
     random_state: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -86,33 +83,18 @@ class AuditResult:
             ValueError: There is no such feature or target.
         """
         evidence = self._by(features)
-        if self.task == "multilabel" and target is None and len(self.targets) > 1:
-            frames = {name: self._frame(evidence, i) for i, name in enumerate(self.targets)}
-            names = [*evidence.groups.names, "target"]
-            joined = pd.concat(frames, names=["target", *evidence.groups.names])
-            return joined.reorder_levels(names).reindex(
-                [(*as_tuple(g), t) for g in evidence.groups.index for t in frames]
-            )
-        return self._frame(evidence, self._target(target), target is not None)
+        return self._each(target, lambda index, one: self._frame(evidence, index, one))
 
     def summary(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """Overall, smallest and largest value, differences and ratios, as fairlearn's ``MetricFrame`` has them.
 
         Returns:
-            Index: the metric (with the control values in front of it, if there are any). Columns: ``overall``,
-            ``group_min``, ``group_max``, ``difference``, ``difference_to_overall``, ``ratio``, ``ratio_to_overall``.
+            Index: the metric (with the control values in front of it, if there are any; targets as in
+            :meth:`to_frame`). Columns: ``overall``, ``group_min``, ``group_max``, ``difference``,
+            ``difference_to_overall``, ``ratio``, ``ratio_to_overall``.
         """
         evidence = self._by(features)
-        which = self._target(target), target is not None
-        by_group = self._frame(evidence, *which).drop(columns="count")
-        whole = evidence.overall()
-        overall = self._frame(whole, *which).drop(columns="count")
-        size, found = len(overall), {}
-        values = by_group.to_numpy().reshape(size, -1, by_group.shape[1])
-        for i, control in enumerate(overall.index):
-            column = {"overall": overall.to_numpy()[i], **spread(values[i], overall.to_numpy()[i])}
-            found[control] = pd.DataFrame(column, index=pd.Index(by_group.columns, name="metric"))
-        return pd.concat(found, names=whole.groups.names) if evidence.groups.controls else next(iter(found.values()))
+        return self._each(target, lambda index, one: self._summary(evidence, index, one))
 
     def intervals(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """Bootstrap intervals of the metrics by group; ``ci_quantiles`` of ``n_boot`` draws.
@@ -121,22 +103,18 @@ class AuditResult:
             Index as :meth:`to_frame`; columns (metric, quantile). An interval of a max - min gap is no test: see
             :attr:`tests`.
         """
-        evidence, which = self._by(features), self._target(target)
-        found: dict[str, Floats] = {}
-        if evidence.counts is not None:
-            found |= self._rate_intervals(evidence, which, target is not None)
-        histogram = None if self.task == "multiclass" and target is not None else evidence.score_histogram()
-        if histogram is not None and evidence.squares is None:
-            scores = bootstrap_scores(
-                histogram, n_boot=min(self.n_boot, 200), ci_quantiles=self.ci_quantiles, random_state=self.random_state
-            )
-            axis = which if self.task == "multilabel" else 0
-            found |= {name: value[:, :, axis] for name, value in scores.items()}
-        shown = [name for name in self._columns(target is not None) if name in found]
-        columns = pd.MultiIndex.from_product([shown, list(self.ci_quantiles)], names=["metric", "quantile"])
-        values = [found[name][i] for name in shown for i in range(len(self.ci_quantiles))]
-        data = np.stack(values, axis=1) if values else np.empty((evidence.groups.size, 0))
-        return pd.DataFrame(data, index=evidence.groups.index, columns=columns)
+        evidence, options = self._by(features), {"n_boot": self.n_boot, "random_state": self.random_state}
+        return self._each(
+            target,
+            lambda index, one: intervals_by_group(
+                evidence,
+                index,
+                one,
+                columns_of(self.task, one, self.metrics),
+                ci_quantiles=self.ci_quantiles,
+                **options,
+            ),
+        )
 
     def confidence(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
         """TP, FN, FP and TN by group, split into certain (score outside 0.1-0.9) and uncertain.
@@ -144,39 +122,19 @@ class AuditResult:
         Raises:
             ValueError: The audit has no scores, or the task is neither binary nor multilabel.
         """
-        histogram = self._by(features).score_histogram()
-        if histogram is None or self.task not in ("binary", "multilabel"):
-            raise ValueError("confidence needs scores of a binary or multilabel task")
         evidence = self._by(features)
-        cells = histogram.confident[:, self._target(target)]
-        names = {("TP", 1, 1), ("FN", 1, 0), ("FP", 0, 1), ("TN", 0, 0)}
-        columns = {
-            (name, kind): cells[:, y, p, certain]
-            for name, y, p in sorted(names, reverse=True)
-            for kind, certain in (("certain", 1), ("uncertain", 0))
-        }
-        return pd.DataFrame(columns, index=evidence.groups.index)
+        return self._each(target, lambda index, one: confusion_by_confidence(evidence, index))
 
     def impact_ratios(self, features: str | Sequence[str] | None = None, *, target: Any = None) -> pd.DataFrame:
-        """Selection rate of each group over the highest one, and whether it is at least four fifths.
+        """Selection rate of each group over the highest one of its target and control values; is it four fifths of it?
 
         A figure that US employment guidance and New York's rule on hiring tools ask for. It says nothing about
         compliance with either.
         """
-        frame = self.to_frame(features, target=self.targets[0] if target is None else target)
-        if "selection_rate" not in frame:
-            raise ValueError("impact_ratios needs the metric selection_rate")
-        best = frame["selection_rate"].max()
-        values = frame["selection_rate"] / best if best > 0 else frame["selection_rate"] * math.nan
-        four_fifths = (values >= 0.8).astype(object).where(values.notna(), None)
-        return pd.DataFrame(
-            {
-                "count": frame["count"],
-                "selection_rate": frame["selection_rate"],
-                "impact_ratio": values,
-                "four_fifths": four_fifths,
-            }
-        )
+        controls = list(range(self.evidence.groups.controls))
+        one = self.targets[0] if target is None and len(self.targets) == 1 else target
+        frame = self.to_frame(features, target=one)
+        return impact(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
 
     @property
     def worst_group(self) -> tuple[Any, float]:
@@ -260,59 +218,22 @@ class AuditResult:
             raise ValueError(f"there is no target {target!r}; there are {list(self.targets)}")
         return self.targets.index(target)
 
-    def _columns(self, one: bool) -> list[str]:
-        """Metrics of the task; ``one`` for a single target or class."""
-        if self.task == "regression":
-            known: Sequence[str] = REGRESSION_METRICS
-        elif self.task == "multiclass":
-            known = tuple(RATES) if one else ("accuracy", *SCORE_METRICS[1:])
-        else:
-            known = (*RATES, *SCORE_METRICS)
-        return [name for name in known if self.metrics is None or name in self.metrics]
-
     def _frame(self, evidence: Evidence, target: int, one: bool = False) -> pd.DataFrame:
-        values: dict[str, Any] = {"count": evidence.size}
-        if evidence.moments is not None:
-            values |= regression_table(evidence.moments)
-        elif evidence.hits is not None and not one:
-            values["accuracy"] = rate(evidence.hits[:, 0], "accuracy")
-        elif evidence.counts is not None:
-            values |= {name: rate(evidence.counts[:, target], name) for name in RATES}
-        shown = self._columns(one)
-        if set(shown) & set(SCORE_METRICS):
-            undefined = np.full((evidence.groups.size, len(self.targets)), np.nan)
-            table = evidence.score_table()
-            axis = 0 if self.task == "multiclass" else target
-            values |= {name: table.get(name, undefined)[:, axis] for name in SCORE_METRICS}
-        return pd.DataFrame({name: values[name] for name in ("count", *shown)}, index=evidence.groups.index)
+        return metrics_by_group(evidence, target, one, columns_of(self.task, one, self.metrics))
 
-    def _rate_intervals(self, evidence: Evidence, target: int, one: bool) -> dict[str, Floats]:
-        options: dict[str, Any] = {
-            "n_boot": self.n_boot, "ci_quantiles": self.ci_quantiles, "random_state": self.random_state,
-        }  # fmt: skip
-        single = evidence.hits is not None and not one
-        counts = evidence.hits if single else evidence.counts
-        assert counts is not None
-        names = ("accuracy",) if single else tuple(RATES)
-        if evidence.squares is None:
-            found = bootstrap(counts[:, min(target, counts.shape[1] - 1)], names, **options)
-            return {name: aggregates["by_group"] for name, aggregates in found.items()}
-        if evidence.rows is None or evidence.rows.weights is None or evidence.groups.codes is None:
-            return {}
-        labels, predictions = evidence.rows.outputs.targets
-        label, prediction = labels[:, target], predictions[:, target]
-        if single:
-            label, prediction = np.ones_like(label), evidence.rows.outputs.correct
-        cells = evidence.groups.codes.astype(np.int64) * 4 + label * 2 + prediction
-        return bootstrap_rows(cells, evidence.rows.weights, evidence.groups.size, names, **options)
+    def _summary(self, evidence: Evidence, target: int, one: bool) -> pd.DataFrame:
+        by_group = self._frame(evidence, target, one).drop(columns="count")
+        whole = evidence.overall()
+        overall = self._frame(whole, target, one).drop(columns="count")
+        size, found = len(overall), {}
+        values = by_group.to_numpy().reshape(size, -1, by_group.shape[1])
+        for i, control in enumerate(overall.index):
+            column = {"overall": overall.to_numpy()[i], **spread(values[i], overall.to_numpy()[i])}
+            found[control] = pd.DataFrame(column, index=pd.Index(by_group.columns, name="metric"))
+        return pd.concat(found, names=whole.groups.names) if evidence.groups.controls else next(iter(found.values()))
 
-
-def checked_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """``metrics`` if all are known.
-
-    Raises:
-        ValueError: One is not; the nearest is shown.
-    """
-    if metrics is None:
-        return None
-    return tuple(check_metric(name, METRICS) for name in ([metrics] if isinstance(metrics, str) else metrics))
+    def _each(self, target: Any, make: Callable[[int, bool], pd.DataFrame]) -> pd.DataFrame:
+        """The table of a target, or of all outputs of a multilabel task."""
+        if self.task != "multilabel" or target is not None or len(self.targets) == 1:
+            return make(self._target(target), target is not None)
+        return by_target({name: make(i, False) for i, name in enumerate(self.targets)})

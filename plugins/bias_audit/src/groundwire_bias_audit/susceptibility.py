@@ -13,8 +13,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
+from groundwire_bias_audit.encoding import encoded
 from groundwire_bias_audit.functional import Floats, ratio
-from groundwire_bias_audit.grouping import read_groups
+from groundwire_bias_audit.grouping import named_columns, read_groups
 from groundwire_bias_audit.histogram import BAND
 
 Method: TypeAlias = Literal["shortcut", "confidence", "random"]
@@ -114,12 +115,9 @@ def rank_susceptible(
     p = np.asarray(scores, dtype=float)
     value = susceptibility(p, sensitive_features, method=method)
     table: dict[str, Any] = {"id": np.arange(len(p)) if ids is None else list(ids)}
-    if sensitive_features is not None:
-        groups = read_groups(sensitive_features, rows=len(p))
-        assert groups.codes is not None
-        places = np.unravel_index(groups.codes, groups.shape)
-        for name, levels, place in zip(groups.names, groups.levels, places, strict=True):
-            table[name] = [levels[i] for i in place]
+    for name, column in [] if sensitive_features is None else named_columns(sensitive_features, "sensitive_feature"):
+        codes, levels = encoded(name, column, len(p), len(p))
+        table[name] = [levels[i] for i in codes]
     table |= {"score": p, "uncertain": (p > BAND[0]) & (p < BAND[1]), "susceptibility": value}
     ranked = pd.DataFrame(table).sort_values("susceptibility", ascending=False, kind="stable")
     return ranked.head(top).reset_index(drop=True)

@@ -6,19 +6,41 @@ from typing import Any
 
 
 def due(trainer: Any, every_n_epochs: int | None) -> bool:
-    """Whether this pass is one of those: every n-th epoch's, the last epoch's, and any outside of ``fit``."""
-    if str(trainer.state.fn.value) != "fit":
+    """Whether this pass is one of those: every n-th epoch's, any that may be the fit's last, and any outside of it."""
+    if last(trainer):
         return True
-    epoch = trainer.current_epoch + 1
-    if every_n_epochs is not None:
-        return bool(epoch % every_n_epochs == 0)
-    return bool(epoch == trainer.max_epochs or trainer.should_stop)
+    return every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
-def last(trainer: Any, every_n_epochs: int | None) -> bool:
-    """Whether no later pass of this run is one of those."""
-    if str(trainer.state.fn.value) != "fit" or trainer.should_stop:
+def last(trainer: Any) -> bool:
+    """Whether this run may have no later pass."""
+    return str(trainer.state.fn.value) != "fit" or _may_be_last(trainer)
+
+
+def _may_be_last(trainer: Any) -> bool:
+    """Epochs or steps run out before the next validation, or a callback may stop the fit after this one."""
+    if trainer.should_stop or not _validated_later(trainer):
         return True
-    every, validated = every_n_epochs or 1, trainer.check_val_every_n_epoch or 1
-    later = range(trainer.current_epoch + 2, (trainer.max_epochs or 0) + 1)
-    return not any(epoch % every == 0 and epoch % validated == 0 for epoch in later)
+    steps = _batches_between(trainer) / trainer.accumulate_grad_batches
+    if trainer.max_steps != -1 and trainer.global_step + steps > trainer.max_steps:
+        return True
+    return any(c.wait_count + 1 >= c.patience for c in trainer.early_stopping_callbacks)
+
+
+def _validated_later(trainer: Any) -> bool:
+    """Whether the epochs leave room for another validation."""
+    if trainer.max_epochs in (None, -1):
+        return True
+    if trainer.check_val_every_n_epoch is None:  # by batches, whatever the epoch
+        seen = trainer.fit_loop.total_batch_idx + 1
+        return bool(seen + _batches_between(trainer) <= trainer.max_epochs * trainer.num_training_batches)
+    later = range(trainer.current_epoch + 2, trainer.max_epochs + 1)
+    return any(epoch % trainer.check_val_every_n_epoch == 0 for epoch in later)
+
+
+def _batches_between(trainer: Any) -> float:
+    """From one validation to the next."""
+    whole = trainer.num_training_batches * (trainer.check_val_every_n_epoch or 1)
+    within = trainer.val_check_batch
+    by_batch = trainer.check_val_every_n_epoch is None or (within or whole) < trainer.num_training_batches
+    return float(within if by_batch and within is not None else whole)
