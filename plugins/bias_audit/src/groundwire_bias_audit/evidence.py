@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class Evidence:
         """Whether scores are known."""
         return self.histogram is not None or (self.rows is not None and self.rows.outputs.scores is not None)
 
+    @cached_property
     def score_table(self) -> dict[str, Floats]:
         """AUC, calibration error and uncertainty ``[group, target]``; exact from rows, else from the histogram."""
         if not self.scored or self.task == "regression":
@@ -130,6 +132,7 @@ class Evidence:
         size = self.groups.size
         return np.stack([np.bincount(c, minlength=8 * size).reshape(size, 2, 2, 2) for c in cells.T], axis=1)
 
+    @cached_property
     def score_histogram(self) -> Histogram | None:
         """The scores as a histogram, also from rows."""
         if self.histogram is not None or self.rows is None or self.rows.outputs.scores is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def metrics_by_group(evidence: Evidence, target: int, one: bool, shown: Sequence
         values |= {name: rate(evidence.counts[:, target], name) for name in RATES}
     if set(shown) & set(SCORE_METRICS):
         undefined = np.full((evidence.groups.size, len(evidence.names)), np.nan)
-        table = evidence.score_table()
+        table = evidence.score_table
         axis = 0 if evidence.task == "multiclass" else target
         values |= {name: table.get(name, undefined)[:, axis] for name in SCORE_METRICS}
     return pd.DataFrame({name: values[name] for name in ("count", *shown)}, index=evidence.groups.index)
@@ -77,11 +78,12 @@ def intervals_by_group(
     found: dict[str, Floats] = {}
     if evidence.counts is not None:
         found |= _of_rates(evidence, evidence.counts, target, one, shown, options)
-    histogram = None if evidence.task == "multiclass" and one else evidence.score_histogram()
+    histogram = None if evidence.task == "multiclass" and one else evidence.score_histogram
     if histogram is not None and evidence.squares is None and {"roc_auc", "uncertainty"} & set(shown):
-        scores = bootstrap_scores(histogram, **options | {"n_boot": min(options["n_boot"], 200)})
         axis = target if evidence.task == "multilabel" else 0
-        found |= {name: value[:, :, axis] for name, value in scores.items()}
+        own = replace(histogram, counts=histogram.counts[:, axis : axis + 1])
+        scores = bootstrap_scores(own, **options | {"n_boot": min(options["n_boot"], 200)})
+        found |= {name: value[:, :, 0] for name, value in scores.items()}
     q = list(options["ci_quantiles"])
     held = [name for name in shown if name in found]
     values = [found[name][i] for name in held for i in range(len(q))]
