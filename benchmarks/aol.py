@@ -61,13 +61,13 @@ def measure_part(part: str, options: argparse.Namespace) -> list[Figure]:
 
 
 def on_digits(options: argparse.Namespace) -> list[Figure]:
-    seeds, epochs = (1, 2) if options.quick else (options.seeds, options.epochs)
+    seeds, epochs = (1, 1) if options.quick else (options.seeds, options.epochs)
     data = aol_training.as_split(digits(0))
     figures, results = aol_training.table("digits", data, seeds, epochs, options.ways)
     if not {"AOL", "converted stock CNN"} <= results.keys():
         return figures
     audited = [*results["AOL"], *results["converted stock CNN"]]
-    figures += aol_training.attacks(audited, data, 50 if options.quick else 500)
+    figures += aol_training.attacks(audited, data, 20 if options.quick else 500)
     figures += aol_training.roundings({name: results[name] for name in ("AOL", "converted stock CNN")}, data)
     return figures + aol_training.digits_targets(results)
 

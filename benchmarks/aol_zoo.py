@@ -242,7 +242,7 @@ def rounded(module: nn.Module, rounding: Rounding, shape: tuple[int, ...], gener
 
 
 def soundness(quick: bool) -> list[Figure]:
-    entries, kinds = zoo(), range(0, KERNELS, 4 if quick else 1)
+    entries, kinds = zoo(), range(0, KERNELS, 6 if quick else 1)
     unsound, accepted, refused, ratios, roundings, worst = 0, 0, set(), [], [], ""
     warnings.filterwarnings("ignore", message=".*padding='same'.*")
     for entry in track(entries, "The zoo", transient=True):

@@ -281,11 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    "speed": lambda o: speed(1, 1_000) if o.tiny else speed(2 if o.quick else 12),
-    "bootstrap": lambda o: resampling(2, 500, 3, 10) if o.tiny else resampling(2 if o.quick else 8),
+    "speed": lambda o: speed(1, 1_000) if o.tiny else speed(1 if o.quick else 12),
+    "bootstrap": lambda o: resampling(2, 500, 3, 10) if o.tiny else resampling(1 if o.quick else 8),
     "gate": lambda o: gate(2 if o.tiny else 20 if o.quick else 400),
     "planted": lambda o: planted(1, 1, 1) if o.tiny else planted(1, 12, 20) if o.quick else planted(3, 20, 200),
-    "overhead": lambda o: overhead(1, 2) if o.tiny else overhead(3, 100) if o.quick else overhead(9),
+    "overhead": lambda o: overhead(1, 2) if o.tiny else overhead(2, 60) if o.quick else overhead(9),
     "tabular": lambda o: [] if o.data is None else end_to_end(o.data, o.report, 2 if o.quick else 10),
 }
 assert DATA_SETS

@@ -18,8 +18,8 @@ from groundwire_aol.functional import Geometry, Side, apply_scale, canonical, ch
 ROUNDING = 1 + 1e-9
 #: Largest number of columns of an operator that is written out, and of the smaller side of a matrix.
 MAX_COLUMNS = 1024
-#: Largest number of entries of an iterated Gram kernel.
-MAX_ENTRIES = 2_000_000
+#: Largest number of entries of an iterated Gram kernel, and of products that make it (a second).
+MAX_ENTRIES, MAX_PRODUCTS = 2_000_000, 1_500_000_000
 
 
 def rescaled_norm(weight: Tensor, squared: Tensor, geometry: Geometry, *, steps: int, side: Side) -> float:
@@ -94,7 +94,8 @@ def kernel_norm(weight: Tensor, geometry: Geometry) -> float:
     logarithm, bounds = 0.0, [math.inf]
     for squarings in range(5):
         entries = power.shape[0] * power.shape[1] ** 2 * math.prod(2 * k - 1 for k in power.shape[3:])
-        if squarings and entries > MAX_ENTRIES:
+        products = entries * power.shape[2] * math.prod(power.shape[3:])
+        if squarings and (entries > MAX_ENTRIES or products > MAX_PRODUCTS):
             break
         size = float(power.abs().max())
         if size == 0:
