@@ -9,7 +9,8 @@ from limes_digit_stream import HOUR, Digits, Listed, labels_by_hour, module_of, 
 from torch import nn
 
 from groundwire import PluginError
-from groundwire_limes import LIMES
+from groundwire_limes import LIMES, PriorExtrapolator
+from groundwire_limes.functional import divergence
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,33 @@ def test_hours_without_batches_are_missing_and_empty_ones_harmless(kit):
     kit.trainer(limes).fit(Module(), Listed([*rows_at([0.0, 1.0 * HOUR]), masked, *rows_at([7.0 * HOUR, 8.0 * HOUR])]))
     assert limes.extrapolator.state_dict()["steps"] == [0, 1, 7, 8]
     assert np.isfinite(limes.prior()).all()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_label_is_missing_for_the_published_rule_too(kit):
+    class Module(Digits):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if (batch[1] >= 0).any() else None
+
+    limes = LIMES(method="nearest")
+    kit.trainer(limes).fit(Module(), Listed(rows_at([0.0, HOUR, 2.0 * HOUR, 3.0 * HOUR], [1, 2, -100, 1])))
+    assert limes.extrapolator.state_dict()["steps"] == [0, 1, 3]
+
+
+def test_a_forecast_is_judged_by_what_was_known_when_its_step_began_also_where_batches_span_two(kit):
+    datamodule, limes = module_of(), LIMES(season="4h")
+    rows = np.concatenate(datamodule._batches)
+    datamodule._batches = np.split(rows, range(7, len(rows), 20))
+    kit.trainer(limes).fit(Digits(), datamodule=datamodule)
+    twin, counts = PriorExtrapolator(10, period=4), labels_by_hour(module_of())
+    for closed in limes._line.closed:
+        realised = counts[closed.step] / counts[closed.step].sum()
+        assert closed.divergence == divergence(realised, twin.forecast(closed.step))
+        twin.update(closed.step, counts[closed.step])
+    assert [closed.step for closed in limes._line.closed] == list(range(11))
+
+
+def test_a_step_to_which_late_rows_come_is_judged_once(kit):
+    limes = LIMES(lateness=2)
+    kit.trainer(limes).fit(Digits(), Listed(rows_at([HOUR * h for h in (0, 1, 2, 1, 3, 4)])))
+    assert [closed.step for closed in limes._line.closed] == [0, 1, 2, 3]

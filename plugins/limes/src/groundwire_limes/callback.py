@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -106,13 +107,14 @@ class LIMES(Forecasts):
         self._inspected = False
         self._correction: Correction | None = None
         self._steps: Steps | None = None
+        self._asked: Timeline | None = None
         self._row_weights: Tensor | None = None
         self._counted = True
         self._notes: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
-        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_row_weights"))
+        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_asked", "_row_weights"))
         return {**vars(self), **gone, "_ranks": Ranks()}
 
     # Lightning
@@ -199,15 +201,18 @@ class LIMES(Forecasts):
         self._absorb()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forecasts use all labels so far."""
-        if not trainer.sanity_checking:
-            self._absorb()
+        """Forecasts use all labels so far; training goes on as if nobody had asked."""
+        if self._line is not None and not trainer.sanity_checking:
+            self._line.gather(self._ranks.gather)
+            self._asked = self._line.informed()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Correct the head for what is expected of this batch."""
         correction = self._ready(batch)
+        if self._asked is not None:
+            correction = replace(correction, line=self._asked)
         current = correction.line.current or 0 if trainer.state.fn == "fit" else self.next_step
         steps = self._clock.evaluation(batch, correction.run.fields(batch), otherwise=current)
         correction.evaluate(steps)
@@ -218,7 +223,7 @@ class LIMES(Forecasts):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Training goes on with its own step; the next batch says which."""
-        self._steps = None
+        self._steps, self._asked = None, None
 
     # What happens in these places
 
@@ -264,7 +269,7 @@ class LIMES(Forecasts):
         """Counts, quality, place in the stream; plain types. Under DDP all ranks call it, as they save together."""
         if self._line is None:
             return {}
-        self._absorb()
+        self._line.gather(self._ranks.gather)
         return self._learned.state_dict(self._arguments(), self.unlabelled)
 
     def _arguments(self) -> dict[str, Any]:
@@ -292,6 +297,7 @@ class LIMES(Forecasts):
             from groundwire.checkpoint import read
 
             self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
+        self._absorb()
         if self._line is None or not self._line.extrapolator.observed:
             inspection.say(inspection.NO_HISTORY)
 
