@@ -5,7 +5,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
-from limes_digit_stream import HOUR, Digits, Listed, labels_by_hour, module_of, rows_at
+from limes_digit_stream import HOUR, Digits, Listed, across_hours, labels_by_hour, module_of, rows_at
 from torch import nn
 
 from groundwire import PluginError
@@ -110,10 +110,8 @@ def test_a_step_without_a_label_is_missing_for_the_published_rule_too(kit):
 
 
 def test_a_forecast_is_judged_by_what_was_known_when_its_step_began_also_where_batches_span_two(kit):
-    datamodule, limes = module_of(), LIMES(season="4h")
-    rows = np.concatenate(datamodule._batches)
-    datamodule._batches = np.split(rows, range(7, len(rows), 20))
-    kit.trainer(limes).fit(Digits(), datamodule=datamodule)
+    limes = LIMES(season="4h")
+    kit.trainer(limes).fit(Digits(), datamodule=across_hours(module_of()))
     twin, counts = PriorExtrapolator(10, period=4), labels_by_hour(module_of())
     for closed in limes._line.closed:
         realised = counts[closed.step] / counts[closed.step].sum()

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from limes_digit_stream import HOUR, Digits, Spy, module_of, stream
+from limes_digit_stream import HOUR, Digits, Spy, across_hours, module_of, stream
 from torch.utils.data import DataLoader
 
 from groundwire import PluginError
@@ -51,12 +51,12 @@ def test_a_run_resumed_at_any_batch_has_bitwise_the_same_offsets(kit, whole, at)
 def out_of_step(late):
     """A stream whose batches span two hours each; or hours in order, with a few batches that come later."""
     datamodule = module_of()
-    if late:
-        for now, later in ((4, 9), (7, 11), (12, 16)):
-            datamodule._batches.insert(later, datamodule._batches.pop(now))
-    else:
-        rows = np.concatenate(datamodule._batches)
-        datamodule._batches = np.split(rows, range(7, len(rows), 20))
+    if not late:
+        return across_hours(datamodule)
+    batches = datamodule.batches()
+    for now, later in ((4, 9), (7, 11), (12, 16)):
+        batches.insert(later, batches.pop(now))
+    datamodule.batches = lambda: batches
     return datamodule
 
 
