@@ -19,6 +19,9 @@ from groundwire_limes import LIMES
         ({"batches_per_step": 0}, "batches_per_step must be a whole number of at least 1"),
         ({"lateness": -1}, "lateness must be a whole number of at least 0"),
         ({"season": 1, "batches_per_step": 2}, "season must be a whole number of at least 2"),
+        ({"season": "1w", "batches_per_step": 2}, "season must be a whole number of at least 2"),
+        ({"season": "7h", "period": "2h"}, "season must be two steps or more, whole ones of 7200 s each, got '7h'"),
+        ({"season": 24}, "season must be two steps or more, whole ones of 3600 s each, got 24"),
     ],
 )
 def test_bad_arguments_are_refused(options, text):

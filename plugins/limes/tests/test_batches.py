@@ -11,6 +11,7 @@ from torch import nn
 from groundwire import PluginError
 from groundwire_limes import LIMES, PriorExtrapolator
 from groundwire_limes.functional import divergence
+from groundwire_limes.labels import refuse_unknown_labels
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ from groundwire_limes.functional import divergence
         ([0.0, 99999.0, 80000.0], {"lateness": 1}, "time goes backwards, from step 27 to 22"),
         ([0.0], {"time": "when"}, "no 'when' in a training batch"),
         ([0.0], {"weights": "w"}, "no weights 'w'"),
+        ([0.0], {"weights": lambda _: [1.0, 2.0]}, "2 weights for a batch of 4 rows"),
     ],
 )
 def test_bad_times_are_refused_with_the_reason(kit, times, options, text):
@@ -36,6 +38,36 @@ def test_bad_times_are_refused_with_the_reason(kit, times, options, text):
 def test_a_label_that_the_head_does_not_have_is_named_before_the_loss_sees_it(kit):
     with pytest.raises(PluginError, match="label 12 is in a training batch, and the head has 10 classes"):
         kit.trainer(LIMES()).fit(Digits(), Listed(rows_at([0.0], [12])))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_label_that_the_head_does_not_have_is_named_whatever_its_dtype(dtype):
+    with pytest.raises(PluginError, match="label 2 is in a training batch, and the head has 2 classes"):
+        refuse_unknown_labels(torch.tensor([0, 2, 1]).to(dtype), 2)
+
+
+def test_a_missing_binary_label_that_is_nan_is_masked(kit):
+    class Binary(Digits):
+        def training_step(self, batch, batch_idx):
+            known = ~batch[1].isnan()
+            scores = self(batch[0]).squeeze(1)
+            return nn.functional.binary_cross_entropy_with_logits(scores[known], batch[1][known])
+
+    labels, limes = torch.tensor([1.0, float("nan"), 0.0, 1.0]), LIMES()
+    batches = [(torch.zeros(4, 64), labels, {"timestamp": HOUR * h}) for h in (0.0, 1.0)]
+    kit.trainer(limes).fit(Binary(1), Listed(batches))
+    assert limes.extrapolator.state_dict()["counts"] == [[1.0, 2.0], [1.0, 2.0]]
+    assert limes._line.tally.quality(0)["labels"] == 3
+
+
+def test_labels_that_are_not_found_are_said(kit):
+    class Named(Digits):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["image"], batch["kind"]), batch_idx)
+
+    batch = {"image": torch.zeros(4, 64), "kind": torch.zeros(4, dtype=torch.long), "timestamp": 0.0}
+    with pytest.warns(UserWarning, match="no labels are found in a training batch"):
+        kit.trainer(LIMES()).fit(Named(), Listed([batch]))
 
 
 def test_several_labels_for_each_row_are_refused(kit):

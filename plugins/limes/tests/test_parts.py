@@ -139,6 +139,9 @@ def test_the_gate_is_shut_while_few_labelled_steps_are_known_and_its_memory_come
         other.strength,
         other.calibration.temperature,
     )
+    memory.learn(12, *rows(rng, np.ones(3) / 3, 64, 1.0))
+    twin.load_state_dict(memory.state_dict())
+    assert memory.gate(extrapolator, 2).gain == twin.gate(extrapolator, 2).gain != one.gain
 
 
 def test_softmax_is_stable():

@@ -14,7 +14,7 @@ from groundwire import Fields, Finding, PluginError, Problem, RunContext, Sectio
 from groundwire.offset import outputs_of
 from groundwire_limes import inspection
 from groundwire_limes.arguments import one_of, whole
-from groundwire_limes.clock import Clock, Steps
+from groundwire_limes.clock import DAY, Clock, Steps
 from groundwire_limes.correction import Correction, TrainingPrior
 from groundwire_limes.distributed import Ranks
 from groundwire_limes.extrapolator import METHODS, Method, PriorExtrapolator
@@ -47,7 +47,8 @@ class LIMES(Forecasts):
         head: Name of the layer that gives the scores, such as ``"net.4"``; found by itself when left out.
         on_backward: What to do when time goes backwards: ``"raise"``, or ``"replay"`` to train without counting.
         batches_per_step: A step is so many training batches; ``time`` and ``period`` are then not used.
-        season: Length of a season, ``"1d"`` by default; with ``batches_per_step``, a number of steps or None.
+        season: Length of a season, a whole number of steps. By default a day, where that is one. With
+            ``batches_per_step``, a number of steps, and by default none.
         lateness: Steps that a batch may be older than the newest one, without being an error.
         weights: Key or ``weights(batch)`` of the weight of each row in the counts; 1 when left out.
         unlabelled: Re-estimate the prior of each batch that is predicted from its scores, where past labels show that
@@ -77,7 +78,7 @@ class LIMES(Forecasts):
         on_backward: Literal["raise", "replay"] = "raise",
         *,
         batches_per_step: int | None = None,
-        season: str | int | None = "1d",
+        season: str | int | None = DAY,
         lateness: int = 0,
         weights: str | Callable[[Any], Any] | None = None,
         unlabelled: bool = False,
@@ -104,7 +105,7 @@ class LIMES(Forecasts):
     def _forget_run(self) -> None:
         self._run: RunContext | None = None
         self._ranks = Ranks()
-        self._inspected = False
+        self._inspected, self._told = False, False
         self._correction: Correction | None = None
         self._steps: Steps | None = None
         self._asked: Timeline | None = None
@@ -154,9 +155,12 @@ class LIMES(Forecasts):
         """Agree on the step, close those before it, and correct the head for this batch."""
         correction = self._ready(batch)
         line, fields = correction.line, correction.run.fields(batch)
+        if fields.targets is None and not self._told:
+            self._told = True
+            inspection.warn([("no_labels", inspection.NO_LABELS)])
         refuse_unknown_labels(fields.targets, line.extrapolator.num_classes)
         self._steps = self._clock.training(batch, fields, self._learned.batches)
-        self._row_weights = weights_of(self.weights, batch)
+        self._row_weights = weights_of(self.weights, batch, self._steps.rows)
         step = self._ranks.earliest(self._steps.earliest)
         self._counted = not line.replays(step)
         if not self._counted and self.on_backward == "raise":
