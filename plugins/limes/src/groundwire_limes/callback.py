@@ -43,7 +43,7 @@ class LIMES(Forecasts):
         preset: ``"icpr2022"`` for the published algorithm: ``method="nearest"`` and ``training_prior="forecast"``.
         training_prior: What corrects the loss: ``"running"``, the forecast and the labels of the step so far, without
             the current batch; ``"forecast"``; or ``"realised"``, all labels of the step, which the DataModule must
-            tell in ``step_counts(step)``.
+            tell in ``step_counts(step, num_classes)``.
         head: Name of the layer that gives the scores, such as ``"net.4"``; found by itself when left out.
         on_backward: What to do when time goes backwards: ``"raise"``, or ``"replay"`` to train without counting.
         batches_per_step: A step is so many training batches; ``time`` and ``period`` are then not used.
@@ -70,7 +70,7 @@ class LIMES(Forecasts):
     def __init__(
         self,
         time: str | Callable[[Any], Any] = "timestamp",
-        period: str | float = "1h",
+        period: float | str = "1h",
         method: Method = "auto",
         preset: Literal["icpr2022"] | None = None,
         training_prior: TrainingPrior = "running",
@@ -78,7 +78,7 @@ class LIMES(Forecasts):
         on_backward: Literal["raise", "replay"] = "raise",
         *,
         batches_per_step: int | None = None,
-        season: str | int | None = DAY,
+        season: int | str | None = DAY,
         lateness: int = 0,
         weights: str | Callable[[Any], Any] | None = None,
         unlabelled: bool = False,

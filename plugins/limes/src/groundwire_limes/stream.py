@@ -150,7 +150,7 @@ class StreamDataModule(LightningDataModule):
         dataset: Any,
         timestamps: Any,
         *,
-        period: str | float = "1h",
+        period: float | str = "1h",
         batch_size: int = 100,
         collate_fn: Callable[[list[Any]], Any] = default_collate,
         num_workers: int = 0,
