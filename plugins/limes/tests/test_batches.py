@@ -88,6 +88,26 @@ def test_soft_labels_count_by_their_shares(kit):
     assert limes.extrapolator.state_dict()["counts"][0] == pytest.approx((4 * shares[0]).tolist())
 
 
+def test_a_loader_may_use_the_same_tensors_for_every_batch(kit):
+    """Quality waits for several batches, so what it is computed of has to be kept."""
+
+    class Reusing(Listed):
+        def __iter__(self):
+            shared = [torch.empty_like(part) for part in self.batches[0][:2]]
+            for x, y, meta in self.batches:
+                shared[0].copy_(x), shared[1].copy_(y)
+                yield (*shared, meta)
+
+    labels = torch.eye(10)[torch.randint(10, (8, 4))]
+    batches = [(torch.randn(4, 64), shares, {"timestamp": 0.0}) for shares in labels]
+    found = []
+    for loader in (Listed(batches), Reusing(batches)):
+        limes = LIMES()
+        kit.trainer(limes).fit(Digits(), loader)
+        found.append(limes._line.tally.quality(0))
+    assert found[0] == found[1]
+
+
 def test_weighted_rows_count_by_their_weights(kit):
     batch = (
         torch.zeros(4, 64),

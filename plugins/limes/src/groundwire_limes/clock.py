@@ -125,7 +125,7 @@ class Clock:
         """
         if self.batches_per_step is not None and season not in (None, DAY):
             whole("season", season, 2)
-            return int(season)  # type: ignore[arg-type]
+            return int(season)
         count = steps_in(season, self.seconds) if self.batches_per_step is None else None
         if count is None and season not in (None, DAY):
             raise ValueError(f"season must be two steps or more, whole ones of {self.seconds:g} s each, got {season!r}")

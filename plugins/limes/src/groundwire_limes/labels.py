@@ -91,7 +91,7 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
         targets = torch.as_tensor(targets)
     if targets.numel() == predictions:
         return _indices(targets.reshape(-1), classes)
-    shares = class_scores(targets, conv).float()
+    shares = class_scores(targets, conv).to(torch.float32, copy=True)  # a loader may use its tensors again
     if targets.is_floating_point() and shares.shape == (predictions, classes):
         if not bool(torch.allclose(shares.sum(dim=1), torch.ones(1, device=shares.device), atol=1e-3)):
             raise PluginError(
