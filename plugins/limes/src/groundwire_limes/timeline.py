@@ -139,9 +139,9 @@ class Timeline:
         return Closed(step, divergence(counts / counts.sum(), forecast.prior), forecast.guarded)
 
     def measured(self, closed: Closed) -> dict[str, float]:
-        """``accuracy`` (prequential) and ``divergence`` of a step that is over."""
+        """Of a step that is over: ``accuracy`` (prequential), ``divergence``, and 0 or 1 in ``guarded``."""
         accuracy = {n: v for n, v in self.tally.quality(closed.step).items() if n == "accuracy"}
-        return {**accuracy, "divergence": closed.divergence}
+        return {**accuracy, "divergence": closed.divergence, "guarded": float(closed.guarded)}
 
     def forecast(self, step: int) -> Forecast:
         """What is expected of ``step``, from what was observed before it."""
