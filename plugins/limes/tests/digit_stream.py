@@ -37,6 +37,13 @@ def module_of(hours=12, batch_size=20, **options):
     return StreamDataModule(data, times, batch_size=batch_size)
 
 
+def across_hours(datamodule):
+    """The stream with batches that begin in one hour and end in the next."""
+    rows = np.concatenate(datamodule.batches())
+    datamodule.batches = lambda: np.split(rows, range(7, len(rows), 20))
+    return datamodule
+
+
 class Digits(pl.LightningModule):
     def __init__(self, classes=10):
         super().__init__()

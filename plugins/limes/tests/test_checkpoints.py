@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from limes_digit_stream import HOUR, Digits, Spy, module_of, stream
+from limes_digit_stream import HOUR, Digits, Spy, across_hours, module_of, stream
 from torch.utils.data import DataLoader
 
 from groundwire import PluginError
@@ -46,6 +46,52 @@ def test_a_run_resumed_at_any_batch_has_bitwise_the_same_offsets(kit, whole, at)
     assert len(rest.offsets) == len(whole.offsets) - at == 24 - at
     assert all(torch.equal(a, b) for a, b in zip(whole.offsets[at:], rest.offsets, strict=True))
     assert kit.difference(module.state_dict(), whole.weights) == 0.0
+
+
+def out_of_step(late):
+    """A stream whose batches span two hours each; or hours in order, with a few batches that come later."""
+    datamodule = module_of()
+    if not late:
+        return across_hours(datamodule)
+    batches = datamodule.batches()
+    for now, later in ((4, 9), (7, 11), (12, 16)):
+        batches.insert(later, batches.pop(now))
+    datamodule.batches = lambda: batches
+    return datamodule
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["mixed", "late"])
+def test_saving_and_validating_change_no_offset_of_training_and_neither_does_resuming(kit, late):
+    def run(*callbacks, **options):
+        spy, datamodule = Spy(), out_of_step(late)
+        limes = LIMES(season="4h", lateness=3 * late)
+        kit.trainer(limes, spy, *callbacks, num_sanity_val_steps=0, **options).fit(
+            Digits(), datamodule.train_dataloader(), DataLoader(stream()[0], 200), ckpt_path=resumed
+        )
+        return limes, spy.offsets
+
+    resumed = None
+    limes, offsets = run(limit_val_batches=0)
+    saved = run(SaveAll(kit.path), val_check_interval=3)
+    for at in RESUMED:
+        resumed = kit.path / f"{at}.ckpt"
+        rest = run(val_check_interval=3)
+        assert rest[0].extrapolator.state_dict() == limes.extrapolator.state_dict()
+        assert rest[0]._line.closed == saved[0]._line.closed == limes._line.closed
+        for found, expected in ((saved[1], offsets), (rest[1], offsets[at:])):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_checkpoint_within_a_step_knows_the_labels_of_that_step(kit):
+    limes, datamodule = LIMES(), module_of()
+    kit.trainer(limes, SaveAll(kit.path)).fit(Digits(), datamodule=datamodule)
+    loaded = LIMES()
+    loaded.load_state_dict(torch.load(kit.path / "7.ckpt", weights_only=True)["callbacks"]["LIMES"])
+    labels = [batch[1].numpy() for batch in datamodule.train_dataloader()]
+    assert loaded.extrapolator.observed == loaded.next_step == 4
+    assert loaded.extrapolator.state_dict()["counts"][3] == np.bincount(labels[6], minlength=10).tolist()
+    limes.load_state_dict(loaded.state_dict())
+    assert np.array_equal(loaded.prior(), limes.prior())
 
 
 def test_a_checkpoint_brings_its_history_along_for_prediction(kit, fitted):

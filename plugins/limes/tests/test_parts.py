@@ -139,7 +139,25 @@ def test_the_gate_is_shut_while_few_labelled_steps_are_known_and_its_memory_come
         other.strength,
         other.calibration.temperature,
     )
+    memory.learn(12, *rows(rng, np.ones(3) / 3, 64, 1.0))
+    twin.load_state_dict(memory.state_dict())
+    assert memory.gate(extrapolator, 2).gain == twin.gate(extrapolator, 2).gain != one.gain
 
 
 def test_softmax_is_stable():
     assert np.isfinite(softmax(np.array([1e4, 0.0]))).all()
+
+
+def test_many_classes_keep_few_states_and_forecast_the_same():
+    rng = np.random.default_rng(0)
+    one, other = PriorExtrapolator(30_000, period=24), PriorExtrapolator(30_000, period=24)
+    rows = rng.multinomial(1000, np.full(30_000, 1 / 30_000), 16)
+    for step, counts in enumerate(rows):
+        one.update(step, counts)
+        one.forecast(step + 1)
+    for step in reversed(range(16)):
+        other.update(step, rows[step])
+    held = sum(state.filter.cov.nbytes for state in one._recursion._states.values())
+    assert held <= 8 * 2**24
+    assert np.array_equal(one.forecast(3), other.forecast(3))
+    assert np.array_equal(one.forecast(16), other.forecast(16))

@@ -66,6 +66,8 @@ def test_the_report_has_prequential_accuracy_worst_hours_divergence_and_pictures
     logged = [float(row["limes/accuracy"]) for row in rows if row["limes/accuracy"]]
     assert logged == pytest.approx(qualities[:-1])  # each step when it is over, log_every_n_steps or not
     assert sum(bool(row["limes/divergence"]) for row in rows) >= len(logged)
+    guarded = [float(row["limes/guarded"]) for row in rows if row["limes/guarded"]]
+    assert sum(guarded) == found["guarded_steps"] > 0
 
 
 def test_a_checkpoint_can_monitor_the_last_complete_step(kit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from groundwire import Fields, Finding, PluginError, Problem, RunContext, Sectio
 from groundwire.offset import outputs_of
 from groundwire_limes import inspection
 from groundwire_limes.arguments import one_of, whole
-from groundwire_limes.clock import Clock, Steps
+from groundwire_limes.clock import DAY, Clock, Steps
 from groundwire_limes.correction import Correction, TrainingPrior
 from groundwire_limes.distributed import Ranks
 from groundwire_limes.extrapolator import METHODS, Method, PriorExtrapolator
@@ -42,11 +43,12 @@ class LIMES(Forecasts):
         preset: ``"icpr2022"`` for the published algorithm: ``method="nearest"`` and ``training_prior="forecast"``.
         training_prior: What corrects the loss: ``"running"``, the forecast and the labels of the step so far, without
             the current batch; ``"forecast"``; or ``"realised"``, all labels of the step, which the DataModule must
-            tell in ``step_counts(step)``.
+            tell in ``step_counts(step, num_classes)``.
         head: Name of the layer that gives the scores, such as ``"net.4"``; found by itself when left out.
         on_backward: What to do when time goes backwards: ``"raise"``, or ``"replay"`` to train without counting.
         batches_per_step: A step is so many training batches; ``time`` and ``period`` are then not used.
-        season: Length of a season, ``"1d"`` by default; with ``batches_per_step``, a number of steps or None.
+        season: Length of a season, a whole number of steps. By default a day, where that is one. With
+            ``batches_per_step``, a number of steps, and by default none.
         lateness: Steps that a batch may be older than the newest one, without being an error.
         weights: Key or ``weights(batch)`` of the weight of each row in the counts; 1 when left out.
         unlabelled: Re-estimate the prior of each batch that is predicted from its scores, where past labels show that
@@ -68,7 +70,7 @@ class LIMES(Forecasts):
     def __init__(
         self,
         time: str | Callable[[Any], Any] = "timestamp",
-        period: str | float = "1h",
+        period: float | str = "1h",
         method: Method = "auto",
         preset: Literal["icpr2022"] | None = None,
         training_prior: TrainingPrior = "running",
@@ -76,7 +78,7 @@ class LIMES(Forecasts):
         on_backward: Literal["raise", "replay"] = "raise",
         *,
         batches_per_step: int | None = None,
-        season: str | int | None = "1d",
+        season: int | str | None = DAY,
         lateness: int = 0,
         weights: str | Callable[[Any], Any] | None = None,
         unlabelled: bool = False,
@@ -103,16 +105,17 @@ class LIMES(Forecasts):
     def _forget_run(self) -> None:
         self._run: RunContext | None = None
         self._ranks = Ranks()
-        self._inspected = False
+        self._inspected, self._told = False, False
         self._correction: Correction | None = None
         self._steps: Steps | None = None
+        self._asked: Timeline | None = None
         self._row_weights: Tensor | None = None
         self._counted = True
         self._notes: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
-        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_row_weights"))
+        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_asked", "_row_weights"))
         return {**vars(self), **gone, "_ranks": Ranks()}
 
     # Lightning
@@ -152,9 +155,12 @@ class LIMES(Forecasts):
         """Agree on the step, close those before it, and correct the head for this batch."""
         correction = self._ready(batch)
         line, fields = correction.line, correction.run.fields(batch)
+        if fields.targets is None and not self._told:
+            self._told = True
+            inspection.warn([("no_labels", inspection.NO_LABELS)])
         refuse_unknown_labels(fields.targets, line.extrapolator.num_classes)
         self._steps = self._clock.training(batch, fields, self._learned.batches)
-        self._row_weights = weights_of(self.weights, batch)
+        self._row_weights = weights_of(self.weights, batch, self._steps.rows)
         step = self._ranks.earliest(self._steps.earliest)
         self._counted = not line.replays(step)
         if not self._counted and self.on_backward == "raise":
@@ -199,15 +205,18 @@ class LIMES(Forecasts):
         self._absorb()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forecasts use all labels so far."""
-        if not trainer.sanity_checking:
-            self._absorb()
+        """Forecasts use all labels so far; training goes on as if nobody had asked."""
+        if self._line is not None and not trainer.sanity_checking:
+            self._line.gather(self._ranks.gather)
+            self._asked = self._line.informed()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Correct the head for what is expected of this batch."""
         correction = self._ready(batch)
+        if self._asked is not None:
+            correction = replace(correction, line=self._asked)
         current = correction.line.current or 0 if trainer.state.fn == "fit" else self.next_step
         steps = self._clock.evaluation(batch, correction.run.fields(batch), otherwise=current)
         correction.evaluate(steps)
@@ -218,7 +227,7 @@ class LIMES(Forecasts):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Training goes on with its own step; the next batch says which."""
-        self._steps = None
+        self._steps, self._asked = None, None
 
     # What happens in these places
 
@@ -264,7 +273,7 @@ class LIMES(Forecasts):
         """Counts, quality, place in the stream; plain types. Under DDP all ranks call it, as they save together."""
         if self._line is None:
             return {}
-        self._absorb()
+        self._line.gather(self._ranks.gather)
         return self._learned.state_dict(self._arguments(), self.unlabelled)
 
     def _arguments(self) -> dict[str, Any]:
@@ -292,6 +301,7 @@ class LIMES(Forecasts):
             from groundwire.checkpoint import read
 
             self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
+        self._absorb()
         if self._line is None or not self._line.extrapolator.observed:
             inspection.say(inspection.NO_HISTORY)
 

@@ -14,6 +14,9 @@ from groundwire_limes.inspection import rows_of
 from groundwire_limes.steps import shared_key, step_keys, steps_in
 from groundwire_limes.times import times_of
 
+#: The season that is looked for unasked.
+DAY = "1d"
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -115,17 +118,18 @@ class Clock:
         return np.unique(self._keys(times)).tolist(), self.seconds
 
     def season(self, season: str | int | None) -> int | None:
-        """Steps in ``season``; None if there is none.
+        """Steps in ``season``; None if there is none, or if a day, which is looked for unasked, has no whole steps.
 
         Raises:
             ValueError: It is not two whole steps or more.
         """
-        if self.batches_per_step is None:
-            return steps_in(season, self.seconds)
-        if isinstance(season, int):
+        if self.batches_per_step is not None and season not in (None, DAY):
             whole("season", season, 2)
-            return season
-        return None
+            return int(season)
+        count = steps_in(season, self.seconds) if self.batches_per_step is None else None
+        if count is None and season not in (None, DAY):
+            raise ValueError(f"season must be two steps or more, whole ones of {self.seconds:g} s each, got {season!r}")
+        return count
 
     def _keys(self, times: Any) -> np.ndarray[Any, Any]:
         try:

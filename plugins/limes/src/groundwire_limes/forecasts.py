@@ -52,7 +52,7 @@ class Forecasts(Plugin):
         """Biases for serving without this plugin: what to add to the plain model's scores, step by step.
 
         Args:
-            timestamps: When the model will be asked; each step in which one falls gives a row of the table. Steps
+            timestamps: When the model will be asked; each step in which one falls gives a row of the table. Step
                 numbers with ``batches_per_step``.
             module: With the model, the table holds complete biases of its head.
 
@@ -68,7 +68,7 @@ class Forecasts(Plugin):
     def gw_export(self, module: nn.Module) -> None:
         """Fold the forecast of the step after the last one into the head's bias."""
         if self._line is not None and self._learned.head is not None:
-            fold(module.get_submodule(self._learned.head), self._line.offset(self.next_step))
+            fold(module.get_submodule(self._learned.head), self._line.informed().offset(self.next_step))
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
@@ -79,8 +79,6 @@ class Forecasts(Plugin):
             "training_prior": self.training_prior,
         }
         if self._line is not None:
-            facts |= {
-                "observed_steps": self._line.extrapolator.observed,
-                "last_step": self._line.extrapolator.last_step,
-            }
+            known = self._line.informed().extrapolator
+            facts |= {"observed_steps": known.observed, "last_step": known.last_step}
         return facts

@@ -19,6 +19,10 @@ NO_HISTORY = (
     "LIMES has no history, so scores stay as they are; if the weights were trained with LIMES, load it with them: pass "
     "ckpt_path= to the Trainer, or use the LIMES object of the fit"
 )
+NO_LABELS = (
+    "no labels are found in a training batch, so nothing is counted of it and forecasts do not learn from it -> tell "
+    "where they are: Plugins(fields=lambda batch: Fields(inputs, targets=...))"
+)
 
 
 def rows_of(fields: Fields) -> int:

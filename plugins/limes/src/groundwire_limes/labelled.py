@@ -76,15 +76,16 @@ class Labelled:
                 memory.learn(step, raw.cpu().numpy(), hard[rows])
 
 
-def weights_of(where: str | Callable[[Any], Any] | None, batch: Any) -> Tensor | None:
+def weights_of(where: str | Callable[[Any], Any] | None, batch: Any, rows: int) -> Tensor | None:
     """Weight of each row of a batch in the counts, shape (B,); None if all are 1.
 
     Args:
         where: A key of the batch, or ``where(batch)``; None for no weights.
         batch: As the loader gave it.
+        rows: B.
 
     Raises:
-        PluginError: They are not there, or one is negative or not finite.
+        PluginError: They are not there or not as many as rows, or one is negative or not finite.
     """
     if where is None:
         return None
@@ -92,6 +93,8 @@ def weights_of(where: str | Callable[[Any], Any] | None, batch: Any) -> Tensor |
     if found is None:
         raise PluginError(f"limes: no weights {where!r} in a training batch -> LIMES(weights='their key')")
     weights = torch.as_tensor(found).reshape(-1)
+    if len(weights) != rows:
+        raise PluginError(f"limes: {len(weights)} weights for a batch of {rows} rows -> one for each")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise PluginError("limes: a row's weight is negative or not finite -> weights are at least 0")
     return weights

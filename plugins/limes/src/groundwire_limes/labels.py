@@ -74,8 +74,8 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
     """The labels that ``targets`` hold.
 
     Args:
-        targets: Class indices (negative ones are masked), a single binary column of 0 and 1, or class shares that sum
-            to one (mixup, label smoothing), one for each prediction.
+        targets: Class indices (negative ones and NaN are masked), a single binary column of 0 and 1, or class shares
+            that sum to one (mixup, label smoothing), one for each prediction.
         classes: K.
         predictions: N, the number of predictions of the batch.
         conv: Whether class shares have their classes in dimension 1.
@@ -91,7 +91,7 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
         targets = torch.as_tensor(targets)
     if targets.numel() == predictions:
         return _indices(targets.reshape(-1), classes)
-    shares = class_scores(targets, conv).float()
+    shares = class_scores(targets, conv).to(torch.float32, copy=True)  # a loader may use its tensors again
     if targets.is_floating_point() and shares.shape == (predictions, classes):
         if not bool(torch.allclose(shares.sum(dim=1), torch.ones(1, device=shares.device), atol=1e-3)):
             raise PluginError(
@@ -108,6 +108,8 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
 
 def _indices(flat: Tensor, classes: int) -> Labels:
     """Whole numbers, or a binary column, of which a smoothed target such as 0.9 counts for both classes."""
+    if flat.is_floating_point():
+        flat = flat.nan_to_num(nan=-1.0)
     whole = flat.round().long() if flat.is_floating_point() else flat.long()
     hard = whole.clamp(0, classes - 1)
     # Only where reading a value would wait for the device is a class of K or more not refused before.
@@ -127,10 +129,10 @@ def refuse_unknown_labels(targets: Any, classes: int) -> None:
     Example:
         >>> refuse_unknown_labels(torch.tensor([0, 1]), 2)
     """
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
+    if not isinstance(targets, Tensor) or targets.device.type != "cpu" or not targets.numel():
         return
-    if targets.device.type == "cpu" and int(targets.max()) >= classes:
+    if (largest := float(targets.max())) >= classes:
         raise PluginError(
-            f"label {int(targets.max())} is in a training batch, and the head has {classes} classes (0 to "
+            f"label {largest:.0f} is in a training batch, and the head has {classes} classes (0 to "
             f"{classes - 1}) -> give the head a score for it, or mask such rows with a negative label"
         )

@@ -60,7 +60,7 @@ class Learned:
     @property
     def next_step(self) -> int:
         """The step after the newest one that has labels; 0 if there is none."""
-        last = None if self.line is None else self.line.extrapolator.last_step
+        last = None if self.line is None else self.line.informed().extrapolator.last_step
         return 0 if last is None else last + 1
 
     def history(self) -> Timeline:
@@ -71,17 +71,19 @@ class Learned:
         """
         if self.line is None:
             raise PluginError("limes: nothing was observed yet -> fit first, or load a checkpoint")
-        return self.line
+        return self.line.informed()
 
     def state_dict(self, arguments: dict[str, Any], memory: bool) -> dict[str, Any]:
         """Plain types, with the ``arguments`` that forecasts depend on; with scores and labels if ``memory``."""
+        line = self.line
+        assert line is not None
         return {
             "format": FORMAT,
             "arguments": arguments,
             "batches": self.batches,
             "head": self.head,
             "conv": self.conv,
-            "line": self.history().state_dict(),
+            "line": line.state_dict(),
             "memory": self.memory.state_dict() if memory else None,
         }
 

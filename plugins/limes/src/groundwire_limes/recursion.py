@@ -18,8 +18,8 @@ from groundwire_limes.members import Past, members
 MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 0.9, 48
 #: How many labels of the running mean a row is shrunk by, per class.
 SHRINKAGE = 0.2
-#: States kept to return to when late labels revise a recent row.
-KEPT = 64
+#: States kept to return to when late labels revise a recent row; fewer where their covariances hold more numbers.
+KEPT, NUMBERS = 64, 2**24
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Recursion:
         self._classes = history.counts.shape[1]
         self._period, self._smoothing, self._max_move = period, smoothing, max_move
         self._priors = np.zeros((64, self._classes))
+        self._kept = max(4, min(KEPT, NUMBERS // (self._classes * (1 + 2 * kalman.harmonics(period)) ** 2)))
         self._states: dict[int, State] = {}
         self._distances: dict[int, Array] = {}
         self._horizons: tuple[int, ...] = (1,) if judged else ()
@@ -110,7 +111,7 @@ class Recursion:
         while state.rows < rows:
             state = self._next(state)
             self._states[state.rows] = state
-        for old in sorted(self._states)[:-KEPT]:
+        for old in sorted(self._states)[: -self._kept]:
             del self._states[old]
         return state
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
+from groundwire.fields import default_fields
+from groundwire_limes.arguments import whole
 from groundwire_limes.functional import Array
+from groundwire_limes.labels import labels_of
 from groundwire_limes.steps import seconds, step_keys, unix_seconds
 
 
@@ -20,16 +23,23 @@ class StreamLoader:
     Lightning saves and restores it by its ``state_dict``.
 
     Args:
-        dataset: Map-style data set of rows ``(x, y)``.
+        dataset: Map-style data set of rows ``(x, y)``, or dicts.
         batches: Row indices of each batch.
         times: Unix seconds of the rows, float64.
         collate_fn: Makes a batch of a list of rows.
+        num_workers: Processes that read ahead.
     """
 
     def __init__(
-        self, dataset: Any, batches: list[np.ndarray[Any, Any]], times: Array, collate_fn: Callable[[list[Any]], Any]
+        self,
+        dataset: Any,
+        batches: list[np.ndarray[Any, Any]],
+        times: Array,
+        collate_fn: Callable[[list[Any]], Any],
+        num_workers: int = 0,
     ) -> None:
-        self.dataset, self.batches, self.times, self.collate_fn = dataset, batches, times, collate_fn
+        self.dataset, self.batches, self.times = dataset, batches, times
+        self.collate_fn, self.num_workers = collate_fn, num_workers
         self._next, self._restored = 0, False
 
     def __len__(self) -> int:
@@ -42,12 +52,18 @@ class StreamLoader:
         return self._rest()
 
     def _rest(self) -> Iterator[Any]:
-        while self._next < len(self.batches):
-            rows = self.batches[self._next]
+        left = self.batches[self._next :]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[rows.tolist() for rows in left],
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            # Workers get their seeds from the user's; without any, nothing is drawn from it.
+            generator=None if self.num_workers else torch.Generator(),
+        )
+        for rows, batch in zip(left, loader, strict=True):
             self._next += 1
-            batch = self.collate_fn([self.dataset[int(i)] for i in rows])
-            # int64, because mixed precision casts what floats.
-            yield [*batch, {"timestamp": torch.as_tensor(np.floor(self.times[rows]).astype(np.int64))}]
+            yield timed(batch, self.times[rows])
 
     def state_dict(self) -> dict[str, int]:
         """Which batch comes next."""
@@ -58,19 +74,64 @@ class StreamLoader:
         self._next, self._restored = state["next"], True
 
 
+def timed(batch: Any, times: Array) -> Any:
+    """``batch`` with the Unix seconds of its rows, int64 because mixed precision casts what floats.
+
+    A dict gets the key; of a list, the dict at its end, or a new one.
+
+    Raises:
+        ValueError: It is neither.
+
+    Example:
+        >>> timed({"x": 0}, np.array([7.5]))
+        {'x': 0, 'timestamp': tensor([7])}
+        >>> timed((1, 2), np.array([7.5]))
+        [1, 2, {'timestamp': tensor([7])}]
+    """
+    known = {"timestamp": torch.as_tensor(np.floor(times).astype(np.int64))}
+    if isinstance(batch, Mapping):
+        return {**batch, **known}
+    if not isinstance(batch, list | tuple):
+        raise ValueError(f"a batch of the data set is a {type(batch).__name__} -> make its rows (x, y) or dicts")
+    return [*batch[:-1], {**batch[-1], **known}] if isinstance(batch[-1], Mapping) else [*batch, known]
+
+
+def portions(rows: np.ndarray[Any, Any], size: int, ranks: int) -> list[np.ndarray[Any, Any]]:
+    """``rows`` in order, ``size`` for each of ``ranks`` at a time, so that none goes without in the last portion.
+
+    Its rows go to the portion before if they are too few; if there is none, they are repeated.
+
+    Example:
+        >>> [p.tolist() for p in portions(np.arange(5), size=2, ranks=1)]
+        [[0, 1], [2, 3], [4]]
+        >>> [p.tolist() for p in portions(np.arange(5), size=2, ranks=2)]
+        [[0, 1, 2, 3, 4]]
+        >>> [p.tolist() for p in portions(np.arange(1), size=2, ranks=2)]
+        [[0, 0]]
+    """
+    starts = list(range(0, len(rows), size * ranks))
+    if len(starts) > 1 and len(rows) - starts[-1] < ranks:
+        starts.pop()
+    return np.split(np.resize(rows, max(len(rows), ranks)), starts[1:])
+
+
 class StreamDataModule(LightningDataModule):
     """A stream for one ``trainer.fit(module, datamodule=...)`` with ``max_epochs=1``.
 
     Rows are sorted by time (stable), and batches of consecutive rows are made within each step, the last one of a step
-    smaller; a batch is ``[x, y, {"timestamp": seconds}]``. One ``fit`` per hour would be another algorithm: every
-    ``fit`` makes a new optimizer, whose moments begin again, and ``max_steps`` counts over all of them.
+    smaller; a batch is ``[x, y, {"timestamp": seconds}]``, or the dict of the rows with this key. Several processes
+    share the rows of each batch; a step with fewer rows than processes repeats some.
+
+    One ``fit`` per hour would be another algorithm: every ``fit`` makes a new optimizer, whose moments begin again, and
+    ``max_steps`` counts over all of them.
 
     Args:
-        dataset: Map-style data set of rows ``(x, y)``.
+        dataset: Map-style data set of rows ``(x, y)``, or dicts.
         timestamps: Of the rows: Unix seconds, or datetimes with a time zone.
         period: Length of a step, as for :class:`LIMES`.
-        batch_size: Rows of a batch.
-        collate_fn: Makes ``[x, y]`` of a list of rows.
+        batch_size: Rows of a batch, in each process.
+        collate_fn: Makes a batch of a list of rows, without the timestamps.
+        num_workers: Worker processes that read ahead, as for a ``DataLoader``.
 
     Raises:
         ValueError: The timestamps do not fit the data set, or are not in UTC.
@@ -89,28 +150,48 @@ class StreamDataModule(LightningDataModule):
         dataset: Any,
         timestamps: Any,
         *,
-        period: str | float = "1h",
+        period: float | str = "1h",
         batch_size: int = 100,
         collate_fn: Callable[[list[Any]], Any] = default_collate,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        whole("batch_size", batch_size, 1)
+        whole("num_workers", num_workers, 0)
         self._times = unix_seconds(timestamps)
         if len(self._times) != len(dataset):
             raise ValueError(f"{len(self._times)} timestamps for {len(dataset)} rows -> one for each row")
-        self._dataset, self._collate = dataset, collate_fn
+        self._dataset, self._collate, self._workers = dataset, collate_fn, num_workers
         self._keys = step_keys(self._times, seconds(period))
         order = np.argsort(self._times, kind="stable")
         bounds = np.flatnonzero(np.diff(self._keys[order])) + 1
-        steps = np.split(order, bounds) if len(order) else []
-        self._batches = [rows[i : i + batch_size] for rows in steps for i in range(0, len(rows), batch_size)]
+        self._steps = np.split(order, bounds) if len(order) else []
+        self._batch_size = batch_size
+
+    def batches(self) -> list[np.ndarray[Any, Any]]:
+        """Row indices of each batch of this process, in the order of time."""
+        shared = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        ranks, rank = shared.get("num_replicas", 1), shared.get("rank", 0)
+        return [part[rank::ranks] for rows in self._steps for part in portions(rows, self._batch_size, ranks)]
 
     def train_dataloader(self) -> StreamLoader:
         """All rows once, in the order of time."""
-        return StreamLoader(self._dataset, self._batches, self._times, self._collate)
+        return StreamLoader(self._dataset, self.batches(), self._times, self._collate, self._workers)
 
     def step_counts(self, step: int, num_classes: int) -> Array:
         """How often each label occurs in ``step``, for ``training_prior="realised"``; shape (K,)."""
-        labels = [int(self._dataset[int(i)][1]) for i in np.flatnonzero(self._keys == step)]
-        return np.bincount([k for k in labels if k >= 0], minlength=num_classes).astype(np.float64)
+        counts = np.zeros(num_classes)
+        rows = np.flatnonzero(self._keys == step)
+        for part in np.split(rows, range(self._batch_size, len(rows), self._batch_size)):
+            counts += self._counted(part, num_classes) if len(part) else 0.0
+        return counts
+
+    def _counted(self, rows: np.ndarray[Any, Any], classes: int) -> Array:
+        batch = timed(self._collate([self._dataset[int(i)] for i in rows]), self._times[rows])
+        fields = default_fields(batch)
+        if fields is None or fields.targets is None:
+            raise ValueError("the labels of the rows are not found -> make rows (x, y), or override step_counts()")
+        targets = torch.as_tensor(fields.targets)
+        shares = targets.is_floating_point() and targets.dim() > 1 and targets.shape[-1] == classes
+        labels = labels_of(targets, classes, targets.numel() // (classes if shares else 1))
+        return np.asarray(labels.counts(labels.known.double()).numpy())

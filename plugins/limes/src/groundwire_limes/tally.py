@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,8 @@ class Tally:
     def add(self, step: int, scored: Scored) -> None:
         """Add a batch's predictions to ``step``."""
         _add(self._counts, step, scored.labels.counts(scored.weights))
+        if scored.scores.is_cuda:  # a CUDA graph writes the next batch's scores over these
+            scored = replace(scored, scores=scored.scores.clone())
         self._waiting.append((step, scored))
         if len(self._waiting) >= BATCHES or sum(s.scores.numel() for _, s in self._waiting) >= SCORES:
             self._evaluate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Timeline:
         self._forecasts: dict[int, Forecast] = {}
         self._expected: dict[int, Expected] = {}
         self._made: dict[int, Forecast] = {}
+        self._untold: dict[int, Array] = {}
 
     def replays(self, step: int) -> bool:
         """Whether ``step`` is older than the stream may be by now, or the stream did not come to new steps since."""
@@ -100,25 +102,46 @@ class Timeline:
         self.absorb(gather)
         self.current = step
         closed = [self._close(s) for s in sorted(self._made) if s < step and self.tally.counts(s).sum() > 0]
-        self._made = {s: f for s, f in self._made.items() if s >= step}
+        # What batches that reach into a step expected of it before it was its turn is not what it is judged by.
+        self._made = {s: f for s, f in self._made.items() if s > step}
+        self._forecasts = {}
         self.closed += closed
         return closed
 
+    def gather(self, gather: Callable[[Any], Iterable[Any]]) -> None:
+        """Sum what the tally saw over all ranks. No forecast changes, so it may be saved at any batch."""
+        for step, counts in self.tally.drain(gather).items():
+            self._untold[step] = self._untold.get(step, 0.0) + counts
+            self._expected = {}
+
     def absorb(self, gather: Callable[[Any], Iterable[Any]]) -> None:
         """Let the extrapolator know what the tally saw. It adds, so a step may come in parts."""
-        for step, counts in self.tally.drain(gather).items():
-            self.extrapolator.update(step, counts)
-            self._forecasts = {s: f for s, f in self._forecasts.items() if s <= step}
-            self._expected = {}
+        self.gather(gather)
+        self._tell()
+
+    def _tell(self) -> None:
+        for step, counts in sorted(self._untold.items()):
+            if counts.any():  # a step without a label is missing, whatever the rule
+                self.extrapolator.update(step, counts)
+                self._forecasts = {s: f for s, f in self._forecasts.items() if s <= step}
+        self._untold, self._expected = {}, {}
+
+    def informed(self) -> Timeline:
+        """For whoever asks between batches: itself, or a copy that knows the labels that were gathered since."""
+        if not self._untold:
+            return self
+        twin = copy.deepcopy(self)
+        twin._tell()
+        return twin
 
     def _close(self, step: int) -> Closed:
         counts, forecast = self.tally.counts(step), self._made[step]
         return Closed(step, divergence(counts / counts.sum(), forecast.prior), forecast.guarded)
 
     def measured(self, closed: Closed) -> dict[str, float]:
-        """``accuracy`` (prequential) and ``divergence`` of a step that is over."""
+        """Of a step that is over: ``accuracy`` (prequential), ``divergence``, and 0 or 1 in ``guarded``."""
         accuracy = {n: v for n, v in self.tally.quality(closed.step).items() if n == "accuracy"}
-        return {**accuracy, "divergence": closed.divergence}
+        return {**accuracy, "divergence": closed.divergence, "guarded": float(closed.guarded)}
 
     def forecast(self, step: int) -> Forecast:
         """What is expected of ``step``, from what was observed before it."""
@@ -127,8 +150,9 @@ class Timeline:
         return self._forecasts[step]
 
     def expect(self, step: int) -> None:
-        """Note that ``step`` is being learned from, so that its forecast is judged when it is over."""
-        self._made.setdefault(step, self.forecast(step))
+        """Note that ``step`` is being learned from, so that its forecast is judged when it is over, and only once."""
+        if self.current is None or step >= self.current:
+            self._made.setdefault(step, self.forecast(step))
 
     def offset(self, step: int, device: Any = "cpu") -> Tensor:
         """What corrects the scores at ``step``: shape (K,), or (1,) for a binary head; float32."""
@@ -179,7 +203,8 @@ class Timeline:
             "outputs": self._outputs,
             "current": self.current,
             "replaying": self.replaying,
-            "quality": {s: row[self.tally.classes :].tolist() for s, row in self.tally.known.items()},
+            "known": {s: row.tolist() for s, row in self.tally.known.items()},
+            "untold": {s: row.tolist() for s, row in self._untold.items()},
             "closed": [[c.step, c.divergence, c.guarded] for c in self.closed],
             "made": [[s, f.prior.tolist(), f.ahead, dict(f.weights), f.trust] for s, f in self._made.items()],
         }
@@ -197,10 +222,8 @@ class Timeline:
             raise PluginError(f"limes: {error}") from error
         line = cls(extrapolator, state["outputs"], lateness)
         line.current, line.replaying = state["current"], state["replaying"]
-        saved = state["extrapolator"]
-        counts = dict(zip(saved["steps"], saved["counts"], strict=True))
-        zeros = [0.0] * extrapolator.num_classes
-        line.tally.known = {int(s): np.array([*counts.get(int(s), zeros), *q]) for s, q in state["quality"].items()}
+        line.tally.known = {int(s): np.array(row) for s, row in state["known"].items()}
+        line._untold = {int(s): np.array(row) for s, row in state["untold"].items()}
         line.closed = [Closed(int(s), float(d), bool(g)) for s, d, g in state["closed"]]
         line._made = {int(s): Forecast(int(s), np.array(p), a, w, t) for s, p, a, w, t in state["made"]}
         return line

@@ -67,6 +67,7 @@ class Memory:
         self.steps[step] = (scores[:ROWS], labels[:ROWS])
         for old in sorted(self.steps)[:-STEPS]:
             del self.steps[old]
+        self._gates = {}
 
     def gate(self, extrapolator: PriorExtrapolator, ahead: int) -> Gate | None:
         """The gate for forecasts ``ahead`` steps ahead; None while too few labelled steps are known."""
@@ -75,7 +76,7 @@ class Memory:
             return None
         key = (last, ahead, extrapolator.observed)
         if key not in self._gates:
-            self._gates = {key: self._judged(extrapolator, ahead)}
+            self._gates[key] = self._judged(extrapolator, ahead)
         return self._gates[key]
 
     def _judged(self, extrapolator: PriorExtrapolator, ahead: int) -> Gate | None:
