@@ -90,6 +90,17 @@ def offset_on(layer: nn.Module) -> Iterator[None]:
         delattr(layer, ROWS)
 
 
+def is_corrected(layer: nn.Module) -> bool:
+    """Whether a run adds something other than zero to the scores of ``layer``.
+
+    Example:
+        >>> is_corrected(nn.Linear(2, 3))
+        False
+    """
+    vector = getattr(layer, BUFFER, None)
+    return vector is not None and (bool(vector.any()) or getattr(layer, ROWS, None) is not None)
+
+
 def without_offset(module: nn.Module) -> None:
     """Take the offset, and the hook that adds it, off a copy of a module that was made during a run."""
     for layer in module.modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
-from groundwire.offset import BUFFER, ROWS
+from groundwire.offset import is_corrected
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import smallest_std, total_lipschitz
 from groundwire_aol.errors import UnsoundError
@@ -117,7 +117,7 @@ class CertifiedPass:
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
         reason = bound.rounding.unknown or not_standard(scores.device)
-        if not reason and any(map(_is_corrected, module.modules())):
+        if not reason and any(map(is_corrected, module.modules())):
             reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
             reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"
@@ -162,12 +162,6 @@ class CertifiedPass:
         constant = max(map(float, self.bounds.values()), default=math.nan) / smallest_std(self.input_std)
         certified = dict(zip(self.eps, values, strict=False))
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
-
-
-def _is_corrected(layer: nn.Module) -> bool:
-    """Whether the run adds something to this layer's scores."""
-    offset = getattr(layer, BUFFER, None)
-    return offset is not None and (bool(offset.any()) or getattr(layer, ROWS, None) is not None)
 
 
 def warn_of_range(inputs: Any, input_std: Any = None) -> None:
