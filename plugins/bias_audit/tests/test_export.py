@@ -92,8 +92,6 @@ def test_spreadsheets_run_nothing(tmp_path):
 )
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
 def test_the_exit_code_is_the_verdict(file, capsys, options, code, name):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     path = file(name, **options)
     assert main([path, "--label", "y", "--score", "score", "--groups", "region", "sex"]) == code
     shown = capsys.readouterr().out

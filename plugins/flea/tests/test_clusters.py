@@ -2,6 +2,7 @@
 
 import warnings
 
+import distributed
 import joblib
 import pytest
 from joblib._parallel_backends import ThreadingBackend
@@ -11,7 +12,6 @@ from groundwire_flea import filter_sources
 
 @pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
-    distributed = pytest.importorskip("distributed", reason="the extra groundwire-flea[dask] is not installed")
     monkeypatch.setattr("groundwire_flea.rows.BLOCK", 500)  # many blocks, as large data have
     data = table(5, (1, 3))
     arguments = {"sensitive_features": data.a, "sources": data.source}

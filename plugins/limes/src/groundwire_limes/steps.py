@@ -112,7 +112,7 @@ def step_keys(times: Any, period: float) -> NDArray[np.int64]:
 def shared_key(times: Any, period: float) -> int | None:
     """The period that all of ``times`` fall in, where a look at the oldest and the newest tells; else None.
 
-    Most batches lie in one step, and this takes a tenth of :func:`step_keys`.
+    Most batches lie in one step, and this spares them most of :func:`step_keys`.
 
     Args:
         times: Answered are tensors in host memory that hold seconds exactly: int64 or float64.

@@ -49,7 +49,7 @@ class Scored:
 
 
 def top(scores: Tensor) -> Tensor:
-    """Class of the largest score, the first of several, shape (N,). NumPy is five times faster on the CPU."""
+    """Class of the largest score, the first of several, shape (N,). NumPy is faster on the CPU."""
     return torch.from_numpy(scores.numpy().argmax(axis=1)) if scores.device.type == "cpu" else scores.argmax(dim=1)
 
 
