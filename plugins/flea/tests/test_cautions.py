@@ -82,9 +82,24 @@ def test_w6_a_rare_group_makes_unfiltered_training_hopeless(table):
     data = table(5)
     data.a = (data.X[:, 0] > np.quantile(data.X[:, 0], 0.8)).astype(int)
     result = run(data)
-    assert codes(result)["W6"].value == pytest.approx(0.4 / data.a.mean())
+    two_largest = np.sort(np.unique(data.source, return_counts=True)[1])[-2:].sum() / len(data.y)
+    assert codes(result)["W6"].value == pytest.approx(two_largest / data.a.mean())
     assert result.bound == 1
     assert "W6" not in codes(run(table(5)))
+
+
+@quietly
+def test_w6_counts_the_rows_of_the_largest_sources_and_the_groups_that_fairness_looks_at(table):
+    data = table(5)
+    data.source = np.where(np.arange(len(data.y)) < 340, np.array(["A", "B"])[np.arange(len(data.y)) % 2], data.source)
+    assert len(set(data.source)) == 7
+    result = run(data, n_clean=5)
+    rarest = min(data.a.mean(), 1 - data.a.mean())
+    assert codes(result)["W6"].value == pytest.approx(340 / len(data.y) / rarest)
+    rarest = min(float(np.mean((data.a == group) & (data.y == 0))) for group in (0, 1))
+    within = run(data, n_clean=5, fairness="equal_opportunity", positive_label=0)
+    assert within.bound == 1
+    assert codes(within)["W6"].value == pytest.approx(340 / len(data.y) / rarest)
 
 
 @quietly

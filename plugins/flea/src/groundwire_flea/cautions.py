@@ -10,6 +10,7 @@ import numpy as np
 from scipy.cluster.hierarchy import average, to_tree
 from scipy.spatial.distance import squareform
 
+from groundwire_flea.exposure import Exposure
 from groundwire_flea.functional import Array
 from groundwire_flea.result import Caution, SourceId
 from groundwire_flea.rows import Rows
@@ -33,6 +34,7 @@ class Evidence:
     k: int
     tested: Significance | None
     disb: Array
+    exposed: Exposure
 
     @property
     def noise(self) -> float:
@@ -65,9 +67,10 @@ def cautions(
     k: int,
     tested: Significance | None,
     disb: Array,
+    exposed: Exposure,
 ) -> list[Caution]:
     """All that apply, in order."""
-    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb)
+    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb, exposed)
     rules: tuple[Callable[[Evidence], Caution | None], ...] = (
         half_or_more,
         small_cells,
@@ -191,17 +194,17 @@ def heterogeneous(e: Evidence) -> Caution | None:
 
 def vacuous_bound(e: Evidence) -> Caution | None:
     """W6: with so many manipulated rows and so rare a group, unfiltered training has no protection at all."""
-    rarest = min(float((e.rows.a == group).mean()) for group in range(e.rows.groups))
-    alpha = 1 - e.k / e.rows.n
-    if alpha / rarest < 1:
+    alpha, rarest, ratio = e.exposed.alpha, e.exposed.rarest, e.exposed.ratio
+    if ratio < 1:
         return None
     return Caution(
         "W6",
-        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: alpha / "
-        f"P_min = {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily "
-        "unfair. Do not train on the suppressed sources, or on weights, and expect fairness",
+        f"{e.rows.n - e.k} of {e.rows.n} sources may be manipulated, up to {alpha:.0%} of the rows, and the rarest "
+        f"group that fairness looks at has {rarest:.1%} of them: alpha / P_min = {ratio:.2f} >= 1, so an adversary "
+        "can make any learner that does not filter arbitrarily unfair. Do not train on the suppressed sources, or on "
+        "weights, and expect fairness",
         (),
-        alpha / rarest,
+        ratio,
     )
 
 
