@@ -51,11 +51,19 @@ def batches(loader: DataLoader[Any], index: Array | None) -> Iterator[tuple[Any,
 
 
 def parts_of(dataset: Any) -> list[Any] | None:
-    """The part of a ConcatDataset that each row is of: its name, or its number."""
+    """The part of a ConcatDataset, also in a Subset, that each row is of: its name, or its number."""
+    if isinstance(dataset, Subset):
+        found = parts_of(dataset.dataset)
+        return None if found is None else [found[i] for i in dataset.indices]
     if not isinstance(dataset, ConcatDataset):
         return None
     names = getattr(dataset, "names", range(len(dataset.datasets)))
     return [name for name, part in zip(names, dataset.datasets, strict=True) for _ in range(len(part))]  # type: ignore[arg-type]
+
+
+def parts_have_names(dataset: Any) -> bool:
+    """Whether :func:`parts_of` gives names."""
+    return parts_have_names(dataset.dataset) if isinstance(dataset, Subset) else hasattr(dataset, "names")
 
 
 def attribute(dataset: Any, name: str) -> Any:

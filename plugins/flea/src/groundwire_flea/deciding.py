@@ -43,13 +43,20 @@ class Deciding:
 
         Raises:
             PluginError: On all ranks: the data cannot be read, compared, or do not fit the decision.
+            What the user's own code raised is raised as it is on rank 0.
         """
         answer: tuple[Any, ...] = ()
+        failure: Exception | None = None
         if trainer is None or trainer.is_global_zero:
             progress = trainer is not None and trainer.progress_bar_callback is not None
-            answer = self._answer(loader, known, fields, module, progress)
+            try:
+                answer = self._answer(loader, known, fields, module, progress)
+            except Exception as raised:  # the other ranks must hear of it first
+                failure, answer = raised, (None, None, f"flea: rank 0 failed: {type(raised).__name__}: {raised}")
         if trainer is not None:
             answer = trainer.strategy.broadcast(answer, src=0)
+        if failure is not None:
+            raise failure
         state, rows, error = answer
         if error is not None:
             raise PluginError(error)
@@ -95,6 +102,11 @@ def refuse_unreadable(loader: Any) -> None:
         PluginError: ``loader`` is no DataLoader, or its data set has no rows by number.
     """
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        if loader.batch_sampler is None:
+            raise PluginError(
+                "flea: a DataLoader with batch_size=None does not say what one row of its data set is -> give it a "
+                "batch_size, and a data set of single rows"
+            )
         return
     what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
     raise PluginError(
