@@ -74,7 +74,16 @@ def test_w5_sources_that_differ_by_nature(table):
     flip = np.isin(data.source, ["small"])
     data.y[flip] = 1 - data.y[flip]
     assert "W5" in codes(run(data))
+    assert "W5" in codes(run(data, permutations=5))
     assert "W5" not in codes(run(table(3)))
+
+
+@quietly
+def test_w5_tells_overfitted_scores_of_small_sources_from_different_ones_by_cross_fitting(table):
+    data = table(10, features=range(12))
+    message = codes(run(data))["W5"].message
+    assert "or have few rows for their 13 columns (permutations= tells which)" in message
+    assert "W5" not in codes(run(data, permutations=5))
 
 
 @quietly

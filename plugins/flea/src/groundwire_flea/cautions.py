@@ -177,19 +177,29 @@ def two_clusters(e: Evidence) -> Caution | None:
 
 
 def heterogeneous(e: Evidence) -> Caution | None:
-    """W5: even the best scores are far above chance, so sources differ by nature."""
-    best = float(np.sort(e.q)[max(e.k // 2 - 1, 0)])
+    """W5: even the best scores are far above chance, so sources differ by nature.
+
+    Scores in-sample are large for small clean sources too, because classifiers overfit; cross-fitted ones are not.
+    """
+    best = float(np.sort(e.q if e.tested is None else e.tested.q)[max(e.k // 2 - 1, 0)])
     balance = float(np.median(e.disb[~np.eye(e.rows.n, dtype=bool)]))
     limit = 0.25 + 2 * e.noise
     if best <= limit and balance <= 0.2:
         return None
     return Caution(
         "W5",
-        f"the sources differ by nature: half of the kept scores are above {best:.2f} and the median disbalance is "
-        f"{balance:.2f}. The guarantee degrades by as much; what is kept resembles the majority, not the truth",
+        f"the sources differ by nature{_or_overfit(e)}: half of the kept scores are above {best:.2f} and the median "
+        f"disbalance is {balance:.2f}. The guarantee degrades by as much; what is kept resembles the majority, not "
+        "the truth",
         tuple(e.ids),
         best,
     )
+
+
+def _or_overfit(e: Evidence) -> str:
+    if e.tested is not None:
+        return ""
+    return f", or have few rows for their {e.rows.x.shape[1]} columns (permutations= tells which)"
 
 
 def vacuous_bound(e: Evidence) -> Caution | None:

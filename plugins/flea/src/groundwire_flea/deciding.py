@@ -14,6 +14,7 @@ from groundwire import Fields, PluginError, TrainData
 from groundwire_flea.decision import Decision, source_hash
 from groundwire_flea.embedding import resolve
 from groundwire_flea.filtering import filter_sources
+from groundwire_flea.functional import clean_count
 from groundwire_flea.reading import Reader
 from groundwire_flea.result import FLEAWarning
 
@@ -73,9 +74,19 @@ class Deciding:
                 decision, rows = self._compared(reader, loader, progress)
             else:
                 decision, rows = known, remembered(reader, loader, known)
+                self._warn_if_k_differs(known)
         except (ValueError, TypeError, PluginError) as error:
             return None, None, f"flea: {str(error).removeprefix('flea: ')}"
         return decision.state(), rows, None
+
+    def _warn_if_k_differs(self, decision: Decision) -> None:
+        now = clean_count(self.options.get("n_clean"), len(decision.sources))
+        if now != decision.n_clean:
+            text = (
+                f"flea: n_clean now means {now} sources, but the decision was made for {decision.n_clean} and stays -> "
+                "start a new fit from the weights alone to decide again"
+            )
+            warnings.warn(text, FLEAWarning, stacklevel=2)
 
     def _compared(self, reader: Reader, loader: DataLoader[Any], progress: bool) -> tuple[Decision, list[Any]]:
         read, rows = reader.read(loader, self.most, self.options.get("random_state", 0))
