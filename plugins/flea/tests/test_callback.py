@@ -77,6 +77,21 @@ def test_what_rows_say_counts_more_than_an_unnamed_part(kit, bad):
     assert set(flea.decision.named(True)) == GOOD
 
 
+class TwoAttributes(Rows):
+    def __getitem__(self, i):
+        x, y, meta = super().__getitem__(i)
+        return x, y, {**meta, "groups": {"sex": meta["groups"], "old": int(x[0] > 13)}}
+
+
+def test_groups_of_several_attributes_are_intersected_and_one_can_be_named(kit, bad):
+    both, one, plain = (FLEA(permutations=0, **options) for options in ({}, {"groups": "sex"}, {}))
+    fit(kit, TwoAttributes(bad), both)
+    fit(kit, TwoAttributes(bad), one)
+    fit(kit, Rows(bad), plain)
+    assert {"P(a=0, 0)", "P(a=0, 1)", "P(a=1, 0)", "P(a=1, 1)"} <= set(both.decision.columns)
+    assert one.decision == plain.decision
+
+
 def test_a_number_of_sources_may_be_numpys(kit, bad):
     flea = FLEA(n_clean=np.int64(4), permutations=0)
     fit(kit, Rows(bad), flea)

@@ -101,6 +101,23 @@ def values(column: Any) -> list[Any]:
     return [v if v is None or isinstance(v, bool | int | float | str) else str(v) for v in raw]
 
 
+def holders(batch: Any) -> list[Mapping[Any, Any]]:
+    """What in a batch has keys: itself, its parts, and what these hold under a key."""
+    parts = [batch, *(batch if isinstance(batch, list | tuple) else [])]
+    outer = [part for part in parts if isinstance(part, Mapping)]
+    return outer + [value for part in outer for value in part.values() if isinstance(value, Mapping)]
+
+
+def joined(columns: Mapping[Any, Any]) -> list[str]:
+    """Several columns as one, the intersections.
+
+    Example:
+        >>> joined({"sex": ["f", "m"], "old": torch.tensor([0, 1])})
+        ['f, 0', 'm, 1']
+    """
+    return [", ".join(map(str, row)) for row in zip(*map(values, columns.values()), strict=True)]
+
+
 def described(batch: Any) -> str:
     """What a batch looks like, for an error."""
     if isinstance(batch, Mapping):

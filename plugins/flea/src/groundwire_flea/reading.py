@@ -12,7 +12,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groundwire import Fields, PluginError
 from groundwire.seeds import preserve_rng
-from groundwire_flea.dataset_rows import attribute, batches, chosen, described, parts_have_names, parts_of, values
+from groundwire_flea.dataset_rows import (
+    attribute,
+    batches,
+    chosen,
+    described,
+    holders,
+    joined,
+    parts_have_names,
+    parts_of,
+    values,
+)
 from groundwire_flea.embedding import evaluating, features, reduced
 from groundwire_flea.functional import Array
 
@@ -155,8 +165,7 @@ class Reader:
         elif isinstance(where, int) and isinstance(batch, list | tuple) and -len(batch) <= where < len(batch):
             found = batch[where]
         elif isinstance(where, str):
-            holders = [batch, *(batch if isinstance(batch, list | tuple) else [])]
-            found = next((h[where] for h in holders if isinstance(h, Mapping) and where in h), None)
+            found = next((holder[where] for holder in holders(batch) if where in holder), None)
         elif where is None:
             found = getattr(self._fields(batch), name)
         if found is None:
@@ -165,4 +174,4 @@ class Reader:
                 f"flea: {name}{asked} is not in the training batches ({described(batch)}) -> give {name}= as a key, a "
                 "position, an attribute of the data set, one value for each row, or a function of a batch"
             )
-        return values(found)
+        return joined(found) if isinstance(found, Mapping) else values(found)
