@@ -57,6 +57,23 @@ def test_w3_no_gap_between_clean_sources_and_a_gap_before_flipped_ones(table):
 
 
 @quietly
+def test_w3_and_w7_leave_out_sources_that_the_user_vouches_for(table):
+    result = run(table(7, (1, 3)), always_keep=["clinic 1"])
+    known, suppressed = codes(result), result.suppressed
+    by_score = [result.scores[s] for s in result.kept if s != "clinic 1"]
+    border = min(result.scores[s] for s in suppressed)
+    assert "clinic 1" in result.kept
+    assert max(by_score) <= border < result.scores["clinic 1"]
+    assert known["W3"].value == pytest.approx(border - max(by_score))
+    assert "clinic 1" not in known["W3"].sources
+    doubled = table(4)
+    half = np.arange(len(doubled.y)) % 2 == 0
+    same = type(doubled)(**{k: np.concatenate([v[half]] * 4) for k, v in vars(doubled).items()})
+    same.source = np.repeat(list("ABCD"), half.sum())
+    assert codes(run(same, always_keep=["A"]))["W7"].sources == ("B", "C", "D")
+
+
+@quietly
 def test_w4_two_camps_are_named(table):
     data = table(7, (0, 1, 2))
     caution = codes(run(data))["W4"]

@@ -94,6 +94,7 @@ def test_identifiers_dates_and_objects_are_refused_by_column(table):
         ({"aggregation": "mean"}, "aggregation"),
         ({"always_keep": ["clinic 77"]}, "always_keep names 'clinic 77'"),
         ({"always_keep": "clinic 1"}, "give a list"),
+        ({"always_keep": iter(["clinic 1"])}, "give a list"),
         ({"positive_label": 5, "fairness": "equal_opportunity"}, "positive_label=5"),
         ({"compat": "reference", "fairness": "equalized_odds"}, "demographic parity only"),
         ({"compat": "jax"}, "compat"),

@@ -35,6 +35,7 @@ class Evidence:
     tested: Significance | None
     disb: Array
     exposed: Exposure
+    vouched: Sequence[int] = ()
 
     @property
     def noise(self) -> float:
@@ -53,6 +54,13 @@ class Evidence:
         smallest: Array = np.min(counts, axis=0)
         return smallest
 
+    @cached_property
+    def by_score(self) -> Array:
+        """(n,) kept, and not because the user vouches for them."""
+        chosen = self.kept.copy()
+        chosen[list(self.vouched)] = False
+        return chosen
+
     def named(self, chosen: Array) -> tuple[SourceId, ...]:
         """Sources of a bool (n,)."""
         return tuple(source for source, here in zip(self.ids, chosen, strict=True) if here)
@@ -68,9 +76,10 @@ def cautions(
     tested: Significance | None,
     disb: Array,
     exposed: Exposure,
+    vouched: Sequence[int] = (),
 ) -> list[Caution]:
     """All that apply, in order."""
-    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb, exposed)
+    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb, exposed, vouched)
     rules: tuple[Callable[[Evidence], Caution | None], ...] = (
         half_or_more,
         small_cells,
@@ -135,12 +144,12 @@ def small_cells(e: Evidence) -> Caution | None:
 
 def no_gap(e: Evidence) -> Caution | None:
     """W3: the last source that is kept and the first that is not differ by less than noise."""
-    if e.kept.all():
+    if e.kept.all() or not e.by_score.any():
         return None
-    last, first = float(e.q[e.kept].max()), float(e.q[~e.kept].min())
+    last, first = float(e.q[e.by_score].max()), float(e.q[~e.kept].min())
     if first - last >= e.noise:
         return None
-    at = (e.kept & (e.q == last)) | (~e.kept & (e.q == first))
+    at = (e.by_score & (e.q == last)) | (~e.kept & (e.q == first))
     return Caution(
         "W3",
         f"no gap in the scores at the border: {first:.3f} is suppressed and {last:.3f} is kept, less apart than chance "
@@ -219,17 +228,18 @@ def vacuous_bound(e: Evidence) -> Caution | None:
 
 
 def kept_by_a_tie(e: Evidence) -> Caution | None:
-    """W7: a kept source has the same score as a suppressed one."""
+    """W7: a source that nobody vouches for is kept, and another one of the same score is not."""
     if e.kept.all():
         return None
     border = float(e.q[~e.kept].min())
     tied = np.isclose(e.q, border, rtol=0, atol=1e-12)
-    if not (tied & e.kept).any():
+    first, last = tied & e.by_score, tied & ~e.kept
+    if not first.any():
         return None
     return Caution(
         "W7",
-        f"{listed(e.named(tied & e.kept))} is kept and {listed(e.named(tied & ~e.kept))} is not, with the same score "
-        f"{border:.3f}: the order of the sources decided",
-        e.named(tied),
+        f"{listed(e.named(first))} is kept and {listed(e.named(last))} is not, with the same score {border:.3f}: "
+        "the order of the sources decided",
+        e.named(first | last),
         border,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ def check_arguments(selector: FLEASelector) -> None:
     components, vouched, alpha = given["components"], given["always_keep"], given["alpha"]
     if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
         raise ValueError(f"components={components!r} -> choose some of {COMPONENTS}")
-    if isinstance(vouched, str) or not isinstance(vouched, Iterable):
+    if isinstance(vouched, str) or not isinstance(vouched, Collection):
         raise ValueError(f"always_keep={vouched!r} -> give a list of sources")
     if not isinstance(alpha, Real) or not 0 < float(alpha) < 1:
         raise ValueError(f"alpha={alpha!r} -> use a number in (0, 1)")

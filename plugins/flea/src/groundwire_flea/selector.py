@@ -263,7 +263,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
     def _finish(self, rows: Rows, found: Distances, tested: Significance | None, always: list[int]) -> None:
         exposed = exposure(rows, self.n_clean_, self.fairness)
         known = cautions(
-            rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_, exposed
+            rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_, exposed, always
         )
         for caution in known:
             warnings.warn(str(caution), FLEAWarning, stacklevel=5)
