@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flea_clinics_of_tests import GOOD, Net, Rows, fit, tensors
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_split
 
 from groundwire import Plugin, Plugins, Report, hookimpl
 from groundwire_flea import FLEA, SourceDatasets
@@ -59,6 +59,45 @@ def test_the_parts_of_a_concatenation_are_sources(kit, bad, named):
     assert flea.decision.named(False) == (["clinic 1", "clinic 3"] if named else [1, 3])
 
 
+def test_a_subset_of_named_parts_knows_their_names(kit, bad):
+    parts = {
+        s: tensors(type(bad)(**{k: v[bad.source == s] for k, v in vars(bad).items()})) for s in sorted(set(bad.source))
+    }
+    some, _ = random_split(SourceDatasets(parts), [0.9, 0.1], torch.Generator().manual_seed(0))
+    flea = FLEA(groups=2, permutations=0)
+    fit(kit, some, flea)
+    assert set(flea.decision.named(True)) == GOOD
+
+
+def test_what_rows_say_counts_more_than_an_unnamed_part(kit, bad):
+    half = len(bad.y) // 2
+    years = [Rows(type(bad)(**{k: v[part] for k, v in vars(bad).items()})) for part in (slice(half), slice(half, None))]
+    flea = FLEA(permutations=0)
+    fit(kit, ConcatDataset(years), flea)
+    assert set(flea.decision.named(True)) == GOOD
+
+
+class TwoAttributes(Rows):
+    def __getitem__(self, i):
+        x, y, meta = super().__getitem__(i)
+        return x, y, {**meta, "groups": {"sex": meta["groups"], "old": int(x[0] > 13)}}
+
+
+def test_groups_of_several_attributes_are_intersected_and_one_can_be_named(kit, bad):
+    both, one, plain = (FLEA(permutations=0, **options) for options in ({}, {"groups": "sex"}, {}))
+    fit(kit, TwoAttributes(bad), both)
+    fit(kit, TwoAttributes(bad), one)
+    fit(kit, Rows(bad), plain)
+    assert {"P(a=0, 0)", "P(a=0, 1)", "P(a=1, 0)", "P(a=1, 1)"} <= set(both.decision.columns)
+    assert one.decision == plain.decision
+
+
+def test_a_number_of_sources_may_be_numpys(kit, bad):
+    flea = FLEA(n_clean=np.int64(4), permutations=0)
+    fit(kit, Rows(bad), flea)
+    assert len(flea.decision.named(True)) == 4
+
+
 def test_validation_and_test_rows_stay(kit, bad):
     module, flea = Net(), FLEA(permutations=0)
     trainer = kit.trainer(flea)
@@ -94,11 +133,16 @@ def test_report_mode_trains_on_everything_and_weights_mode_draws_bad_sources_sel
 
 
 def test_the_comparison_moves_no_random_state(kit, bad):
+    class Augmented(Rows):
+        def __getitem__(self, i):
+            x, *rest = super().__getitem__(i)
+            return x + 0.1 * torch.randn(x.shape) * np.random.rand(), *rest
+
     states = []
     for callbacks in ([], [FLEA(mode="report", permutations=2)]):
         torch.manual_seed(3)
         np.random.seed(3)
-        _, module = fit(kit, Rows(bad), callbacks)
+        _, module = fit(kit, Augmented(bad), callbacks)
         states.append((module.state_dict(), torch.rand(1), np.random.rand()))
     assert kit.difference(states[0][0], states[1][0]) == 0
     assert states[0][1:] == states[1][1:]

@@ -57,6 +57,23 @@ def test_w3_no_gap_between_clean_sources_and_a_gap_before_flipped_ones(table):
 
 
 @quietly
+def test_w3_and_w7_leave_out_sources_that_the_user_vouches_for(table):
+    result = run(table(7, (1, 3)), always_keep=["clinic 1"])
+    known, suppressed = codes(result), result.suppressed
+    by_score = [result.scores[s] for s in result.kept if s != "clinic 1"]
+    border = min(result.scores[s] for s in suppressed)
+    assert "clinic 1" in result.kept
+    assert max(by_score) <= border < result.scores["clinic 1"]
+    assert known["W3"].value == pytest.approx(border - max(by_score))
+    assert "clinic 1" not in known["W3"].sources
+    doubled = table(4)
+    half = np.arange(len(doubled.y)) % 2 == 0
+    same = type(doubled)(**{k: np.concatenate([v[half]] * 4) for k, v in vars(doubled).items()})
+    same.source = np.repeat(list("ABCD"), half.sum())
+    assert codes(run(same, always_keep=["A"]))["W7"].sources == ("B", "C", "D")
+
+
+@quietly
 def test_w4_two_camps_are_named(table):
     data = table(7, (0, 1, 2))
     caution = codes(run(data))["W4"]
@@ -74,7 +91,16 @@ def test_w5_sources_that_differ_by_nature(table):
     flip = np.isin(data.source, ["small"])
     data.y[flip] = 1 - data.y[flip]
     assert "W5" in codes(run(data))
+    assert "W5" in codes(run(data, permutations=5))
     assert "W5" not in codes(run(table(3)))
+
+
+@quietly
+def test_w5_tells_overfitted_scores_of_small_sources_from_different_ones_by_cross_fitting(table):
+    data = table(10, features=range(12))
+    message = codes(run(data))["W5"].message
+    assert "or have few rows for their 13 columns (permutations= tells which)" in message
+    assert "W5" not in codes(run(data, permutations=5))
 
 
 @quietly
@@ -82,9 +108,24 @@ def test_w6_a_rare_group_makes_unfiltered_training_hopeless(table):
     data = table(5)
     data.a = (data.X[:, 0] > np.quantile(data.X[:, 0], 0.8)).astype(int)
     result = run(data)
-    assert codes(result)["W6"].value == pytest.approx(0.4 / data.a.mean())
+    two_largest = np.sort(np.unique(data.source, return_counts=True)[1])[-2:].sum() / len(data.y)
+    assert codes(result)["W6"].value == pytest.approx(two_largest / data.a.mean())
     assert result.bound == 1
     assert "W6" not in codes(run(table(5)))
+
+
+@quietly
+def test_w6_counts_the_rows_of_the_largest_sources_and_the_groups_that_fairness_looks_at(table):
+    data = table(5)
+    data.source = np.where(np.arange(len(data.y)) < 340, np.array(["A", "B"])[np.arange(len(data.y)) % 2], data.source)
+    assert len(set(data.source)) == 7
+    result = run(data, n_clean=5)
+    rarest = min(data.a.mean(), 1 - data.a.mean())
+    assert codes(result)["W6"].value == pytest.approx(340 / len(data.y) / rarest)
+    rarest = min(float(np.mean((data.a == group) & (data.y == 0))) for group in (0, 1))
+    within = run(data, n_clean=5, fairness="equal_opportunity", positive_label=0)
+    assert within.bound == 1
+    assert codes(within)["W6"].value == pytest.approx(340 / len(data.y) / rarest)
 
 
 @quietly

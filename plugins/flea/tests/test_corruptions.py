@@ -125,7 +125,45 @@ def test_tensors_stay_tensors(rows):
         adversary="flip_both",
     )  # fmt: skip
     assert isinstance(now.X, torch.Tensor)
+    learned = torch.tensor(x, dtype=torch.bfloat16, requires_grad=True)
+    again = corrupt(learned, y, sensitive_features=a, sources=source, malicious=["B"], adversary="flip_both")
+    assert again.X.dtype == torch.bfloat16
     np.testing.assert_array_equal(now.X[:, 1].numpy(), now.sensitive_features)
+
+
+@pytest.mark.parametrize("adversary", ["flip_protected", "overwrite_protected", "resample", "random_anchor_1"])
+def test_columns_of_every_type_keep_it_and_follow_the_group(rows, adversary):
+    x, y, a, source = rows
+    columns = {
+        "age": x[:, 0],
+        "sex": pd.Categorical(np.where(a == 1, "m", "f")),
+        "text": pd.array(np.where(a == 1, "m", "f"), dtype="string"),
+        "flag": a == 1,
+        "number": pd.array(a, dtype="Int64"),
+        "day": pd.Timestamp("2020-01-01") + pd.to_timedelta(a, unit="D"),
+        "ward": pd.Categorical(np.where(x[:, 2] > 0, "north", "south")),
+    }
+    frame = pd.DataFrame(columns, index=np.arange(300)[::-1])
+    before = frame.copy()
+    now = corrupt(frame, y, sensitive_features=frame["sex"], sources=source, malicious=["B"], adversary=adversary)
+    pd.testing.assert_frame_equal(frame, before)
+    assert (now.X.dtypes == frame.dtypes).all()
+    changed = now.sensitive_features == "m"
+    for name, values in {"sex": "m", "text": "m", "flag": True, "number": 1, "day": pd.Timestamp("2020-01-02")}.items():
+        np.testing.assert_array_equal((now.X[name] == values).to_numpy(dtype=bool), changed)
+    same = now.sources != "B"
+    pd.testing.assert_frame_equal(
+        now.X[same].reset_index(drop=True), frame[source != "B"].reset_index(drop=True), check_freq=False
+    )
+
+
+@pytest.mark.parametrize("ids", [[1, "1", 2.5], [("a", 1), ("a", 2), ("b", 1)]], ids=["mixed", "tuples"])
+def test_names_of_sources_come_back_as_they_were(rows, ids):
+    x, y, a, source = rows
+    named = pd.Series([ids["ABC".index(s)] for s in source], dtype=object)
+    now = corrupt(x, y, sensitive_features=a, sources=named, malicious=ids[1:2], adversary="flip_protected")
+    assert now.sources.tolist() == named.tolist()
+    np.testing.assert_array_equal(now.sensitive_features != a, source == "B")
 
 
 def test_what_cannot_be_manipulated_is_refused(rows):
@@ -134,5 +172,7 @@ def test_what_cannot_be_manipulated_is_refused(rows):
         attack(rows, "flip")
     with pytest.raises(ValueError, match="malicious names 'Z'"):
         attack(rows, "identity", malicious=["Z"])
+    with pytest.raises(ValueError, match="malicious='B' -> give a list"):
+        attack(rows, "identity", malicious="B")
     with pytest.raises(ValueError, match="two values"):
         corrupt(x, y + 2 * a, sensitive_features=a, sources=source, malicious=["A"], adversary="flip_target")

@@ -45,7 +45,10 @@ def test_arrays_frames_tensors_and_lists_give_the_same_result(table):
         torch.tensor(data.X), torch.tensor(data.y).bfloat16(), sensitive_features=torch.tensor(data.a).bfloat16(),
         sources=data.source,
     )  # fmt: skip
-    for other in (frame, tensor, bfloat):
+    given = {"sensitive_features": data.a, "sources": data.source}
+    sparse = filter_sources(torch.tensor(data.X).to_sparse(), data.y, **given)
+    objects = filter_sources(pd.DataFrame(data.X, dtype=object), data.y, **given)
+    for other in (frame, tensor, bfloat, sparse, objects):
         assert other.scores == pytest.approx(plain.scores)
         assert other.kept == plain.kept
 

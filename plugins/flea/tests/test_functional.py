@@ -76,6 +76,7 @@ def test_n_clean_counts_or_is_a_fraction_rounded_up(given_, n, k):
 def test_n_clean_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match="n_clean="):
         clean_count(wrong, 5)
+    assert clean_count(np.int64(4), 5) == 4
 
 
 @pytest.mark.parametrize("wrong", [True, False, np.True_, "3", [3]])

@@ -40,6 +40,15 @@ def test_reweighing_refuses_what_it_cannot_weigh():
         reweighing([0, 1, 1], sensitive_features=[0, 1])
 
 
+def test_labels_and_groups_of_a_batch_may_have_any_values_that_the_training_rows_have():
+    y, groups = torch.tensor([1, 1, -1, 1, -1, -1]), torch.tensor([-1, 7, 7, -1, -1, 7])
+    weights = Reweighing(y, groups)
+    expected = reweighing(y, sensitive_features=groups)
+    torch.testing.assert_close(weights(y, groups).double(), torch.tensor(expected), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"groups has a value that no training row has; known are \[-1, 7\]"):
+        weights(torch.tensor([1]), torch.tensor([0]))
+
+
 def test_weights_for_batches_are_the_weights_of_the_rows():
     generator = torch.Generator().manual_seed(0)
     y, groups = torch.randint(2, (50,), generator=generator), torch.randint(3, (50,), generator=generator)

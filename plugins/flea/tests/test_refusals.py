@@ -1,5 +1,7 @@
 """What the filter refuses, by name."""
 
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,6 +47,9 @@ CASES = {
     "one group only": ({"a": lambda a: a * 0}, "only the value 0"),
     "one label only": ({"y": lambda y: y * 0}, "only the value 0"),
     "regression": ({"y": lambda y: np.linspace(0.1, 0.9, len(y))}, "regression"),
+    "measurements as groups": ({"a": lambda a: np.linspace(0.1, 0.9, len(a))}, "sensitive_features has .* measurement"),
+    "masked features": ({"X": lambda x: np.ma.masked_where(x > np.quantile(x, 0.99), x)}, "X has .* masked values"),
+    "masked labels": ({"y": lambda y: np.ma.masked_array(y, np.arange(len(y)) == 3)}, "y has 1 masked values"),
     "three dimensions": ({"X": lambda x: x[:, :, None]}, "two dimensions"),
 }  # fmt: skip
 
@@ -68,6 +73,10 @@ def test_identifiers_dates_and_objects_are_refused_by_column(table):
     for name, values in {
         "patient": [f"p{i}" for i in range(len(frame))],
         "seen": pd.Timestamp("2020-01-01"),
+        "born": pd.Timestamp("2020-01-01").date(),
+        "stay": pd.Timedelta(days=3),
+        "month": pd.Period("2020-01"),
+        "price": Decimal("1.5"),
         "notes": [{}] * len(frame),
     }.items():
         with pytest.raises(ValueError, match=f"column '{name}'"):
@@ -85,6 +94,7 @@ def test_identifiers_dates_and_objects_are_refused_by_column(table):
         ({"aggregation": "mean"}, "aggregation"),
         ({"always_keep": ["clinic 77"]}, "always_keep names 'clinic 77'"),
         ({"always_keep": "clinic 1"}, "give a list"),
+        ({"always_keep": iter(["clinic 1"])}, "give a list"),
         ({"positive_label": 5, "fairness": "equal_opportunity"}, "positive_label=5"),
         ({"compat": "reference", "fairness": "equalized_odds"}, "demographic parity only"),
         ({"compat": "jax"}, "compat"),
@@ -99,6 +109,14 @@ def test_identifiers_dates_and_objects_are_refused_by_column(table):
 def test_arguments_out_of_range_are_refused(table, options, text):
     with pytest.raises(ValueError, match=text):
         run(table(4), **options)
+
+
+@pytest.mark.parametrize("name", ["y", "a"])
+def test_the_published_code_is_asked_about_two_labels_and_two_groups_only(table, name):
+    data = table(4)
+    setattr(data, name, np.arange(len(data.y)) % 3)
+    with pytest.raises(ValueError, match="compat='reference' knows two labels and two groups"):
+        run(data, compat="reference")
 
 
 def test_a_bool_is_no_number_of_sources(table):

@@ -37,9 +37,10 @@ def test_a_resumed_run_neither_compares_again_nor_changes_the_data(kit, bad):
     trainer.save_checkpoint(path)
     second = Counting(n_clean=5, permutations=0)  # would keep everything
     module = Net()
-    kit.trainer(second, max_epochs=2).fit(
-        module, DataLoader(Rows(bad), 32, shuffle=True), ckpt_path=path, weights_only=True
-    )
+    with pytest.warns(FLEAWarning, match="n_clean now means 5 sources, but the decision was made for 3 and stays"):
+        kit.trainer(second, max_epochs=2).fit(
+            module, DataLoader(Rows(bad), 32, shuffle=True), ckpt_path=path, weights_only=True
+        )
     assert Counting.compared == 1
     assert module.seen == GOOD
     assert second.decision == first.decision

@@ -9,7 +9,7 @@ from groundwire import Finding, Plugin, Problem, RunContext, Section, TrainData,
 from groundwire_flea.deciding import Deciding, apply
 from groundwire_flea.decision import Decision
 from groundwire_flea.embedding import resolve
-from groundwire_flea.functional import clean_count
+from groundwire_flea.functional import check_n_clean
 from groundwire_flea.report import section
 from groundwire_flea.settings import FAIRNESS, MODES, Fairness, Mode
 
@@ -70,7 +70,7 @@ class FLEA(Plugin):
         for name, value, allowed in (("fairness", fairness, FAIRNESS), ("mode", mode, MODES)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} -> choose one of {', '.join(map(repr, allowed))}")
-        clean_count(n_clean, n_clean if isinstance(n_clean, int) and not isinstance(n_clean, bool) else 3)
+        check_n_clean(n_clean)
         self.source, self.groups, self.n_clean, self.fairness = source, groups, n_clean, fairness
         self.mode, self.embed, self.seed, self.always_keep = mode, embed, seed, always_keep
         self.keep_unsuspicious, self.permutations = keep_unsuspicious, permutations

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.cluster.hierarchy import average, to_tree
 from scipy.spatial.distance import squareform
 
+from groundwire_flea.exposure import Exposure
 from groundwire_flea.functional import Array
 from groundwire_flea.result import Caution, SourceId
 from groundwire_flea.rows import Rows
@@ -33,6 +34,8 @@ class Evidence:
     k: int
     tested: Significance | None
     disb: Array
+    exposed: Exposure
+    vouched: Sequence[int] = ()
 
     @property
     def noise(self) -> float:
@@ -51,6 +54,13 @@ class Evidence:
         smallest: Array = np.min(counts, axis=0)
         return smallest
 
+    @cached_property
+    def by_score(self) -> Array:
+        """(n,) kept, and not because the user vouches for them."""
+        chosen = self.kept.copy()
+        chosen[list(self.vouched)] = False
+        return chosen
+
     def named(self, chosen: Array) -> tuple[SourceId, ...]:
         """Sources of a bool (n,)."""
         return tuple(source for source, here in zip(self.ids, chosen, strict=True) if here)
@@ -65,9 +75,11 @@ def cautions(
     k: int,
     tested: Significance | None,
     disb: Array,
+    exposed: Exposure,
+    vouched: Sequence[int] = (),
 ) -> list[Caution]:
     """All that apply, in order."""
-    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb)
+    evidence = Evidence(rows, ids, distance, q, kept, k, tested, disb, exposed, vouched)
     rules: tuple[Callable[[Evidence], Caution | None], ...] = (
         half_or_more,
         small_cells,
@@ -132,12 +144,12 @@ def small_cells(e: Evidence) -> Caution | None:
 
 def no_gap(e: Evidence) -> Caution | None:
     """W3: the last source that is kept and the first that is not differ by less than noise."""
-    if e.kept.all():
+    if e.kept.all() or not e.by_score.any():
         return None
-    last, first = float(e.q[e.kept].max()), float(e.q[~e.kept].min())
+    last, first = float(e.q[e.by_score].max()), float(e.q[~e.kept].min())
     if first - last >= e.noise:
         return None
-    at = (e.kept & (e.q == last)) | (~e.kept & (e.q == first))
+    at = (e.by_score & (e.q == last)) | (~e.kept & (e.q == first))
     return Caution(
         "W3",
         f"no gap in the scores at the border: {first:.3f} is suppressed and {last:.3f} is kept, less apart than chance "
@@ -174,49 +186,60 @@ def two_clusters(e: Evidence) -> Caution | None:
 
 
 def heterogeneous(e: Evidence) -> Caution | None:
-    """W5: even the best scores are far above chance, so sources differ by nature."""
-    best = float(np.sort(e.q)[max(e.k // 2 - 1, 0)])
+    """W5: even the best scores are far above chance, so sources differ by nature.
+
+    Scores in-sample are large for small clean sources too, because classifiers overfit; cross-fitted ones are not.
+    """
+    best = float(np.sort(e.q if e.tested is None else e.tested.q)[max(e.k // 2 - 1, 0)])
     balance = float(np.median(e.disb[~np.eye(e.rows.n, dtype=bool)]))
     limit = 0.25 + 2 * e.noise
     if best <= limit and balance <= 0.2:
         return None
     return Caution(
         "W5",
-        f"the sources differ by nature: half of the kept scores are above {best:.2f} and the median disbalance is "
-        f"{balance:.2f}. The guarantee degrades by as much; what is kept resembles the majority, not the truth",
+        f"the sources differ by nature{_or_overfit(e)}: half of the kept scores are above {best:.2f} and the median "
+        f"disbalance is {balance:.2f}. The guarantee degrades by as much; what is kept resembles the majority, not "
+        "the truth",
         tuple(e.ids),
         best,
     )
 
 
+def _or_overfit(e: Evidence) -> str:
+    if e.tested is not None:
+        return ""
+    return f", or have few rows for their {e.rows.x.shape[1]} columns (permutations= tells which)"
+
+
 def vacuous_bound(e: Evidence) -> Caution | None:
     """W6: with so many manipulated rows and so rare a group, unfiltered training has no protection at all."""
-    rarest = min(float((e.rows.a == group).mean()) for group in range(e.rows.groups))
-    alpha = 1 - e.k / e.rows.n
-    if alpha / rarest < 1:
+    alpha, rarest, ratio = e.exposed.alpha, e.exposed.rarest, e.exposed.ratio
+    if ratio < 1:
         return None
     return Caution(
         "W6",
-        f"up to {alpha:.0%} of the rows may be manipulated and the rarest group has {rarest:.1%} of them: alpha / "
-        f"P_min = {alpha / rarest:.2f} >= 1, so an adversary can make any learner that does not filter arbitrarily "
-        "unfair. Do not train on the suppressed sources, or on weights, and expect fairness",
+        f"{e.rows.n - e.k} of {e.rows.n} sources may be manipulated, up to {alpha:.0%} of the rows, and the rarest "
+        f"group that fairness looks at has {rarest:.1%} of them: alpha / P_min = {ratio:.2f} >= 1, so an adversary "
+        "can make any learner that does not filter arbitrarily unfair. Do not train on the suppressed sources, or on "
+        "weights, and expect fairness",
         (),
-        alpha / rarest,
+        ratio,
     )
 
 
 def kept_by_a_tie(e: Evidence) -> Caution | None:
-    """W7: a kept source has the same score as a suppressed one."""
+    """W7: a source that nobody vouches for is kept, and another one of the same score is not."""
     if e.kept.all():
         return None
     border = float(e.q[~e.kept].min())
     tied = np.isclose(e.q, border, rtol=0, atol=1e-12)
-    if not (tied & e.kept).any():
+    first, last = tied & e.by_score, tied & ~e.kept
+    if not first.any():
         return None
     return Caution(
         "W7",
-        f"{listed(e.named(tied & e.kept))} is kept and {listed(e.named(tied & ~e.kept))} is not, with the same score "
-        f"{border:.3f}: the order of the sources decided",
-        e.named(tied),
+        f"{listed(e.named(first))} is kept and {listed(e.named(last))} is not, with the same score {border:.3f}: "
+        "the order of the sources decided",
+        e.named(first | last),
         border,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundwire_flea.encoding import Encoder
-from groundwire_flea.functional import COMPONENTS, clean_count
+from groundwire_flea.functional import COMPONENTS, check_n_clean
 from groundwire_flea.result import SourceId
 from groundwire_flea.rows import Rows
 from groundwire_flea.settings import FAIRNESS, MODES
@@ -24,7 +24,7 @@ def check_arguments(selector: FLEASelector) -> None:
 
     Raises:
         ValueError: One is out of its range.
-        TypeError: ``n_clean`` is a bool.
+        TypeError: ``n_clean`` is a bool or no number.
     """
     given: dict[str, Any] = selector.get_params()
     choices = {
@@ -39,15 +39,14 @@ def check_arguments(selector: FLEASelector) -> None:
     components, vouched, alpha = given["components"], given["always_keep"], given["alpha"]
     if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
         raise ValueError(f"components={components!r} -> choose some of {COMPONENTS}")
-    if isinstance(vouched, str) or not isinstance(vouched, Iterable):
+    if isinstance(vouched, str) or not isinstance(vouched, Collection):
         raise ValueError(f"always_keep={vouched!r} -> give a list of sources")
     if not isinstance(alpha, Real) or not 0 < float(alpha) < 1:
         raise ValueError(f"alpha={alpha!r} -> use a number in (0, 1)")
     _check_counts(given["max_rows_per_source"], given["permutations"])
     if selector.compat == "reference" and selector.fairness != "demographic_parity":
         raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
-    if isinstance(selector.n_clean, bool | np.bool_):
-        clean_count(selector.n_clean, 3)
+    check_n_clean(selector.n_clean)
 
 
 def _check_counts(most: Any, permutations: Any) -> None:
@@ -55,6 +54,19 @@ def _check_counts(most: Any, permutations: Any) -> None:
         raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
     if not isinstance(permutations, Integral) or permutations < 0:
         raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
+
+
+def check_compat(compat: str | None, encoder: Encoder) -> None:
+    """Refuse data that the published code knows nothing of.
+
+    Raises:
+        ValueError: ``compat`` is "reference" and there are more than two labels or groups.
+    """
+    if compat == "reference" and max(len(encoder.labels), len(encoder.groups)) > 2:
+        raise ValueError(
+            f"compat='reference' knows two labels and two groups, the data have {len(encoder.labels)} and "
+            f"{len(encoder.groups)} -> leave compat out"
+        )
 
 
 def check_power(alpha: float, permutations: int, k: int) -> None:

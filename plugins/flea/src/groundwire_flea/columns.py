@@ -16,21 +16,20 @@ def frame_of(x: Any) -> pd.DataFrame:
     """``X`` as a data frame.
 
     Raises:
-        ValueError: It is not a table of two dimensions.
+        ValueError: It is not a table of two dimensions, or some of it is masked.
     """
     if isinstance(x, pd.DataFrame):
-        return x
+        return x.infer_objects()
     if isinstance(x, torch.Tensor):
-        x = _array_of(x)
+        x = array_of(x)
     if hasattr(x, "toarray"):
         x = x.toarray()
-    array = np.asarray(x)
+    array = _unmasked(x, "X")
     if array.ndim != 2:
         raise ValueError(
             f"X must have two dimensions (rows, columns), got shape {array.shape} -> flatten it, or give embed= to FLEA"
         )
-    frame = pd.DataFrame(array)
-    return frame.infer_objects() if array.dtype == object else frame
+    return pd.DataFrame(array).infer_objects()
 
 
 def column_of(values: Any, name: str) -> pd.Series[Any]:
@@ -40,13 +39,13 @@ def column_of(values: Any, name: str) -> pd.Series[Any]:
         ValueError: It has more than one dimension without being a data frame, or a value is missing.
     """
     if isinstance(values, torch.Tensor):
-        values = _array_of(values)
+        values = array_of(values)
     if isinstance(values, pd.DataFrame):
         joined = values.iloc[:, 0] if values.shape[1] == 1 else values.astype(str).agg(", ".join, axis=1)
         missing = values.isna().any(axis=1).to_numpy()
         series = joined.reset_index(drop=True)
     else:
-        array = np.asarray(values, dtype=object if isinstance(values, list | tuple) else None)
+        array = _unmasked(values, name, dtype=object if isinstance(values, list | tuple) else None)
         if array.ndim == 2 and array.shape[1] == 1:
             array = array[:, 0]
         if array.ndim != 1:
@@ -63,11 +62,19 @@ def column_of(values: Any, name: str) -> pd.Series[Any]:
     return series
 
 
-def _array_of(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().cpu()
-    # NumPy has no bfloat16.
+def array_of(tensor: torch.Tensor) -> Array:
+    """A tensor's values in NumPy, which knows neither gradients nor bfloat16, and no layout but a dense one."""
+    tensor = tensor.detach().to_dense().cpu()
     array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+def _unmasked(values: Any, name: str, dtype: Any = None) -> Array:
+    if np.ma.is_masked(values):  # asarray would take what is under the mask for data
+        raise ValueError(
+            f"{name} has {int(np.ma.getmaskarray(values).sum())} masked values -> fill them in, or leave them out"
+        )
+    return np.asarray(values, dtype=dtype)
 
 
 def codes_of(series: pd.Series[Any], known: Sequence[Any], name: str) -> Array:

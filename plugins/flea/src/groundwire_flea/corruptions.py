@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from sklearn.utils import check_random_state
 
-from groundwire_flea.columns import codes_of, column_of, plain, same_length, values_of
+from groundwire_flea.columns import array_of, codes_of, column_of, plain, same_length, values_of
 from groundwire_flea.functional import Array
 from groundwire_flea.manipulations import ADVERSARIES, Attack, Replacement
 
@@ -56,7 +56,7 @@ def corrupt(
         New X, y, sensitive_features and sources. The rows of each source stay together in their order.
 
     Raises:
-        ValueError: Labels or groups do not have two values, or a name is unknown.
+        ValueError: Labels or groups do not have two values, a name is unknown, or ``malicious`` is no list.
 
     Example:
         >>> a, y = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
@@ -67,17 +67,21 @@ def corrupt(
     """
     if adversary not in ADVERSARIES:
         raise ValueError(f"adversary={adversary!r} -> choose one of {', '.join(ADVERSARIES)}")
+    if isinstance(malicious, str):
+        raise ValueError(f"malicious={malicious!r} -> give a list of sources")
     names, labels, groups = column_of(sources, "sources"), column_of(y, "y"), column_of(sensitive_features, "groups")
-    same_length(X=X, y=labels, sensitive_features=groups, sources=names)
+    x = X if isinstance(X, pd.DataFrame) else array_of(X) if isinstance(X, torch.Tensor) else np.asarray(X)
+    same_length(X=x, y=labels, sensitive_features=groups, sources=names)
     pairs = [_two_values(labels, "y"), _two_values(groups, "sensitive_features")]
     y_codes, a_codes = codes_of(labels, pairs[0], "y"), codes_of(groups, pairs[1], "sensitive_features")
-    unknown = [s for s in malicious if s not in set(map(plain, names))]
+    codes, found = pd.factorize(names)
+    own = {plain(s): np.flatnonzero(codes == place) for place, s in enumerate(found)}
+    unknown = [s for s in malicious if s not in own]
     if unknown:
         raise ValueError(f"malicious names {unknown[0]!r}, which is none of the sources")
-    columns = _sensitive_columns(X, a_codes) if sensitive_columns is None else list(sensitive_columns)
-    random, bad = check_random_state(random_state), names.isin(list(malicious)).to_numpy()
-    table = _numbers(X) if "anchor" in adversary or adversary == "random" else np.zeros((len(names), 0))
-    own = {plain(s): np.flatnonzero((names == s).to_numpy()) for s in dict.fromkeys(names)}
+    columns = _sensitive_columns(x, a_codes) if sensitive_columns is None else list(sensitive_columns)
+    random, bad = check_random_state(random_state), np.array([s in malicious for s in own])[codes]
+    table = _numbers(x) if "anchor" in adversary or adversary == "random" else np.zeros((len(names), 0))
     manipulated = {
         s: ADVERSARIES[adversary](Attack(y_codes, a_codes, table, own[s], np.flatnonzero(~bad), random))
         for s in dict.fromkeys(malicious)
@@ -85,13 +89,20 @@ def corrupt(
     parts = [manipulated.get(s, Replacement(rows, y_codes[rows], a_codes[rows])) for s, rows in own.items()]
     rows = np.concatenate([part.rows for part in parts])
     new_a = np.concatenate([part.a for part in parts])
-    new_sources = np.repeat(np.array(list(own)), [len(part.rows) for part in parts])
+    new_x = _rewritten(x, rows, a_codes, new_a, columns)
     return Corrupted(
-        _rewritten(X, rows, a_codes, new_a, columns),
+        torch.as_tensor(new_x, dtype=X.dtype) if isinstance(X, torch.Tensor) else new_x,
         np.array(pairs[0])[np.concatenate([part.y for part in parts])],
         np.array(pairs[1])[new_a],
-        new_sources,
+        np.repeat(_ids(list(own)), [len(part.rows) for part in parts]),
     )
+
+
+def _ids(sources: list[Any]) -> Array:
+    """Sources as an array in which 1 and "1" stay two, and a tuple stays one."""
+    if len({type(s) for s in sources}) == 1 and not isinstance(sources[0], tuple):
+        return np.array(sources)
+    return np.fromiter(sources, dtype=object, count=len(sources))
 
 
 def _two_values(series: pd.Series[Any], name: str) -> list[Any]:
@@ -102,13 +113,13 @@ def _two_values(series: pd.Series[Any], name: str) -> list[Any]:
 
 
 def _numbers(x: Any) -> Array:
-    frame = pd.get_dummies(x) if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x))
+    frame = pd.get_dummies(x) if isinstance(x, pd.DataFrame) else pd.DataFrame(x)
     numbers: Array = frame.to_numpy(dtype=float)
     return numbers
 
 
 def _column(x: Any, key: Any) -> Array:
-    return np.asarray(x[key]) if isinstance(x, pd.DataFrame) else np.asarray(x[:, key])
+    return np.asarray(x[key] if isinstance(x, pd.DataFrame) else x[:, key])
 
 
 def _sensitive_columns(x: Any, a: Array) -> list[Any]:
@@ -128,11 +139,9 @@ def _rewritten(x: Any, rows: Array, a: Array, new_a: Array, columns: list[Any]) 
         for key in columns:
             frame[key] = pd.Series(_followed(x[key].to_numpy(), a, new_a)).astype(x[key].dtype)
         return frame
-    if isinstance(x, torch.Tensor):
-        return torch.as_tensor(_rewritten(x.numpy(), rows, a, new_a, columns))
-    result = np.array(np.asarray(x)[rows])
+    result: Array = x[rows]
     for key in columns:
-        result[:, key] = _followed(np.asarray(x)[:, key], a, new_a)
+        result[:, key] = _followed(x[:, key], a, new_a)
     return result
 
 

@@ -51,11 +51,19 @@ def batches(loader: DataLoader[Any], index: Array | None) -> Iterator[tuple[Any,
 
 
 def parts_of(dataset: Any) -> list[Any] | None:
-    """The part of a ConcatDataset that each row is of: its name, or its number."""
+    """The part of a ConcatDataset, also in a Subset, that each row is of: its name, or its number."""
+    if isinstance(dataset, Subset):
+        found = parts_of(dataset.dataset)
+        return None if found is None else [found[i] for i in dataset.indices]
     if not isinstance(dataset, ConcatDataset):
         return None
     names = getattr(dataset, "names", range(len(dataset.datasets)))
     return [name for name, part in zip(names, dataset.datasets, strict=True) for _ in range(len(part))]  # type: ignore[arg-type]
+
+
+def parts_have_names(dataset: Any) -> bool:
+    """Whether :func:`parts_of` gives names."""
+    return parts_have_names(dataset.dataset) if isinstance(dataset, Subset) else hasattr(dataset, "names")
 
 
 def attribute(dataset: Any, name: str) -> Any:
@@ -91,6 +99,23 @@ def values(column: Any) -> list[Any]:
     raw = column.tolist() if hasattr(column, "tolist") else list(column)
     raw = [v.item() if isinstance(v, Tensor | np.generic) else v for v in raw]
     return [v if v is None or isinstance(v, bool | int | float | str) else str(v) for v in raw]
+
+
+def holders(batch: Any) -> list[Mapping[Any, Any]]:
+    """What in a batch has keys: itself, its parts, and what these hold under a key."""
+    parts = [batch, *(batch if isinstance(batch, list | tuple) else [])]
+    outer = [part for part in parts if isinstance(part, Mapping)]
+    return outer + [value for part in outer for value in part.values() if isinstance(value, Mapping)]
+
+
+def joined(columns: Mapping[Any, Any]) -> list[str]:
+    """Several columns as one, the intersections.
+
+    Example:
+        >>> joined({"sex": ["f", "m"], "old": torch.tensor([0, 1])})
+        ['f, 0', 'm, 1']
+    """
+    return [", ".join(map(str, row)) for row in zip(*map(values, columns.values()), strict=True)]
 
 
 def described(batch: Any) -> str:

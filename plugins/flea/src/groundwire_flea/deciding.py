@@ -14,6 +14,7 @@ from groundwire import Fields, PluginError, TrainData
 from groundwire_flea.decision import Decision, source_hash
 from groundwire_flea.embedding import resolve
 from groundwire_flea.filtering import filter_sources
+from groundwire_flea.functional import clean_count
 from groundwire_flea.reading import Reader
 from groundwire_flea.result import FLEAWarning
 
@@ -43,13 +44,20 @@ class Deciding:
 
         Raises:
             PluginError: On all ranks: the data cannot be read, compared, or do not fit the decision.
+            What the user's own code raised is raised as it is on rank 0.
         """
         answer: tuple[Any, ...] = ()
+        failure: Exception | None = None
         if trainer is None or trainer.is_global_zero:
             progress = trainer is not None and trainer.progress_bar_callback is not None
-            answer = self._answer(loader, known, fields, module, progress)
+            try:
+                answer = self._answer(loader, known, fields, module, progress)
+            except Exception as raised:  # the other ranks must hear of it first
+                failure, answer = raised, (None, None, f"flea: rank 0 failed: {type(raised).__name__}: {raised}")
         if trainer is not None:
             answer = trainer.strategy.broadcast(answer, src=0)
+        if failure is not None:
+            raise failure
         state, rows, error = answer
         if error is not None:
             raise PluginError(error)
@@ -66,9 +74,19 @@ class Deciding:
                 decision, rows = self._compared(reader, loader, progress)
             else:
                 decision, rows = known, remembered(reader, loader, known)
+                self._warn_if_k_differs(known)
         except (ValueError, TypeError, PluginError) as error:
             return None, None, f"flea: {str(error).removeprefix('flea: ')}"
         return decision.state(), rows, None
+
+    def _warn_if_k_differs(self, decision: Decision) -> None:
+        now = clean_count(self.options.get("n_clean"), len(decision.sources))
+        if now != decision.n_clean:
+            text = (
+                f"flea: n_clean now means {now} sources, but the decision was made for {decision.n_clean} and stays -> "
+                "start a new fit from the weights alone to decide again"
+            )
+            warnings.warn(text, FLEAWarning, stacklevel=2)
 
     def _compared(self, reader: Reader, loader: DataLoader[Any], progress: bool) -> tuple[Decision, list[Any]]:
         read, rows = reader.read(loader, self.most, self.options.get("random_state", 0))
@@ -95,6 +113,11 @@ def refuse_unreadable(loader: Any) -> None:
         PluginError: ``loader`` is no DataLoader, or its data set has no rows by number.
     """
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        if loader.batch_sampler is None:
+            raise PluginError(
+                "flea: a DataLoader with batch_size=None does not say what one row of its data set is -> give it a "
+                "batch_size, and a data set of single rows"
+            )
         return
     what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
     raise PluginError(

@@ -76,11 +76,16 @@ def features(inputs: Any, embed: Callable[[Any], Any] | None) -> Array:
             f"inputs of type {type(inputs).__name__} are no numbers -> give embed=, which turns a batch of them into "
             "an array"
         ) from error
+    if not array.ndim:
+        raise ValueError(f"a batch became one number ({array}) -> embed= must give one row for each input")
     return array.reshape(len(array), -1)
 
 
 def reduced(x: Array, width: int = WIDTH) -> Array:
     """The first ``width`` principal components of x (R, d), in float64; x itself if it is not wider.
+
+    Raises:
+        ValueError: A number is missing or infinite.
 
     Example:
         >>> reduced(np.random.default_rng(0).normal(size=(100, 50)), 30).shape
@@ -88,6 +93,12 @@ def reduced(x: Array, width: int = WIDTH) -> Array:
     """
     if x.shape[1] <= width:
         return x
+    wrong = ~np.isfinite(x).all(axis=1)
+    if wrong.any():
+        raise ValueError(
+            f"the features of {int(wrong.sum())} rows have missing or infinite numbers, the first in row "
+            f"{int(wrong.argmax())} -> fill them in, or leave these rows out"
+        )
     from sklearn.decomposition import PCA
 
     components: Array = PCA(

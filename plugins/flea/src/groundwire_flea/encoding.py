@@ -13,8 +13,10 @@ from groundwire_flea.functional import Array
 
 #: A text column of more different values is taken for an identifier.
 MOST_LEVELS = 50
-#: Numbers with a fraction and more different values are taken for a regression target.
-MOST_LABELS = 20
+#: Labels or groups with fractions and more different values are taken for a measurement.
+MOST_VALUES = 20
+#: What ``infer_dtype`` calls values that have an order and distances, which a category for each would lose.
+QUANTITIES = ("date", "time", "period", "decimal", "complex")
 
 
 @dataclass
@@ -39,11 +41,8 @@ class Encoder:
         self.columns = list(frame.columns)
         self.levels = [_levels(column, name) for name, column in frame.items()]
         self.labels, self.groups = values_of(labels), values_of(groups)
-        self._check_labels(labels)
-        if len(self.groups) < 2:
-            raise ValueError(
-                f"sensitive_features has only the value {self.groups[0]!r} -> fairness between groups needs two groups"
-            )
+        _check_values(labels, self.labels, "y", "a classifier needs two labels")
+        _check_values(groups, self.groups, "sensitive_features", "fairness between groups needs two groups")
         numbers, codes = self._numbers(frame), codes_of(groups, self.groups, "sensitive_features")
         self.appended = self._to_append(numbers, codes)
         numbers = self._with_groups(numbers, codes)
@@ -68,16 +67,6 @@ class Encoder:
         numbers = self._with_groups(self._numbers(frame), codes) / self.unit
         return (numbers - self.shift) / self.scale, codes_of(labels, self.labels, "y"), codes
 
-    def _check_labels(self, labels: pd.Series[Any]) -> None:
-        if len(self.labels) < 2:
-            raise ValueError(f"y has only the value {self.labels[0]!r} -> a classifier needs two labels")
-        fractions = pd.api.types.is_float_dtype(labels) and bool((labels % 1 != 0).any())
-        if fractions and len(self.labels) > MOST_LABELS:
-            raise ValueError(
-                f"y has {len(self.labels)} different numbers with fractions, which looks like regression -> "
-                "FLEA is for classification; cut y into classes"
-            )
-
     def _numbers(self, frame: pd.DataFrame) -> Array:
         if not any(self.levels) and all(map(_is_number, frame.dtypes)):
             whole: Array = frame.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -97,6 +86,17 @@ class Encoder:
 
     def _with_groups(self, numbers: Array, codes: Array) -> Array:
         return np.column_stack([numbers, *(codes == code for code in self.appended)]).astype(np.float64)
+
+
+def _check_values(series: pd.Series[Any], found: list[Any], name: str, need: str) -> None:
+    if len(found) < 2:
+        raise ValueError(f"{name} has only the value {found[0]!r} -> {need}")
+    fractions = pd.api.types.is_float_dtype(series) and bool((series % 1 != 0).any())
+    if fractions and len(found) > MOST_VALUES:
+        looks = "regression -> FLEA is for classification" if name == "y" else "a measurement -> FLEA compares groups"
+        raise ValueError(
+            f"{name} has {len(found)} different numbers with fractions, which looks like {looks}; cut it into classes"
+        )
 
 
 def _same_split(column: Array, member: Array) -> bool:
@@ -120,8 +120,9 @@ def _levels(column: pd.Series[Any], name: Any) -> list[Any] | None:
     """Levels of a text or categorical column, the last one None if values are missing; None for numbers."""
     if _is_number(column):
         return None
-    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
-        raise ValueError(f"column {name!r} of X is of type {column.dtype} -> turn it into numbers")
+    kind = pd.api.types.infer_dtype(column)
+    if kind.startswith(QUANTITIES):
+        raise ValueError(f"column {name!r} of X holds {kind} values of type {column.dtype} -> turn it into numbers")
     try:
         levels = values_of(column.dropna()) + [None] * bool(column.isna().any())
     except TypeError as error:

@@ -40,20 +40,36 @@ def clean_count(n_clean: Any, n: int) -> int:
         >>> clean_count(None, 5), clean_count(0.6, 5), clean_count(4, 5)
         (3, 3, 4)
     """
+    check_n_clean(n_clean)
     if n_clean is None:
         return n // 2 + 1
+    if isinstance(n_clean, Integral):
+        if int(n_clean) > n:
+            raise ValueError(f"n_clean={n_clean} is outside 1..{n}, the number of sources -> choose more than {n // 2}")
+        return int(n_clean)
+    # 0.6 * 5 is a little more than 3 in floating point, and must still mean 3.
+    return max(1, math.ceil(round(float(n_clean) * n, 9)))
+
+
+def check_n_clean(n_clean: Any) -> None:
+    """Refuse what no number of sources could make right; see :func:`clean_count`.
+
+    Raises:
+        TypeError: ``n_clean`` is a bool, or no number.
+        ValueError: It is an int below 1, or a fraction outside (0, 1].
+
+    Example:
+        >>> check_n_clean(4)
+    """
+    if n_clean is None:
+        return
     if isinstance(n_clean, bool | np.bool_) or not isinstance(n_clean, Real):
         raise TypeError(f"n_clean must be an int, a float or None, got {n_clean!r} -> say how many sources are clean")
     if isinstance(n_clean, Integral):
-        count = int(n_clean)
-        if not 1 <= count <= n:
-            raise ValueError(f"n_clean={count} is outside 1..{n}, the number of sources -> choose more than {n // 2}")
-        return count
-    fraction = float(n_clean)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"n_clean={fraction} is a fraction outside (0, 1] -> use an int for a number of sources")
-    # 0.6 * 5 is a little more than 3 in floating point, and must still mean 3.
-    return max(1, math.ceil(round(fraction * n, 9)))
+        if int(n_clean) < 1:
+            raise ValueError(f"n_clean={n_clean} is not positive -> choose more than half of the number of sources")
+    elif not 0 < float(n_clean) <= 1:
+        raise ValueError(f"n_clean={n_clean} is a fraction outside (0, 1] -> use an int for a number of sources")
 
 
 def total_distance(disc: Array, disp: Array, disb: Array, aggregation: str = "sum") -> Array:

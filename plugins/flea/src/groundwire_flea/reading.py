@@ -12,7 +12,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groundwire import Fields, PluginError
 from groundwire.seeds import preserve_rng
-from groundwire_flea.dataset_rows import attribute, batches, chosen, described, parts_of, values
+from groundwire_flea.dataset_rows import (
+    attribute,
+    batches,
+    chosen,
+    described,
+    holders,
+    joined,
+    parts_have_names,
+    parts_of,
+    values,
+)
 from groundwire_flea.embedding import evaluating, features, reduced
 from groundwire_flea.functional import Array
 
@@ -60,7 +70,7 @@ class Reader:
         Raises:
             PluginError: It cannot be found.
         """
-        known = self._without_rows(loader.dataset, self.source, "source")
+        known = self._known_sources(loader)
         if known is not None:
             return known
         with preserve_rng():
@@ -77,7 +87,7 @@ class Reader:
         Raises:
             PluginError: Source, group, label or inputs of a row cannot be found.
         """
-        every = self._without_rows(loader.dataset, self.source, "source")
+        every = self._known_sources(loader)
         index = None if every is None or most is None else chosen(every, most, seed)
         groups = self._without_rows(loader.dataset, self.groups, "groups")
         parts: dict[str, list[Any]] = {"x": [], "y": [], "groups": [], "source": []}
@@ -93,7 +103,7 @@ class Reader:
                     self._column(batch, self.source, "source") if every is None else [every[i] for i in places]
                 )
         x = np.concatenate(parts["x"])
-        table = self.embed is None and self._is_table(loader)
+        table = self.embed is None and np.ndim(self._first(loader).inputs) == 2
         place = np.arange(len(x)) if index is None else index
         rows = TrainingRows(x if table else reduced(x), parts["y"], parts["groups"], parts["source"], place)
         return rows, parts["source"] if every is None else every
@@ -104,9 +114,18 @@ class Reader:
         except ValueError as error:
             raise PluginError(f"flea: {error}") from error
 
-    def _is_table(self, loader: DataLoader[Any]) -> bool:
-        batch, _ = next(batches(loader, np.arange(1)))
-        return np.ndim(self._fields(batch).inputs) == 2
+    def _first(self, loader: DataLoader[Any]) -> Fields:
+        """What the first row holds, as a batch."""
+        with preserve_rng():
+            batch, _ = next(batches(loader, np.arange(1)))
+            return self._fields(batch)
+
+    def _known_sources(self, loader: DataLoader[Any]) -> list[Any] | None:
+        """The source of every row without reading them. What rows say counts more than a part without a name."""
+        known = self._without_rows(loader.dataset, self.source, "source")
+        if known is None or self.source is not None or parts_have_names(loader.dataset):
+            return known
+        return known if self._first(loader).source is None else None
 
     def _fields(self, batch: Any) -> Fields:
         """The batch's fields; of a longer tuple, the first two count as inputs and targets."""
@@ -146,8 +165,7 @@ class Reader:
         elif isinstance(where, int) and isinstance(batch, list | tuple) and -len(batch) <= where < len(batch):
             found = batch[where]
         elif isinstance(where, str):
-            holders = [batch, *(batch if isinstance(batch, list | tuple) else [])]
-            found = next((h[where] for h in holders if isinstance(h, Mapping) and where in h), None)
+            found = next((holder[where] for holder in holders(batch) if where in holder), None)
         elif where is None:
             found = getattr(self._fields(batch), name)
         if found is None:
@@ -156,4 +174,4 @@ class Reader:
                 f"flea: {name}{asked} is not in the training batches ({described(batch)}) -> give {name}= as a key, a "
                 "position, an attribute of the data set, one value for each row, or a function of a batch"
             )
-        return values(found)
+        return joined(found) if isinstance(found, Mapping) else values(found)

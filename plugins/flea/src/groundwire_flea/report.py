@@ -26,8 +26,8 @@ def section(decision: Decision, mode: str) -> Section:
     text = (
         "Every two sources were compared: how differently can one classifier err on them, how differently unfair can "
         "it be, and how different are their groups? A source's score q is the distance within which "
-        f"{decision.n_clean} sources lie, itself included. The {sum(decision.kept)} sources of smallest score were "
-        f"kept; {', '.join(map(str, dropped)) or 'none'} {verb} {fate}."
+        f"{decision.n_clean} sources lie, itself included. {sum(decision.kept)} of {len(decision.kept)} sources were "
+        f"kept, for the reasons in the table; {', '.join(map(str, dropped)) or 'none'} {verb} {fate}."
     )
     if mode == "weights":
         text += "\n\nSampling weights carry no guarantee: one manipulated row in a batch can still do harm."

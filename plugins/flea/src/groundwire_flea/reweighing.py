@@ -52,23 +52,36 @@ class Reweighing:
     """The weights of :func:`reweighing` by cell, learned once, for batches of a training loop.
 
     Args:
-        y: (R,) integer labels of the training rows.
-        groups: (R,) integer groups of the training rows.
+        y: (R,) labels of the training rows.
+        groups: (R,) groups of the training rows.
         sample_weight: (R,) weights that rows have already.
 
+    Raises:
+        ValueError: As :func:`reweighing`; and for a batch with a label or group that no training row has.
+
     Example:
-        >>> weights = Reweighing(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 0, 1]))
-        >>> weights(torch.tensor([1, 0]), torch.tensor([1, 0]))
+        >>> weights = Reweighing(torch.tensor([1, 1, -1, 1]), torch.tensor([0, 0, 0, 1]))
+        >>> weights(torch.tensor([1, -1]), torch.tensor([1, 0]))
         tensor([0.7500, 0.7500])
     """
 
     def __init__(self, y: Tensor, groups: Tensor, sample_weight: Tensor | None = None) -> None:
-        ones = torch.ones(len(y)) if sample_weight is None else sample_weight
+        y, groups = y.cpu(), groups.cpu()
+        ones = torch.ones(len(y)) if sample_weight is None else sample_weight.detach().cpu()
         found = reweighing(y, sensitive_features=groups, sample_weight=ones) / np.maximum(ones.numpy(), 1e-300)
-        self.table = torch.zeros(int(groups.max()) + 1, int(y.max()) + 1)
+        self.labels, label = torch.unique(y, return_inverse=True)
+        self.groups, group = torch.unique(groups, return_inverse=True)
+        self.table = torch.zeros(len(self.groups), len(self.labels))
         known = ones > 0
-        self.table[groups[known].long(), y[known].long()] = torch.as_tensor(found, dtype=torch.float32)[known]
+        self.table[group[known], label[known]] = torch.as_tensor(found, dtype=torch.float32)[known]
 
     def __call__(self, y: Tensor, groups: Tensor) -> Tensor:
         """Weights (B,) of rows with labels ``y`` and ``groups``; multiply the losses of the rows with them."""
-        return self.table.to(y.device)[groups.long(), y.long()]
+        return self.table.to(y.device)[_place(groups, self.groups, "groups"), _place(y, self.labels, "y")]
+
+
+def _place(values: Tensor, known: Tensor, name: str) -> Tensor:
+    same = values.unsqueeze(-1) == known.to(values.device)
+    if not bool(same.any(-1).all()):
+        raise ValueError(f"{name} has a value that no training row has; known are {known.tolist()}")
+    return same.int().argmax(-1)

@@ -13,10 +13,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from groundwire_flea.cautions import cautions
-from groundwire_flea.checks import check_arguments, check_power, check_sources
+from groundwire_flea.checks import check_arguments, check_compat, check_power, check_sources
 from groundwire_flea.columns import column_of, plain, same_length
 from groundwire_flea.distances import Distances, distances
 from groundwire_flea.encoding import Encoder
+from groundwire_flea.exposure import exposure
 from groundwire_flea.functional import COMPONENTS, Array, clean_count, q_scores, select
 from groundwire_flea.result import FLEAResult, FLEAWarning, SourceId
 from groundwire_flea.rows import Rows
@@ -138,6 +139,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         check_arguments(self)
         self._encoder = Encoder(self.append_sensitive)
         encoded = self._encoder.fit_encode(X, y, sensitive_features)
+        check_compat(self.compat, self._encoder)
         self._rows: Rows | None = None
         self._distances: Distances | None = None
         self._source: Array = np.zeros(0, dtype=int)
@@ -259,10 +261,13 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self._finish(rows, found, tested, always)
 
     def _finish(self, rows: Rows, found: Distances, tested: Significance | None, always: list[int]) -> None:
-        known = cautions(rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_)
+        exposed = exposure(rows, self.n_clean_, self.fairness)
+        known = cautions(
+            rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_, exposed, always
+        )
         for caution in known:
             warnings.warn(str(caution), FLEAWarning, stacklevel=5)
-        self.result_ = summarize(self, rows, found, tested, always, known)
+        self.result_ = summarize(self, rows, found, tested, always, known, exposed)
         self.report_ = self.result_.report
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from groundwire_flea.distances import Distances
-from groundwire_flea.functional import Array, gamma, unavoidable_unfairness
+from groundwire_flea.exposure import Exposure
+from groundwire_flea.functional import Array, gamma
 from groundwire_flea.result import Caution, FLEAResult
 from groundwire_flea.rows import Rows
 from groundwire_flea.significance import Significance
@@ -24,6 +25,7 @@ def summarize(
     tested: Significance | None,
     always: list[int],
     known: list[Caution],
+    exposed: Exposure,
 ) -> FLEAResult:
     """Everything as a :class:`FLEAResult`."""
     ids, kept, q = selector.source_ids_, selector.support_, selector.q_
@@ -43,7 +45,7 @@ def summarize(
         warnings=tuple(known),
         n_clean=selector.n_clean_,
         mode=selector.mode,
-        bound=unavoidable_unfairness(1 - selector.n_clean_ / rows.n, rarest_cell(rows, selector.fairness)),
+        bound=exposed.bound,
     )
 
 
@@ -63,17 +65,6 @@ def source_weights(q: Array, kept: Array) -> Array:
     scale = max(float(q[kept].max()), 1e-12)
     weights: Array = np.where(kept, 1.0, np.exp(np.minimum(0, 1 - q / scale)))
     return weights
-
-
-def rarest_cell(rows: Rows, fairness: str) -> float:
-    """Frequency, in all rows, of the rarest group among those that ``fairness`` compares."""
-    labels = [None] if fairness == "demographic_parity" else list(range(rows.classes))
-    labels = [rows.positive] if fairness == "equal_opportunity" else labels
-    return min(
-        float(np.mean((rows.a == group) & ((rows.y == label) if label is not None else True)))
-        for group in range(rows.groups)
-        for label in labels
-    )
 
 
 def report(
