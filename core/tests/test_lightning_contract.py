@@ -1,6 +1,7 @@
 """What ``_lightning.py`` takes for granted about Lightning. A release that moves something fails here, by name."""
 
 import inspect
+from importlib import import_module
 
 import lightning.pytorch as pl
 import pytest
@@ -152,7 +153,7 @@ def test_the_precision_plugin_has_a_scaler_in_fp16_only(kit):
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_overrides_are_told_from_both_packages_own_methods(package):
-    base = pytest.importorskip(package).LightningModule
+    base = import_module(package).LightningModule
     own = type("Own", (base,), {"setup": lambda self, stage: None})()
     assert _lightning.overrides(own, "setup")
     assert not _lightning.overrides(own, "configure_model")
@@ -234,7 +235,7 @@ def test_a_fresh_pass_is_that_of_the_loop(kit):
 
 @pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
 def test_misconfigurations_of_both_packages_are_known(package):
-    module = pytest.importorskip(f"{package}.utilities.exceptions")
+    module = import_module(f"{package}.utilities.exceptions")
     assert _lightning.is_misconfiguration(module.MisconfigurationException())
     assert not _lightning.is_misconfiguration(ValueError())
 
