@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from groundwire_aol.autocorrelation import FAST_CHANNELS, FAST_CHANNELS_OF_FEW_TAPS, _HalfLags, autocorrelation, lag_sums
+from groundwire_aol.autocorrelation import (
+    FAST_CHANNELS,
+    FAST_CHANNELS_OF_FEW_TAPS,
+    _HalfLags,
+    autocorrelation,
+    lag_sums,
+)
 from groundwire_aol.functional import Geometry, chosen_side, rescale, squared_scale
 
 #: What rounding in float64 may add to a norm of exactly 1.
