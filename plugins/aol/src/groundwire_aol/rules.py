@@ -50,6 +50,10 @@ class Rules:
         assert callable(node.target)
         return node.target(*step.args, **step.kwargs)
 
+    def layer(self, step: Step) -> nn.Module | None:
+        """The layer that the step is, None for a function."""
+        return self.module.get_submodule(str(step.node.target)) if step.is_layer else None
+
     def of(self, step: Step) -> Proof | None:
         """Bound of the result; None if it does not depend on the input.
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.rounding import Rounding, RoundingWalk
+from groundwire_aol.rounding_rules import is_exact
 from groundwire_aol.rules import Rules
 from groundwire_aol.step import Proof, Step
 from groundwire_aol.tracing import tensors_of
@@ -107,15 +108,34 @@ class Walk:
             self.values,
         )
         proof = self.rules.of(step)
+        versions = [(t, t._version) for n in inputs for t in tensors_of(self.values[n])]
         try:
             self.values[node] = self.rules.run(step)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise UnsoundError(
                 f"{step.path}: the model cannot take an input of shape {self._shape()}: {error}"
             ) from error
+        self._refuse_old_readers(step, [t for t, version in versions if t._version != version])
         if proof is None:
             return
         self._record(step, proof, self.values[node])
+
+    def _refuse_old_readers(self, step: Step, written: list[Tensor]) -> None:
+        """What was bounded before a step wrote into it, or into what it is a view of, must not be read after that."""
+        if not written or is_exact(step.operation, self.rules.layer(step)):
+            return
+        places = {t.untyped_storage().data_ptr() for t in written}
+        for node, value in self.values.items():
+            later = [user for user in node.users if user is not step.node and user not in self.values]
+            if (
+                node is not step.node
+                and later
+                and any(t.untyped_storage().data_ptr() in places for t in tensors_of(value))
+            ):
+                raise step.unknown(
+                    f"it changes a tensor in place that {later[0].name} reads again as {node.name}",
+                    "write x = x + y instead of x += y, and use the results of in-place functions",
+                )
 
     def _shape(self) -> tuple[int, ...]:
         first = next(n for n in self.graph.nodes if n.op == "placeholder")
