@@ -223,9 +223,22 @@ def result_not_used(m, x):
     return y
 
 
-@pytest.mark.parametrize(
-    "forward", [sum_under_two_names, factor_in_a_view, quotient_that_is_cut_off_near_zero, result_not_used]
+def sum_in_a_constant(m, x):
+    y = z = m.layer.weight[:1].repeat(x.shape[0], 1)
+    y += x
+    return y + z
+
+
+IN_PLACE = (
+    sum_under_two_names,
+    factor_in_a_view,
+    quotient_that_is_cut_off_near_zero,
+    result_not_used,
+    sum_in_a_constant,
 )
+
+
+@pytest.mark.parametrize("forward", IN_PLACE)
 @pytest.mark.parametrize("example", [torch.zeros(1, 8), torch.ones(1, 8)])
 def test_what_is_changed_in_place_must_not_be_read_under_its_old_name(forward, example):
     with pytest.raises(UnknownLipschitzError, match="in place"):
@@ -268,6 +281,11 @@ def test_a_state_that_takes_in_the_input_is_refused():
 
     with pytest.raises(UnknownLipschitzError):
         lipschitz_bound(Apply(forward, layer=nn.BatchNorm1d(1)), torch.zeros(1, 4))
+
+
+def test_a_constant_that_does_not_fit_any_batch_is_refused():
+    with pytest.raises(UnknownLipschitzError, match="add"):
+        lipschitz_bound(Apply(lambda m, x: x + m.layer.weight, layer=nn.Linear(8, 5)), torch.zeros(1, 8))
 
 
 def test_zeros_are_as_good_an_example_as_any():

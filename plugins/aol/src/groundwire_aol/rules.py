@@ -68,7 +68,7 @@ class Rules:
             return self._layer(step) if step.node.op == "call_module" else self._function(step)
         except UnknownLipschitzError:
             raise
-        except (IndexError, KeyError, AttributeError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise step.unknown(f"{step.operation} is called in a way that has no rule ({error})") from error
 
     # Layers
