@@ -76,7 +76,7 @@ def ratios(found: Mapping[str, list[float]], name: str) -> list[float]:
 def rescale(quick: bool) -> list[Figure]:
     """Half of the lags as matrix products against one convolution, forward and backward."""
     figures = []
-    for channels, size in ((96, 3), (128, 3), (256, 3), (128, 5), (512, 1)):
+    for channels, size in ((64, 3), (96, 3), (128, 3), (256, 3), (128, 5), (512, 1)):
         blocks = torch.randn(1, channels, channels, size, size, requires_grad=True)
 
         def run(sums: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor = blocks) -> Callable[[], float]:

@@ -166,6 +166,38 @@ def test_what_has_no_rule_is_refused_with_its_path_and_nothing_is_changed(module
     assert str(plain) == before
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_makes_is_refused_and_nothing_is_changed(hook):
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), hook(nn.Linear(4, 4)))
+    before = str(plain)
+    with pytest.raises(UnknownLipschitzError, match=r"^2: a hook makes its weight.* -> remove it"):
+        lipschitz(plain, inplace=True)
+    assert str(plain) == before
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_parametrized_layer_starts_orthogonal_too(make):
+    model, changes = lipschitz(nn.Sequential(make(nn.Linear(8, 8))), torch.rand(2, 8))
+    assert "orthogonal start" in changes[0]
+    weight = model.eval()[0].weight
+    assert torch.allclose(weight @ weight.T, torch.eye(8), atol=1e-4)
+    assert float(lipschitz_bound(model, torch.rand(2, 8))) <= 1 + 1e-6
+
+
+def test_a_parametrization_that_takes_no_weight_is_kept_and_said_to_be():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    layer = nn.Linear(4, 4)
+    raw = layer.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    model, changes = lipschitz(nn.Sequential(layer), torch.rand(2, 4))
+    assert "orthogonal start" not in changes[0]
+    assert torch.equal(model[0].parametrizations.weight.original, raw)
+
+
 def test_an_unsound_padding_is_refused_with_its_path():
     with pytest.raises(UnsoundError, match=r"^0: padding_mode 'reflect'"):
         lipschitz(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")))

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from groundwire_aol.autocorrelation import FAST_CHANNELS, _HalfLags, autocorrelation, lag_sums
+from groundwire_aol.autocorrelation import (
+    FAST_CHANNELS,
+    FAST_CHANNELS_OF_FEW_TAPS,
+    _HalfLags,
+    autocorrelation,
+    lag_sums,
+)
 from groundwire_aol.functional import Geometry, chosen_side, rescale, squared_scale
 
 #: What rounding in float64 may add to a norm of exactly 1.
@@ -155,13 +161,24 @@ def test_an_empty_column_stays_empty_with_a_finite_gradient(n):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(FAST_CHANNELS, 20), (FAST_CHANNELS, 10, 3, 2), (FAST_CHANNELS, 4, 5)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (FAST_CHANNELS, 20),
+        (FAST_CHANNELS, 4, 5),
+        (FAST_CHANNELS, 4, 1, 1),
+        (FAST_CHANNELS_OF_FEW_TAPS, 20, 3),
+        (FAST_CHANNELS_OF_FEW_TAPS, 10, 3, 2),
+        (FAST_CHANNELS_OF_FEW_TAPS, 64, 3, 3),
+        (FAST_CHANNELS_OF_FEW_TAPS, 6, 2, 1, 3),
+    ],
+)
 def test_half_of_the_lags_give_the_same_sums_and_gradients(shape, transposed, groups):
     w = torch.randn(groups, *shape, generator=torch.Generator().manual_seed(0))
     if transposed:
         w = w.transpose(1, 2).contiguous().transpose(1, 2)
     w.requires_grad_()
-    weights = torch.rand(groups, FAST_CHANNELS, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(groups, shape[0], generator=torch.Generator().manual_seed(1))
     exact = w.detach().double().requires_grad_()
     expected = autocorrelation(exact).abs().flatten(2).sum(2)
     (expected * weights).sum().backward()
@@ -170,6 +187,29 @@ def test_half_of_the_lags_give_the_same_sums_and_gradients(shape, transposed, gr
     (sums * weights).sum().backward()
     assert (sums - expected).abs().max() / expected.abs().max() < 1e-6
     assert (w.grad - exact.grad).abs().max() / exact.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("taps", [(3, 3), (5,)])
+def test_autocast_does_not_reach_the_gradient_of_the_fast_sums(taps):
+    w = torch.randn(1, FAST_CHANNELS, 4, *taps, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (expected,) = torch.autograd.grad(lag_sums(w).sum(), w)
+    sums = lag_sums(w)
+    with torch.autocast("cpu"):
+        (found,) = torch.autograd.grad(sums.sum(), w)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("taps", [(3,), (2, 3), (3, 3)])
+def test_a_kernel_of_its_centre_alone_has_the_gradient_of_its_centre_alone(taps):
+    w = torch.zeros(1, FAST_CHANNELS, FAST_CHANNELS, *taps)
+    centre = (slice(None), slice(None), slice(None), *(k // 2 for k in taps))
+    w[centre] = torch.eye(FAST_CHANNELS)
+    w.requires_grad_()
+    lag_sums(w).sum().backward()
+    expected = torch.zeros_like(w)
+    expected[centre] = 2 * torch.eye(FAST_CHANNELS)
+    # At lags where nothing overlaps the derivative of |v| is taken as 0, so other taps stay empty.
+    assert torch.allclose(w.grad, expected, atol=1e-5)
 
 
 def test_the_fast_sums_can_be_derived_twice():

@@ -1,8 +1,8 @@
 """Sums of the absolute autocorrelation of a kernel, the expensive part of AOL, in two ways with equal results.
 
 The plain way is one convolution of the kernel with itself. The fast way uses that ``v_ij(lag) = v_ji(-lag)``: half of
-the lags are enough, and the gradient has a closed form that needs their signs only. Every pair of taps is one matrix
-product, added in place, so that almost all the time is spent in BLAS.
+the lags are enough, and the gradient has a closed form that needs their signs only: a product with a Toeplitz matrix
+of them. Almost all the time is spent in BLAS.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py).
-FAST_CHANNELS = 96
+from groundwire_aol.toeplitz import MOST_TAPS, toeplitz_product
+
+#: From this many scaled channels on, half the lags as matrix products are faster on a CPU (benchmarks/aol.py); from
+#: fewer on with kernels whose gradient takes few products.
+FAST_CHANNELS, FAST_CHANNELS_OF_FEW_TAPS = 96, 64
 #: Products that are added in one sum.
 _AT_A_TIME = 3
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -65,7 +68,8 @@ def plain_sums(blocks: Tensor) -> Tensor:
 def _is_fast(blocks: Tensor) -> bool:
     if blocks.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
-    return blocks.shape[1] >= FAST_CHANNELS and not is_transformed(blocks)
+    least = FAST_CHANNELS_OF_FEW_TAPS if _has_points(tuple(blocks.shape[3:])) else FAST_CHANNELS
+    return blocks.shape[1] >= least and not is_transformed(blocks)
 
 
 def is_transformed(tensor: Tensor) -> bool:
@@ -122,34 +126,44 @@ class _HalfLags(torch.autograd.Function):
             sums += products.abs_().sum(2)
             if pairs[0][0] != pairs[0][1]:
                 sums += products.sum(1)
-        ctx.save_for_backward(blocks, *signs)
+        ctx.save_for_backward(blocks, torch.stack(signs))
         return sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        blocks, *signs = ctx.saved_tensors
+        blocks, signs = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             twice: Tensor = torch.autograd.grad(plain_sums(blocks), blocks, grad, create_graph=True)[0]
             return twice
-        first = _taps_first(blocks)
-        taps, found, part = first.unbind(), torch.zeros_like(first), torch.empty_like(first[0])
         # The pair (i, j) at a lag is also the pair (j, i) at the opposite one, so both sums feel it.
         both = grad.unsqueeze(2) + grad.unsqueeze(1)
-        partners: list[list[tuple[Tensor, int]]] = [[] for _ in taps]
-        for sign, pairs in zip(signs, half_of_the_lags(tuple(blocks.shape[3:])), strict=True):
-            outer = sign * both
-            for one, other in pairs:
-                partners[one].append((outer, other))
-                if one != other:
-                    partners[other].append((outer.mT, one))
-        for total, needed in zip(found, partners, strict=True):
-            # A few at a time: in one long sum, each term would be rounded to the size of the sum so far.
-            for start in range(0, len(needed), _AT_A_TIME):
-                part.zero_()
-                for outer, other in needed[start : start + _AT_A_TIME]:
-                    _add_product(part, outer, taps[other])
-                total += part
-        return _taps_last(found, blocks.shape)
+        first, taps = _taps_first(blocks), tuple(blocks.shape[3:])
+        derive = toeplitz_product if _has_points(taps) else _sum_of_products
+        return _taps_last(derive(signs, both, first, taps), blocks.shape)
+
+
+def _has_points(taps: tuple[int, ...]) -> bool:
+    return 1 < max(taps, default=1) <= MOST_TAPS
+
+
+def _sum_of_products(signs: Tensor, both: Tensor, blocks: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """What :func:`toeplitz_product` gives, one product for each pair of taps."""
+    taps, found, part = blocks.unbind(), torch.zeros_like(blocks), torch.empty_like(blocks[0])
+    partners: list[list[tuple[Tensor, int]]] = [[] for _ in taps]
+    for sign, pairs in zip(signs, half_of_the_lags(sizes), strict=True):
+        outer = sign * both
+        for one, other in pairs:
+            partners[one].append((outer, other))
+            if one != other:
+                partners[other].append((outer.mT, one))
+    for total, needed in zip(found, partners, strict=True):
+        # A few at a time: in one long sum, each term would be rounded to the size of the sum so far.
+        for start in range(0, len(needed), _AT_A_TIME):
+            part.zero_()
+            for outer, other in needed[start : start + _AT_A_TIME]:
+                _add_product(part, outer, taps[other])
+            total += part
+    return found
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:

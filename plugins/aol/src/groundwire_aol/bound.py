@@ -78,8 +78,8 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
     twin, example = plain_copy(module).cpu(), example.cpu()
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         walk = Walk(twin, trace(twin), squares)
-        lipschitz = walk.through(example)
-        refuse_other_results(twin, example, walk.result)
+        lipschitz = walk.through(example.clone())
+        refuse_other_results(twin, walk.graph, example)
     return Bound(lipschitz, tuple(walk.layers), tuple(example.shape[1:]), walk.rounding())
 
 

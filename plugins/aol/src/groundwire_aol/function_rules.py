@@ -50,8 +50,7 @@ def _spread(step: Step, positions: tuple[int, ...] = (0, 1)) -> list[float]:
 
 @_rule("add", "sub", "rsub", "iadd", "isub")
 def _sum(rules: Rules, step: Step) -> Proof:
-    if step.operation in ("iadd", "isub"):
-        raise step.unknown("it changes a tensor in place", "write x = x + y")
+    # In place or not: the walk sees to it that nothing reads what was there before.
     alpha = abs(float(step.kwargs.get("alpha", 1)))
     first, second = _spread(step)
     if len(step.args) > 2:
@@ -59,14 +58,14 @@ def _sum(rules: Rules, step: Step) -> Proof:
     return Proof(first + alpha * second if step.operation != "rsub" else alpha * first + second, "sum")
 
 
-@_rule("mul", "multiply", "div", "divide", "truediv")
+@_rule("mul", "multiply", "div", "divide", "truediv", "imul", "itruediv")
 def _scaling(rules: Rules, step: Step) -> Proof:
     first, second = step.nodes[:2]
     if step.depends(first) and step.depends(second):
         raise step.unknown("a product or quotient of two activations is not Lipschitz", hint(step.operation))
     if step.kwargs.get("rounding_mode") is not None:
         raise step.unknown("rounding is not continuous")
-    divides = step.operation in ("div", "divide", "truediv")
+    divides = step.operation in ("div", "divide", "truediv", "itruediv")
     if divides and step.depends(second):
         raise step.unknown("dividing by an activation is not Lipschitz", hint("div"))
     constant = step.args[1] if step.depends(first) else step.args[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from groundwire_aol import constants
 from groundwire_aol.activations import MaxMin, NActivation
@@ -66,11 +67,17 @@ def replacement(
     if aol_of(layer) is not None:
         return None
     if computes_linear(layer):
+        if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight"):
+            raise UnknownLipschitzError(
+                path,
+                "a hook makes its weight, as torch.nn.utils.weight_norm's does",
+                "remove it, such as by torch.nn.utils.remove_weight_norm, or use torch.nn.utils.parametrizations",
+            )
         try:
             geometry_of(layer)
         except UnsoundError as error:
             raise UnsoundError(f"{path}: {error}") from error
-        start = ", orthogonal start" if init == "orthogonal" else ""
+        start = ", orthogonal start" if init == "orthogonal" and takes_weights(layer) else ""
         return Replacement(None, f"{name} -> AOL weight of norm at most 1{start}")
     if type(layer) in REPLACED and activation is not None:
         return _activation(path, name, channels, activation)
@@ -84,6 +91,17 @@ def replacement(
     raise UnknownLipschitzError(
         path, f"{name} has no known Lipschitz constant", HINTS.get(name, "replace it, or name it in exclude")
     )
+
+
+def takes_weights(layer: Any) -> bool:
+    """Whether ``layer.weight = w`` works, which needs the inverse of every parametrization.
+
+    Example:
+        >>> takes_weights(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        True
+    """
+    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+    return all(hasattr(part, "right_inverse") for part in chain)
 
 
 def _stays(layer: nn.Module) -> bool:

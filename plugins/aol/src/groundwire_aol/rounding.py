@@ -95,7 +95,7 @@ class RoundingWalk:
         zero = math.hypot(*(float(t[1].double().norm()) for t in rows))
         situation = Situation(
             step,
-            self.rules.module.get_submodule(str(step.node.target)) if step.is_layer else None,
+            self.rules.layer(step),
             value,
             unit,
             inputs=sum(computed.values(), Affine()),

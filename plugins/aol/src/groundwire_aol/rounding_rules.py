@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,9 +42,9 @@ EXACT_FUNCTIONS = frozenset((
     "dropout2d", "dropout3d", "alpha_dropout", "max_pool1d", "max_pool2d", "max_pool3d",
 ))  # fmt: skip
 FEW_FUNCTIONS = frozenset((
-    "add", "sub", "rsub", "mul", "multiply", "div", "divide", "truediv", "leaky_relu", "leaky_relu_", "prelu", "clamp",
-    "clip", "clamp_min", "clamp_max", "hardtanh", "softshrink", "softsign", "hardswish", "pad", "float", "double", "to",
-    "type_as",
+    "add", "sub", "rsub", "mul", "multiply", "div", "divide", "truediv", "iadd", "isub", "imul", "itruediv",
+    "leaky_relu", "leaky_relu_", "prelu", "clamp", "clip", "clamp_min", "clamp_max", "hardtanh", "softshrink",
+    "softsign", "hardswish", "pad", "float", "double", "to", "type_as",
 ))  # fmt: skip
 APPROXIMATE_FUNCTIONS = frozenset((
     "tanh", "tanh_", "sigmoid", "logsigmoid", "tanhshrink", "hardsigmoid", "silu", "mish", "selu", "gelu", "elu", "sin",
@@ -54,6 +55,11 @@ SUMMING = frozenset((
     "adaptive_avg_pool3d", "fold", "cumsum",
 ))  # fmt: skip
 INTERPOLATING = ("interpolate", "upsample")
+
+
+def is_exact(operation: str, layer: Any) -> bool:
+    """Whether an operation only moves and compares: what reads its input after it wrote into it, reads nothing new."""
+    return type(layer) in EXACT_LAYERS if layer is not None else operation in EXACT_FUNCTIONS
 
 
 def local_error(at: Situation) -> Affine | None:

@@ -50,6 +50,10 @@ class Rules:
         assert callable(node.target)
         return node.target(*step.args, **step.kwargs)
 
+    def layer(self, step: Step) -> nn.Module | None:
+        """The layer that the step is, None for a function."""
+        return self.module.get_submodule(str(step.node.target)) if step.is_layer else None
+
     def of(self, step: Step) -> Proof | None:
         """Bound of the result; None if it does not depend on the input.
 
@@ -64,7 +68,7 @@ class Rules:
             return self._layer(step) if step.node.op == "call_module" else self._function(step)
         except UnknownLipschitzError:
             raise
-        except (IndexError, KeyError, AttributeError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise step.unknown(f"{step.operation} is called in a way that has no rule ({error})") from error
 
     # Layers

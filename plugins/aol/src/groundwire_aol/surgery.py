@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from groundwire_aol import constants
 from groundwire_aol.constraint import CONVOLUTIONS, constrain, geometry_of
@@ -12,7 +13,7 @@ from groundwire_aol.errors import UnknownLipschitzError
 from groundwire_aol.function_rules import FUNCTION_RULES
 from groundwire_aol.initialisers import nearest_orthogonal_
 from groundwire_aol.operations import FACTS, HINTS, NONNEGATIVE
-from groundwire_aol.replacements import Activation, Init, replacement
+from groundwire_aol.replacements import Activation, Init, replacement, takes_weights
 from groundwire_aol.residual import rewrite, sums_and_concatenations
 from groundwire_aol.scoring_part import core_of, is_lightning, put
 from groundwire_aol.tracing import refuse_weights, trace
@@ -127,9 +128,8 @@ class Conversion:
         """Do what was planned for one layer."""
         old = self.module.get_submodule(path)
         if layer is None:
-            geometry = geometry_of(old)
             if self.init == "orthogonal":
-                nearest_orthogonal_(old.weight, geometry)  # type: ignore[arg-type]
+                _start_orthogonal(old)
                 if old.bias is not None:
                     nn.init.zeros_(old.bias)  # type: ignore[arg-type]
             constrain(old, self.steps)
@@ -141,6 +141,15 @@ class Conversion:
         if isinstance(old, nn.PReLU):
             layer.register_load_state_dict_pre_hook(_drop_slope)  # type: ignore[no-untyped-call]
         put(self.module, path, layer)
+
+
+def _start_orthogonal(layer: Any) -> None:
+    """In place, as optimizers may hold the weight already; another parametrization takes it through its inverse."""
+    geometry = geometry_of(layer)
+    if not is_parametrized(layer, "weight"):
+        nearest_orthogonal_(layer.weight, geometry)
+    elif takes_weights(layer):
+        layer.weight = nearest_orthogonal_(layer.weight.detach().clone(), geometry)
 
 
 def _drop_slope(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

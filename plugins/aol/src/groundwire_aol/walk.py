@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.rounding import Rounding, RoundingWalk
+from groundwire_aol.rounding_rules import is_exact
 from groundwire_aol.rules import Rules
 from groundwire_aol.step import Proof, Step
 from groundwire_aol.tracing import tensors_of
@@ -107,15 +108,38 @@ class Walk:
             self.values,
         )
         proof = self.rules.of(step)
+        before = self._versions(node)
         try:
             self.values[node] = self.rules.run(step)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise UnsoundError(
                 f"{step.path}: the model cannot take an input of shape {self._shape()}: {error}"
             ) from error
+        self._refuse_old_readers(step, [n for n, version in self._versions(node) if (n, version) not in before])
         if proof is None:
             return
         self._record(step, proof, self.values[node])
+
+    def _versions(self, node: fx.Node) -> list[tuple[fx.Node, tuple[int, ...]]]:
+        """How often was written into each input. Torch itself refuses writes into tensors of inference mode."""
+        tensors = {n: tensors_of(self.values[n]) for n in node.all_input_nodes}
+        return [(n, tuple(t._version for t in found if not t.is_inference())) for n, found in tensors.items()]
+
+    def _refuse_old_readers(self, step: Step, written: list[fx.Node]) -> None:
+        """What was bounded before a step wrote into it, or into what it is a view of, must not be read after that."""
+        hint = "write x = x + y instead of x += y, and use the results of in-place functions"
+        if any(n not in self.bounds for n in written):
+            raise step.unknown("it changes a constant in place", hint)
+        if not written or is_exact(step.operation, self.rules.layer(step)):
+            return
+        places = {t.untyped_storage().data_ptr() for n in written for t in tensors_of(self.values[n])}
+        for node, value in self.values.items():
+            later = [user for user in node.users if user is not step.node and user not in self.values]
+            shares = any(t.untyped_storage().data_ptr() in places for t in tensors_of(value))
+            if node is not step.node and later and shares:
+                raise step.unknown(
+                    f"it changes a tensor in place that {later[0].name} reads again as {node.name}", hint
+                )
 
     def _shape(self) -> tuple[int, ...]:
         first = next(n for n in self.graph.nodes if n.op == "placeholder")
