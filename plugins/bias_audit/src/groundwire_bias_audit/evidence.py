@@ -21,6 +21,9 @@ from groundwire_bias_audit.inputs import Outputs, Task
 #: Sums of a regression: rows, labels, predictions, absolute errors, squared errors, squared labels.
 MOMENTS = ("count", "label", "prediction", "absolute", "squared", "label_squared")
 
+#: Sums of squared weights of a regression, alone and times these.
+SQUARES = ("count", "error", "absolute", "squared")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -41,7 +44,8 @@ class Evidence:
         size: Rows of each cell, shape (G,).
         counts: ``[group, target, label, prediction]``; classes one against the rest; None for a regression.
         hits: ``[group, 1, 1, right]`` as confusion counts of "right", for a multiclass task's accuracy; else None.
-        squares: Sums of squared weights in the shape of ``counts``; None without weights.
+        squares: Sums of squared weights in the shape of ``counts``; of a regression ``[group, SQUARES]``; None without
+            weights.
         histogram: Scores, if known as a histogram; of the top class for a multiclass task.
         moments: ``[group, MOMENTS]`` for a regression.
         rows: The rows, if known.
@@ -157,8 +161,9 @@ def gather(outputs: Outputs, groups: Groups, weights: Floats | None = None) -> E
     rows = Rows(outputs, weights)
     if outputs.task == "regression":
         moments = _moments(outputs, codes, size, weights)
+        squared = None if weights is None else _squared_weights(outputs, codes, size, weights)
         count = np.bincount(codes.astype(np.int64), minlength=size)
-        return Evidence("regression", ("",), groups, count, moments=moments, rows=rows)
+        return Evidence("regression", ("",), groups, count, squares=squared, moments=moments, rows=rows)
     labels, predictions = outputs.targets
     counts = _stacked(codes, labels, predictions, size, weights)
     squares = None if weights is None else _stacked(codes, labels, predictions, size, weights**2)
@@ -186,6 +191,13 @@ def _moments(outputs: Outputs, codes: NDArray[Any], size: int, weights: Floats |
     weights = np.ones(len(y)) if weights is None else weights
     values = (np.ones(len(y)), y, outputs.predictions, np.abs(error), error**2, y**2)
     return np.stack([np.bincount(codes, value * weights, minlength=size) for value in values], axis=1)
+
+
+def _squared_weights(outputs: Outputs, codes: NDArray[Any], size: int, weights: Floats) -> Floats:
+    error = outputs.predictions - outputs.labels
+    values = (np.ones_like(error), error, np.abs(error), error**2)
+    assert len(values) == len(SQUARES)
+    return np.stack([np.bincount(codes, value * weights**2, minlength=size) for value in values], axis=1)
 
 
 def _exact(rows: Rows, groups: Groups) -> dict[str, Floats]:

@@ -104,6 +104,16 @@ class Gate:
             check_metric(metric, GATED)
         object.__setattr__(self, "metrics", tuple(given))
 
+    def attributes(self, features: Sequence[str]) -> list[list[str]]:
+        """What is gated: each feature, and the crossing of all where that was asked for.
+
+        Example:
+            >>> Gate(intersections=True).attributes(["sex", "race"])
+            [['sex'], ['race'], ['sex', 'race']]
+        """
+        crossed = [list(features)] if self.intersections and len(features) > 1 else []
+        return [[name] for name in features] + crossed
+
 
 def check_metric(name: str, known: Sequence[str]) -> str:
     """``name``, if it is known.

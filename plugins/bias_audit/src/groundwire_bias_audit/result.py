@@ -15,9 +15,10 @@ import pandas as pd
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import rate, spread
 from groundwire_bias_audit.gate import Gate, Verdict
+from groundwire_bias_audit.grouping import unwrapped
 from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.questions import describe, tests_of, unwrapped
+from groundwire_bias_audit.questions import describe, tests_of
 from groundwire_bias_audit.tables import (
     by_target,
     columns_of,
