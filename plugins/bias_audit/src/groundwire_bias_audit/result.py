@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,8 @@ class AuditResult:
         """
         controls = list(range(self.evidence.groups.controls))
         one = self.targets[0] if target is None and len(self.targets) == 1 else target
-        frame = self.to_frame(features, target=one)
+        shown = "selection_rate" in (self.metrics or ("selection_rate",))
+        frame = (replace(self, metrics=("selection_rate",)) if shown else self).to_frame(features, target=one)
         return impact(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
 
     @property
