@@ -1,5 +1,6 @@
 """JSON, HTML, CSV and the command line, also with hostile names."""
 
+import csv
 import json
 import re
 import subprocess
@@ -96,6 +97,24 @@ def test_the_exit_code_is_the_verdict(file, capsys, options, code, name):
     assert main([path, "--label", "y", "--score", "score", "--groups", "region", "sex"]) == code
     shown = capsys.readouterr().out
     assert {0: "pass", 1: "disparity", 3: "insufficient data"}[code] in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("semicolons.csv", {"sep": ";"}),
+        ("tabs.tsv", {"sep": "\t"}),
+        ("mark.csv", {"encoding": "utf-8-sig"}),
+        ("quoted.csv", {"quoting": csv.QUOTE_ALL, "lineterminator": "\r\n"}),
+        ("packed.csv.gz", {}),
+    ],
+)
+def test_tables_of_other_programs_are_read(file, tmp_path, capsys, name, options):
+    pd.read_csv(file()).to_csv(tmp_path / name, index=False, **options)
+    arguments = ["--label", "y", "--score", "score", "--groups", "region", "sex"]
+    assert main([str(tmp_path / name), *arguments]) == main([file(), *arguments])
+    first, second = capsys.readouterr().out.split("Bias audit")[1:]
+    assert first.splitlines()[0] == second.splitlines()[0]
 
 
 @pytest.mark.parametrize(
