@@ -147,6 +147,12 @@ def test_the_exact_test_keeps_its_level_with_tiny_groups():
     assert rejected <= 31
 
 
+@pytest.mark.parametrize("tests", [1, 100, 3000, 20_000])
+def test_the_smallest_p_value_survives_the_correction_of_any_number_of_tests(tests):
+    gate = Gate()
+    assert tests / (1 + gate.permutations(tests)) < gate.alpha
+
+
 def test_draws_are_spent_where_the_first_ones_leave_the_p_value_small():
     asked = []
 
@@ -156,7 +162,8 @@ def test_draws_are_spent_where_the_first_ones_leave_the_p_value_small():
     assert sequential(exceeding(0.5), 100_000) == 1001 / 2001
     assert sequential(exceeding(0.01), 100_000) == 1001 / 100_001
     assert sequential(exceeding(0.5), 500) == 251 / 501
-    assert asked == [2000, 2000, 98_000, 500]
+    assert sequential(exceeding(0.0), 250_000) == 1 / 250_001
+    assert asked == [2000, 2000, 98_000, 500, 2000, 100_000, 100_000, 48_000]
 
 
 def test_a_p_value_keeps_its_level_whenever_drawing_stops():

@@ -16,7 +16,7 @@ from scipy.stats import binomtest, chi2, f, false_discovery_control
 #: NumPy draws multivariate hypergeometric variates for fewer rows than this.
 _MOST_ROWS = 1_000_000_000
 #: See :func:`sequential`.
-_FIRST, _ENOUGH = 2000, 50
+_FIRST, _ENOUGH, _PART = 2000, 50, 100_000
 
 
 def pearson(successes: NDArray[np.int64], trials: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -92,9 +92,9 @@ def sequential(exceeding: Callable[[int], int], draws: int) -> float:
     """Monte-Carlo P value that spends all draws only where the first ones leave it small.
 
     (1 + exceeding) / (1 + drawn), after the first 2,000 draws if 50 of them exceed, else after all. An audit of many
-    outputs needs 100,000 draws to resolve the P values that its correction asks for, and most of its tests are far from
-    them. It is still below x with a chance of at most x: a value under 51 / 2001 needs all draws, and any other one
-    implies that the first draws alone give no more.
+    outputs needs 100,000 draws or more to resolve the P values that its correction asks for, and most of its tests are
+    far from them. It is still below x with a chance of at most x: a value under 51 / 2001 needs all draws, and any
+    other one implies that the first draws alone give no more.
 
     Args:
         exceeding: Draws so many times and returns how often the statistic was at least the observed one.
@@ -108,7 +108,9 @@ def sequential(exceeding: Callable[[int], int], draws: int) -> float:
     found = exceeding(first)
     if found >= _ENOUGH or first == draws:
         return (1 + found) / (1 + first)
-    return (1 + found + exceeding(draws - first)) / (1 + draws)
+    # In parts, so that memory does not grow with the draws.
+    found += sum(exceeding(min(_PART, draws - done)) for done in range(first, draws, _PART))
+    return (1 + found) / (1 + draws)
 
 
 def welch(means: NDArray[np.float64], variances: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:

@@ -124,8 +124,8 @@ class Comparison:
             if metric in CHANGES
         ]
         blocks = math.prod(self.groups.shape[: self.groups.controls])
-        draws = max(self.gate.draws, math.ceil(20 * len(asked) * blocks / self.gate.alpha))
-        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, min(draws, 100_000))]
+        draws = self.gate.permutations(len(asked) * blocks)
+        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, draws)]
         adjusted = adjust([test.p_value for test in raw], self.gate.correction)
         return [_judged(test, float(p), self.gate) for test, p in zip(raw, adjusted, strict=True)]
 
