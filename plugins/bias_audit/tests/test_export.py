@@ -53,6 +53,17 @@ def test_json_is_strict_and_complete():
     assert json.loads(undefined.to_json())["by_group"]["sensitive_feature_0"][0]["true_positive_rate"] is None
 
 
+@pytest.mark.parametrize("metrics", [["accuracy"], ["roc_auc", "precision"], ["uncertainty"]])
+def test_page_and_files_can_be_had_with_some_metrics_only(metrics):
+    table = predictions()
+    features = table[["region", "sex"]]
+    result = audit(table["y"], table["score"], sensitive_features=features, metrics=metrics)
+    whole = audit(table["y"], table["score"], sensitive_features=features)
+    assert set(json.loads(result.to_json())["by_group"]["sex"][0]) == {"group", "count", *metrics}
+    assert result.impact_ratios().equals(whole.impact_ratios())
+    assert result.to_html().count("<svg") == whole.to_html().count("<svg")
+
+
 def test_hostile_names_are_escaped_in_html():
     groups = np.where(np.arange(200) % 2, HOSTILE, "$\\frac{1}{2$ & _{")
     y = np.arange(200) // 2 % 2

@@ -134,8 +134,7 @@ class AuditResult:
         """
         controls = list(range(self.evidence.groups.controls))
         one = self.targets[0] if target is None and len(self.targets) == 1 else target
-        shown = "selection_rate" in (self.metrics or ("selection_rate",))
-        frame = (replace(self, metrics=("selection_rate",)) if shown else self).to_frame(features, target=one)
+        frame = replace(self, metrics=("selection_rate",)).to_frame(features, target=one)
         return impact(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
 
     @property
