@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
+from bias_audit_overhead import overhead
 from bias_audit_planted import planted
 from bias_audit_tabular import DATA_SETS, end_to_end
 from fairlearn.metrics import MetricFrame, false_negative_rate, false_positive_rate, selection_rate, true_positive_rate
 from measure import Row, interleaved, show, write
 from rich.progress import track
 from sklearn.metrics import accuracy_score
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit
+from groundwire_bias_audit import Gate, Verdict, audit
 from groundwire_bias_audit.bootstrap import bootstrap
 from groundwire_bias_audit.functional import confusion_counts, disaggregate
 
@@ -204,60 +200,6 @@ def gate(draws: int) -> list[Row]:
     return rows
 
 
-class Mlp(pl.LightningModule):
-    """2.3 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1408), nn.ReLU(), nn.Linear(1408, 1))
-        self.seconds: list[float] = []
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return self(batch[0]).mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", nn.functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], batch[1].float()))
-
-    def on_validation_epoch_start(self):
-        self.begin = time.process_time()  # of one thread: other programs on the machine do not count
-
-    def on_validation_epoch_end(self):  # after the callbacks' own
-        self.seconds.append(time.process_time() - self.begin)
-
-
-def overhead(repeats: int, batches: int = 200, epochs: int = 5) -> list[Row]:
-    """A validation epoch with the audit of the model itself, relative to one without.
-
-    The median of a fit without its first epoch, in which core looks for the head. The page is written when it ends.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(256 * batches, 784, generator=generator), torch.randint(0, 2, (256 * batches,))
-    loader, groups = DataLoader(TensorDataset(x, y), 256), dict(enumerate(np.arange(len(y)) % 10))
-    module = Mlp()
-
-    def epoch(*callbacks):
-        trainer = pl.Trainer(
-            callbacks=list(callbacks), accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, max_epochs=epochs,
-            limit_train_batches=1, num_sanity_val_steps=0,
-        )  # fmt: skip
-        module.seconds = []
-        trainer.fit(module, loader, loader)
-        return statistics.median(module.seconds[1:])
-
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {"plain": epoch, "audited": lambda: epoch(BiasAudit(groups, variants=False))}
-        found = interleaved("validation epoch", repeats, ways)
-    share = [100 * (b / a - 1) for a, b in zip(found["plain"], found["audited"], strict=True)]
-    return [Row("validation epoch, more time with the audit", "%", share, 3.0)]
-
-
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -288,7 +230,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "bootstrap": lambda o: resampling(2, 500, 3, 10) if o.tiny else resampling(1 if o.quick else 8),
     "gate": lambda o: gate(2 if o.tiny else 20 if o.quick else 400),
     "planted": lambda o: planted(1, 1, 1) if o.tiny else planted(1, 12, 20) if o.quick else planted(3, 20, 200),
-    "overhead": lambda o: overhead(1, 2, 2) if o.tiny else overhead(1, 60, 3) if o.quick else overhead(9),
+    "overhead": lambda o: overhead(1, 2, 4) if o.tiny else overhead(1, 60, 4) if o.quick else overhead(9),
     "tabular": lambda o: [] if o.data is None else end_to_end(o.data, o.report, 2 if o.quick else 10),
 }
 assert DATA_SETS

@@ -28,7 +28,7 @@ def benchmark(monkeypatch):
     torch.set_num_threads(threads)
     for log, level in levels.items():
         log.setLevel(level)
-    for name in ("measure", "bias_audit_planted", "bias_audit_tabular"):
+    for name in ("measure", "bias_audit_overhead", "bias_audit_planted", "bias_audit_tabular"):
         sys.modules.pop(name, None)
 
 

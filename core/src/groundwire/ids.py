@@ -89,4 +89,6 @@ class IdsService:
         trainer = self._host.trainer
         names = {"train": "train_dataloader", "validate": "val_dataloaders", "test": "test_dataloaders"}
         loaders = getattr(trainer, names.get(stage, "predict_dataloaders"))
+        if isinstance(loaders, DataLoader):
+            return [loaders]  # asked for before every batch, and flattening costs more than all the rest
         return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)

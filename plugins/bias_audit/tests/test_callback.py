@@ -125,6 +125,33 @@ def test_multiclass_multilabel_and_regression(kit):
             )
 
 
+def test_versions_of_a_regression_are_audited_each_by_itself(kit):
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(200, 30, generator=generator), np.arange(200) % 2
+    module = Classifier()
+    module.loss = lambda batch: ((module(batch[0]) - batch[1]) ** 2).mean()
+    data = DataLoader(TensorDataset(x, torch.randn(200, 1, generator=generator)), 30)
+    plugin = BiasAudit(dict(enumerate(g)), variants=[0.5], attribution="auto")
+    trainer = kit.trainer(plugin, max_epochs=1)
+    trainer.fit(module, data, data)
+    results = plugin.results["validate"]
+    assert list(results) == ["dense", "0.5"]
+    assert {result.comparison for result in results.values()} == {None}
+    dense, version = (results[name].to_frame()["mean_absolute_error"] for name in results)
+    assert (dense != version).all()
+
+
+def test_groups_may_have_a_column_of_their_own_in_a_batch(kit):
+    class Columns(Patients):
+        def __getitem__(self, i):
+            return {"x": self.x[i], "y": self.y[i], "hospital": torch.tensor([i % 3])}
+
+    module, plugin = Classifier(), BiasAudit("hospital", variants=False)
+    kit.trainer(plugin, max_epochs=1).fit(module, *(DataLoader(Columns(), 64) for _ in range(2)))
+    found, wanted = plugin.results["validate"]["dense"].to_frame(), expected(module).to_frame()
+    assert found["accuracy"].tolist() == wanted["accuracy"].tolist()
+
+
 def test_the_users_own_reading_of_batches_counts(kit):
     def fields(batch):
         x, y = batch

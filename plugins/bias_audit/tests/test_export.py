@@ -1,5 +1,6 @@
 """JSON, HTML, CSV and the command line, also with hostile names."""
 
+import csv
 import json
 import re
 import subprocess
@@ -52,6 +53,17 @@ def test_json_is_strict_and_complete():
     assert json.loads(undefined.to_json())["by_group"]["sensitive_feature_0"][0]["true_positive_rate"] is None
 
 
+@pytest.mark.parametrize("metrics", [["accuracy"], ["roc_auc", "precision"], ["uncertainty"]])
+def test_page_and_files_can_be_had_with_some_metrics_only(metrics):
+    table = predictions()
+    features = table[["region", "sex"]]
+    result = audit(table["y"], table["score"], sensitive_features=features, metrics=metrics)
+    whole = audit(table["y"], table["score"], sensitive_features=features)
+    assert set(json.loads(result.to_json())["by_group"]["sex"][0]) == {"group", "count", *metrics}
+    assert result.impact_ratios().equals(whole.impact_ratios())
+    assert result.to_html().count("<svg") == whole.to_html().count("<svg")
+
+
 def test_hostile_names_are_escaped_in_html():
     groups = np.where(np.arange(200) % 2, HOSTILE, "$\\frac{1}{2$ & _{")
     y = np.arange(200) // 2 % 2
@@ -96,6 +108,24 @@ def test_the_exit_code_is_the_verdict(file, capsys, options, code, name):
     assert main([path, "--label", "y", "--score", "score", "--groups", "region", "sex"]) == code
     shown = capsys.readouterr().out
     assert {0: "pass", 1: "disparity", 3: "insufficient data"}[code] in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("semicolons.csv", {"sep": ";"}),
+        ("tabs.tsv", {"sep": "\t"}),
+        ("mark.csv", {"encoding": "utf-8-sig"}),
+        ("quoted.csv", {"quoting": csv.QUOTE_ALL, "lineterminator": "\r\n"}),
+        ("packed.csv.gz", {}),
+    ],
+)
+def test_tables_of_other_programs_are_read(file, tmp_path, capsys, name, options):
+    pd.read_csv(file()).to_csv(tmp_path / name, index=False, **options)
+    arguments = ["--label", "y", "--score", "score", "--groups", "region", "sex"]
+    assert main([str(tmp_path / name), *arguments]) == main([file(), *arguments])
+    first, second = capsys.readouterr().out.split("Bias audit")[1:]
+    assert first.splitlines()[0] == second.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from scipy.stats import binomtest, chi2_contingency, ttest_ind
 
 from groundwire_bias_audit import Gate, Verdict, audit
 from groundwire_bias_audit.change import change_test
-from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, welch
+from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, sequential, welch
 
 
 def simulated(rates, size, seed, base=0.5):
@@ -145,6 +145,33 @@ def test_the_exact_test_keeps_its_level_with_tiny_groups():
     trials = np.array([3, 5, 40, 8])
     rejected = sum(homogeneity(rng.binomial(trials, 0.9), trials, draws=200, rng=rng) <= 0.05 for _ in range(400))
     assert rejected <= 31
+
+
+@pytest.mark.parametrize("tests", [1, 100, 3000, 20_000])
+def test_the_smallest_p_value_survives_the_correction_of_any_number_of_tests(tests):
+    gate = Gate()
+    assert tests / (1 + gate.permutations(tests)) < gate.alpha
+
+
+def test_draws_are_spent_where_the_first_ones_leave_the_p_value_small():
+    asked = []
+
+    def exceeding(share):
+        return lambda count: asked.append(count) or round(share * count)
+
+    assert sequential(exceeding(0.5), 100_000) == 1001 / 2001
+    assert sequential(exceeding(0.01), 100_000) == 1001 / 100_001
+    assert sequential(exceeding(0.5), 500) == 251 / 501
+    assert sequential(exceeding(0.0), 250_000) == 1 / 250_001
+    assert asked == [2000, 2000, 98_000, 500, 2000, 100_000, 100_000, 48_000]
+
+
+def test_a_p_value_keeps_its_level_whenever_drawing_stops():
+    rng = np.random.default_rng(0)
+    n = np.array([60, 90, 150])
+    p = [homogeneity(rng.binomial(n, 0.3), n, draws=4000, rng=rng) for _ in range(1000)]
+    for level, most in ((0.02, 31), (0.05, 67), (0.2, 230)):  # the 99 % points of a binomial
+        assert sum(value <= level for value in p) <= most
 
 
 def test_holm_by_hand_and_benjamini_hochberg_by_scipy():

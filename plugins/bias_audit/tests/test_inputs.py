@@ -50,6 +50,21 @@ def test_what_cannot_be_used_is_refused(arguments, message):
         audit(given.pop("y_true"), given.pop("scores"), **given)
 
 
+def test_many_whole_numbers_may_be_amounts_or_classes_and_it_is_asked_which():
+    amounts = np.arange(100.0)
+    with pytest.raises(ValueError, match=r"100 different whole numbers.*task='regression' or 'multiclass'"):
+        audit(amounts, y_pred=amounts, sensitive_features=["a", "b"] * 50)
+    assert audit(amounts, y_pred=amounts, sensitive_features=["a", "b"] * 50, task="regression").task == "regression"
+    assert audit(amounts % 10, y_pred=amounts % 7, sensitive_features=["a", "b"] * 50).task == "multiclass"
+
+
+@pytest.mark.parametrize("threshold", [0.7, [0.7, 0.7]])
+def test_a_score_at_the_threshold_is_predicted_1_whatever_its_type(threshold):
+    scores = np.full((4, 2), 0.7, np.float32)
+    result = audit(np.eye(2, dtype=int)[[0, 1, 0, 1]], scores, sensitive_features=G, threshold=threshold)
+    assert (result.to_frame()["selection_rate"] == 1).all()
+
+
 def test_an_attribute_with_hundreds_of_values_is_refused():
     y = np.tile([0, 1], 300)
     with pytest.raises(ValueError, match="feature 'zip' has 600 different values, more than max_groups=100"):

@@ -197,3 +197,13 @@ def test_constant_maps_are_undefined():
     assert found.table["spearman"].isna().all()
     with pytest.raises(ValueError, match="method must be one of"):
         attribution_shift(dead, dead, torch.randn(4, 1, 4, 4), [0, 1, 0, 1], [0, 0, 1, 1], method="gradcamm")
+
+
+@pytest.mark.parametrize("score", [np.nan, -2.0, 1.5])
+def test_what_is_no_probability_is_not_ranked(score):
+    scores, g = [0.2, 0.9, score], ["f", "m", "f"]
+    for ask in (rank_susceptible, bias_risk, lambda p, g: evaluate_susceptibility([True, False, False], p, g)):
+        with pytest.raises(ValueError, match="outside or NaN"):
+            ask(scores, g)
+    with pytest.raises(ValueError, match="align them row by row"):
+        evaluate_susceptibility([True, False], scores[:1] * 3)

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from groundwire import Fields, PluginError
+from groundwire_bias_audit.side_table import KEYS, SideTable, is_file
 
 #: What ``BiasAudit(groups=...)`` takes.
 Source: TypeAlias = (
@@ -38,15 +38,12 @@ class GroupReader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.table: pd.DataFrame | None = None
+        self.table: SideTable | None = None
         self._cache: dict[tuple[int, str], Any] = {}
         if callable(source):
             return
-        if isinstance(source, Mapping | pd.DataFrame | pd.Series | Path) or _is_file(source):
-            self.table = _table(source)
-            self._columns = {str(name): self.table[name].to_numpy() for name in self.table}
-            # Ids are often the rows of the data set; looking them up would cost more than all the rest of a batch.
-            self._by_position = self.table.index.equals(pd.RangeIndex(len(self.table)))
+        if isinstance(source, Mapping | pd.DataFrame | pd.Series | Path) or is_file(source):
+            self.table = SideTable(source)
         elif source is not None and not isinstance(source, str):
             names = list(source)
             if not names or not all(isinstance(name, str) for name in names):
@@ -64,10 +61,21 @@ class GroupReader:
         Raises:
             PluginError: Nothing was found; the text says where it was looked for.
         """
+        return self.resolved(self.read(batch, fields, ids, dataset))
+
+    def resolved(self, read: Mapping[str, Any]) -> dict[str, Any]:
+        """The features, from what :meth:`read` gave for one batch or several joined ones."""
+        return dict(read) if self.table is None else self.table.joined(read[KEYS])
+
+    def read(self, batch: Any, fields: Fields, ids: Any, dataset: Any) -> dict[str, Any]:
+        """What must be taken from the batch now: the features, or only the ids where a side table has them.
+
+        A side table is joined for many batches at a time, which costs far less than batch by batch.
+        """
         if callable(self.source):
             return named(self.source(batch))
         if self.table is not None:
-            return self._joined(fields, ids)
+            return self.table.keys(fields, ids)
         names = [self.source] if isinstance(self.source, str) else self.source
         if names is None:
             return self._default(fields, ids, dataset)
@@ -110,32 +118,6 @@ class GroupReader:
                 )
             self._cache[key] = values
         return self._cache[key]
-
-    def _joined(self, fields: Fields, ids: Sequence[int] | None) -> dict[str, Any]:
-        assert self.table is not None
-        keys = fields.ids if fields.ids is not None else ids
-        if keys is None:
-            raise PluginError(
-                "a side table is joined on sample ids, and this batch has none (no key ids, id or index, and no data "
-                "set indices) -> give the batch an 'id', or use a map-style data set"
-            )
-        keys = np.asarray(_host(keys))
-        places = self._places(keys)
-        if (places < 0).any():
-            lost = [key for key, place in zip(keys, places, strict=True) if place < 0]
-            first = lost[0].item() if hasattr(lost[0], "item") else lost[0]
-            raise PluginError(
-                f"the side table has no row for {len(lost)} of {len(keys)} samples of this batch, such as id {first!r} "
-                f"(its index looks like {self.table.index[:3].tolist()}) -> complete the table or mend the ids"
-            )
-        return {name: values[places] for name, values in self._columns.items()}
-
-    def _places(self, keys: NDArray[Any]) -> NDArray[Any]:
-        """Row of the table for each id, -1 where there is none."""
-        assert self.table is not None
-        if self._by_position and keys.dtype.kind in "iu":
-            return np.where((keys >= 0) & (keys < len(self.table)), keys, -1)
-        return np.asarray(self.table.index.get_indexer(keys))
 
 
 def named(values: Any) -> dict[str, Any]:
@@ -185,34 +167,3 @@ def _concatenated(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, pd.DataFrame | pd.Series) for part in parts):
         return pd.concat(parts)
     return [value for part in parts for value in part]
-
-
-def _is_file(source: Any) -> bool:
-    return isinstance(source, str) and Path(source).suffix.lower() in (".csv", ".parquet")
-
-
-def _table(source: Any) -> pd.DataFrame:
-    if isinstance(source, str | Path):
-        source = _read(Path(source))
-    if isinstance(source, Mapping):
-        source = pd.Series(source, name="group")
-    if isinstance(source, pd.Series):
-        source = source.to_frame("group" if source.name is None else str(source.name))
-    if "id" in source:
-        source = source.set_index("id")
-    twice = source.index[source.index.duplicated()].tolist()
-    if twice:
-        raise PluginError(
-            f"the side table has {len(twice)} repeated ids, such as {twice[0]!r} -> keep one row for each"
-        )
-    return source
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path)
-    except (OSError, ImportError, ValueError) as error:
-        raise PluginError(f"the side table {path} cannot be read: {error}") from error
-    if "id" not in table:
-        raise PluginError(f"the side table {path} has the columns {list(table)} -> name the one of the sample ids 'id'")
-    return table

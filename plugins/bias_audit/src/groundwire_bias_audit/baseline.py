@@ -49,8 +49,10 @@ def counted_rows(run: RunContext, record: Record | None, threshold: float, max_g
 
 def comparison(
     run: RunContext, first: Record | None, second: Record | None, dense: AuditResult, gate: Gate
-) -> Comparison:
-    """What changed from ``first`` to ``second`` in the rows of all processes."""
+) -> Comparison | None:
+    """What changed from ``first`` to ``second`` in the rows of all processes; None for a regression: nothing flips."""
+    if dense.task == "regression":
+        return None
     groups = dense.evidence.groups
     own = None if first is None or second is None else compared(first, second, groups)
     found = [pair for pair in gathered(run.trainer, own) if pair is not None]

@@ -10,6 +10,7 @@ import numpy as np
 from groundwire_bias_audit.functional import Counts
 from groundwire_bias_audit.gate import GOOD_WHEN_HIGH
 from groundwire_bias_audit.judging import Test
+from groundwire_bias_audit.null import sequential
 
 
 def change_test(
@@ -23,7 +24,7 @@ def change_test(
         worse: Rows of each group that change by -1.
         better: Rows that change by +1.
         trials: All rows of each group.
-        draws: Permutations.
+        draws: Most permutations.
         rng: Source of randomness; seeded with 0 when left out.
 
     Example:
@@ -35,12 +36,15 @@ def change_test(
     worse, better, trials = worse[held], better[held], trials[held]
     if len(trials) < 2 or worse.sum() + better.sum() == 0:
         return 1.0
-    rng = rng or np.random.default_rng(0)
-    down = _spread(trials, int(worse.sum()), draws, rng)
-    up = _spread(trials - down, int(better.sum()), draws, rng)
-    drawn = ((up - down) ** 2 / trials).sum(axis=1)
+    source = rng or np.random.default_rng(0)
     observed = ((better - worse) ** 2 / trials).sum()
-    return (1 + int((drawn >= observed * (1 - 1e-9)).sum())) / (1 + draws)
+
+    def exceeding(count: int) -> int:
+        down = _spread(trials, int(worse.sum()), count, source)
+        up = _spread(trials - down, int(better.sum()), count, source)
+        return int((((up - down) ** 2 / trials).sum(axis=1) >= observed * (1 - 1e-9)).sum())
+
+    return sequential(exceeding, draws)
 
 
 def _spread(room: Counts, marked: int, draws: int, rng: np.random.Generator) -> Counts:

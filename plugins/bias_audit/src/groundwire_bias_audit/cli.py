@@ -149,9 +149,18 @@ def _read(file: Path) -> pd.DataFrame:
     if file.suffix.lower() in (".parquet", ".pq"):
         return pd.read_parquet(file)
     try:
-        return pd.read_csv(file, keep_default_na=True)
+        return pd.read_csv(file, sep=_separator(file))
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as CSV: {error}") from error
+
+
+def _separator(file: Path) -> str:
+    """A semicolon or tab where the first line has no comma, as spreadsheets of many countries write."""
+    if file.suffix.lower() not in (".csv", ".tsv", ".txt"):
+        return ","  # perhaps compressed
+    with file.open(encoding="utf-8") as lines:
+        first = lines.readline()
+    return next((sep for sep in (",", ";", "\t") if sep in first), ",")
 
 
 def show(result: AuditResult) -> None:

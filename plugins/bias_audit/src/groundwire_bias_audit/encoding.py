@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def encoded(name: str, values: Any, rows: int, max_groups: int) -> tuple[NDArray
         values = values.detach().cpu().numpy()
     if isinstance(values, list | tuple):
         values = listed(values)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "mM":
+        values = pd.Series(values)  # whose values are times, and not numbers of nanoseconds
     if len(values) != rows:
         raise ValueError(f"feature {name!r} has {len(values)} rows, and y_true has {rows} -> align them row by row")
     small = _small_integers(values)
@@ -56,6 +59,33 @@ def listed(values: Any) -> NDArray[Any]:
     return plain if plain.dtype.kind in "biufM" or plain.ndim != 1 else np.array(values, dtype=object)
 
 
+def joined(parts: Sequence[Any]) -> NDArray[Any]:
+    """One feature of several batches as one array; ``tolist`` gives values as people have them.
+
+    Args:
+        parts: Arrays, tensors, lists or Series, of shape (n,) or (n, 1).
+
+    Example:
+        >>> joined([np.array([0, 1]), [1, None]]).tolist()
+        [0, 1, 1, None]
+    """
+    columns = [_column(part) for part in parts]
+    if len({c.dtype.kind for c in columns}) == 1:
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+    return listed([value for c in columns for value in c.tolist()])
+
+
+def _column(values: Any) -> NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    if not isinstance(values, np.ndarray):
+        values = listed(values.tolist() if hasattr(values, "tolist") else list(values))
+    if values.dtype.kind in "mM":  # as an object, a time is not a number of nanoseconds
+        values = pd.Series(values).astype(object).to_numpy()
+    column: NDArray[Any] = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    return column
+
+
 def _small_integers(values: Any) -> tuple[NDArray[Any], tuple[Any, ...]] | None:
     """Codes by counting instead of hashing, where the values are integers of a small range."""
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "bui" or not len(values):
@@ -67,7 +97,7 @@ def _small_integers(values: Any) -> tuple[NDArray[Any], tuple[Any, ...]] | None:
     low, high = int(values.min()), int(values.max())
     if high - low > 1023:
         return None
-    shifted = values - low if low else values
+    shifted = np.subtract(values, low, dtype=np.int64) if low else values  # int8 does not hold 127 - (-128)
     present = np.flatnonzero(np.bincount(shifted))
     if len(present) == high - low + 1:
         return shifted, tuple(int(v) + low for v in present)

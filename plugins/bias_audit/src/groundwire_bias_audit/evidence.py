@@ -8,26 +8,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
-from torchmetrics.functional.classification import binary_calibration_error
 
 from groundwire_bias_audit.functional import Counts, Floats, confusion_counts, ratio
 from groundwire_bias_audit.grouping import Groups
 from groundwire_bias_audit.histogram import BAND, Bins, Histogram, score_metrics
 from groundwire_bias_audit.inputs import Outputs, Task
+from groundwire_bias_audit.row_scores import Rows, exact, top
 
 #: Sums of a regression: rows, labels, predictions, absolute errors, squared errors, squared labels.
 MOMENTS = ("count", "label", "prediction", "absolute", "squared", "label_squared")
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows themselves, for what sums cannot tell exactly."""
-
-    outputs: Outputs
-    weights: Floats | None = None
+#: Sums of squared weights of a regression, alone and times these.
+SQUARES = ("count", "error", "absolute", "squared")
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,8 @@ class Evidence:
         size: Rows of each cell, shape (G,).
         counts: ``[group, target, label, prediction]``; classes one against the rest; None for a regression.
         hits: ``[group, 1, 1, right]`` as confusion counts of "right", for a multiclass task's accuracy; else None.
-        squares: Sums of squared weights in the shape of ``counts``; None without weights.
+        squares: Sums of squared weights in the shape of ``counts``; of a regression ``[group, SQUARES]``; None without
+            weights.
         histogram: Scores, if known as a histogram; of the top class for a multiclass task.
         moments: ``[group, MOMENTS]`` for a regression.
         rows: The rows, if known.
@@ -63,6 +57,16 @@ class Evidence:
         kept = self.groups.keep(features)
         if kept.names == self.groups.names:
             return self
+        if kept.names not in self._marginals:
+            self._marginals[kept.names] = self._of(kept, features)
+        return self._marginals[kept.names]
+
+    @cached_property
+    def _marginals(self) -> dict[tuple[str, ...], Evidence]:
+        """Those that were asked for: page, file and tables share their score metrics, which take the longest."""
+        return {}
+
+    def _of(self, kept: Groups, features: Sequence[str]) -> Evidence:
 
         def summed(values: Any) -> Any:
             return None if values is None else self.groups.marginal(values, features)
@@ -111,7 +115,8 @@ class Evidence:
             assert self.histogram is not None
             found = score_metrics(self.histogram)
         else:
-            found = _exact(self.rows, self.groups)
+            assert self.groups.codes is not None
+            found = exact(self.rows, self.groups.codes, self.groups.size)
         if self.task == "multiclass":
             found.pop("roc_auc")
         return found
@@ -142,14 +147,6 @@ class Evidence:
         return Histogram.of(self.groups.codes, labels, scores, self.groups.size, Bins.make(scores.dtype))
 
 
-def top(outputs: Outputs) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Labels and scores ``(n, T)``; of a multiclass task whether the top class is right, and its score."""
-    assert outputs.scores is not None
-    if outputs.task == "multiclass":
-        return outputs.correct[:, None].astype(np.uint8), outputs.scores.max(axis=1)[:, None]
-    return outputs.labels, outputs.scores
-
-
 def gather(outputs: Outputs, groups: Groups, weights: Floats | None = None) -> Evidence:
     """Evidence of rows."""
     assert groups.codes is not None
@@ -157,8 +154,9 @@ def gather(outputs: Outputs, groups: Groups, weights: Floats | None = None) -> E
     rows = Rows(outputs, weights)
     if outputs.task == "regression":
         moments = _moments(outputs, codes, size, weights)
+        squared = None if weights is None else _squared_weights(outputs, codes, size, weights)
         count = np.bincount(codes.astype(np.int64), minlength=size)
-        return Evidence("regression", ("",), groups, count, moments=moments, rows=rows)
+        return Evidence("regression", ("",), groups, count, squares=squared, moments=moments, rows=rows)
     labels, predictions = outputs.targets
     counts = _stacked(codes, labels, predictions, size, weights)
     squares = None if weights is None else _stacked(codes, labels, predictions, size, weights**2)
@@ -188,40 +186,11 @@ def _moments(outputs: Outputs, codes: NDArray[Any], size: int, weights: Floats |
     return np.stack([np.bincount(codes, value * weights, minlength=size) for value in values], axis=1)
 
 
-def _exact(rows: Rows, groups: Groups) -> dict[str, Floats]:
-    """Score metrics of rows, by scikit-learn and torchmetrics; NaN where they are undefined."""
-    labels, scores = top(rows.outputs)
-    assert groups.codes is not None
-    order = np.argsort(groups.codes, kind="stable")
-    bounds = np.searchsorted(groups.codes[order], np.arange(groups.size + 1))
-    shape = (groups.size, scores.shape[1])
-    found = {name: np.full(shape, np.nan) for name in ("roc_auc", "calibration_error", "uncertainty")}
-    for group in range(groups.size):
-        members = order[bounds[group] : bounds[group + 1]]
-        for target in range(shape[1]) if len(members) else ():
-            y, p = labels[members, target], scores[members, target]
-            w = None if rows.weights is None else rows.weights[members]
-            for name, function in (("roc_auc", _auc), ("calibration_error", _ece), ("uncertainty", _unsure)):
-                found[name][group, target] = function(y, p, w)
-    return found
-
-
-def _auc(y: NDArray[Any], p: NDArray[Any], w: Floats | None) -> float:
-    return float(roc_auc_score(y, p, sample_weight=w)) if 0 < y.sum() < len(y) else float("nan")
-
-
-def _ece(y: NDArray[Any], p: NDArray[Any], w: Floats | None) -> float:
-    if w is None:
-        return float(binary_calibration_error(torch.as_tensor(p), torch.as_tensor(y.astype(np.int64)), n_bins=10))
-    bucket = np.searchsorted((np.arange(11) / 10).astype(p.dtype), p, side="right")
-    gap = np.bincount(bucket, w * (p - y))
-    return float(np.abs(gap).sum() / w.sum())
-
-
-def _unsure(y: NDArray[Any], p: NDArray[Any], w: Floats | None) -> float:
-    low, high = (p.dtype.type(end) for end in BAND)
-    inside = (p > low) & (p < high)
-    return float(np.average(inside, weights=w))
+def _squared_weights(outputs: Outputs, codes: NDArray[Any], size: int, weights: Floats) -> Floats:
+    error = outputs.predictions - outputs.labels
+    values = (np.ones_like(error), error, np.abs(error), error**2)
+    assert len(values) == len(SQUARES)
+    return np.stack([np.bincount(codes, value * weights**2, minlength=size) for value in values], axis=1)
 
 
 def regression_table(moments: Floats) -> dict[str, Floats]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from groundwire_bias_audit.encoding import joined
 from groundwire_bias_audit.histogram import BAND
 from groundwire_bias_audit.inputs import Outputs
 
@@ -56,7 +57,7 @@ class Examples:
                 y, predicted = CELLS[kind]
                 inside = (label == y) & (prediction == predicted) & sure[certainty]
                 for i in np.flatnonzero(inside)[: MOST - len(held)]:
-                    groups = tuple(values[i] for values in features.values())
+                    groups = tuple(joined([values])[i : i + 1].tolist()[0] for values in features.values())
                     held.append(Example(int(rows[i]), float(p[i]), groups))
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -64,7 +65,7 @@ class Gate:
         min_count: Rows that each denominator of each group must have.
         correction: "holm", "bh" or "none".
         intersections: Also gate the crossing of all sensitive features.
-        draws: Permutations of each test, raised where the correction needs more.
+        draws: Permutations of each test, raised where the correction needs more; fewer where the first 2,000 decide.
 
     Raises:
         TypeError: ``tolerance`` or ``alpha`` is no number.
@@ -103,6 +104,28 @@ class Gate:
         for metric in given:
             check_metric(metric, GATED)
         object.__setattr__(self, "metrics", tuple(given))
+
+    def attributes(self, features: Sequence[str]) -> list[list[str]]:
+        """What is gated: each feature, and the crossing of all where that was asked for.
+
+        Example:
+            >>> Gate(intersections=True).attributes(["sex", "race"])
+            [['sex'], ['race'], ['sex', 'race']]
+        """
+        crossed = [list(features)] if self.intersections and len(features) > 1 else []
+        return [[name] for name in features] + crossed
+
+    def permutations(self, tests: int) -> int:
+        """Draws of each of so many tests: a P value must be able to fall below the strictest level of the correction.
+
+        Example:
+            >>> [Gate().permutations(tests) for tests in (3, 100, 1000, 10_000)]
+            [2000, 40000, 100000, 400000]
+        """
+        if self.correction == "none":
+            return self.draws
+        wanted = max(self.draws, math.ceil(20 * tests / self.alpha))
+        return min(wanted, max(100_000, math.ceil(2 * tests / self.alpha)))
 
 
 def check_metric(name: str, known: Sequence[str]) -> str:

@@ -136,3 +136,8 @@ def named_columns(values: Any, prefix: str) -> list[tuple[str, Any]]:
 def as_tuple(label: Any) -> tuple[Any, ...]:
     """A group's values, of one feature or several."""
     return label if isinstance(label, tuple) else (label,)
+
+
+def unwrapped(label: Any) -> Any:
+    """The only value of a tuple of one, and anything else as it is."""
+    return label[0] if isinstance(label, tuple) and len(label) == 1 else label

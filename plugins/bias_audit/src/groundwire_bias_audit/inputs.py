@@ -15,6 +15,8 @@ from groundwire_bias_audit.probabilities import checked_threshold, probabilities
 
 Task: TypeAlias = Literal["binary", "multiclass", "multilabel", "regression"]
 TASKS = ("binary", "multiclass", "multilabel", "regression")
+#: With more whole numbers as labels and predictions the task is asked for, not guessed.
+MOST_CLASSES = 50
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ def _guess(labels: NDArray[Any], values: NDArray[Any], what: str, pos_label: Any
     if values.ndim == 1 and values.dtype.kind == "f" and (values != np.floor(values)).any():
         # Probabilities beside labels such as 1 and 2 are no regression: it must be told which label is meant.
         return "binary" if what == "scores" and values.min() >= 0 and values.max() <= 1 else "regression"
+    different = len(pd.unique(labels)) if values.ndim == 1 else 0
+    if different > MOST_CLASSES:
+        raise ValueError(
+            f"y_true has {different} different whole numbers, which may be classes or amounts -> pass "
+            "task='regression' or 'multiclass'"
+        )
     return "multiclass"
 
 
@@ -131,9 +139,8 @@ def _binary(
         if two:
             sum_to_one(scores)
             scores = scores[:, 1]
-        predictions = (scores >= checked_threshold(threshold, scores.shape[1] if scores.ndim == 2 else 1)).view(
-            np.uint8
-        )
+        least = checked_threshold(threshold, scores.shape[1] if scores.ndim == 2 else 1)
+        predictions = (scores >= np.asarray(least, scores.dtype)).view(np.uint8)
     else:
         predictions = zero_one(values, "y_pred", pos_label)
     if y.shape != predictions.shape:

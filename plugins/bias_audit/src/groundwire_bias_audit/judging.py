@@ -62,8 +62,7 @@ class Question:
 
 def ask(questions: Sequence[Question], gate: Gate, seed: int = 0) -> list[Test]:
     """Answer all questions of an audit together, so that the correction counts them all."""
-    draws = max(gate.draws, math.ceil(20 * len(questions) / gate.alpha) if gate.correction != "none" else 0)
-    draws = min(draws, 100_000)
+    draws = gate.permutations(len(questions))
     held = [_enough(question, gate) for question in questions]
     p_values = [
         homogeneity(k, n, draws=draws, rng=np.random.default_rng([seed, i])) if len(n) > 1 else math.nan

@@ -44,9 +44,10 @@ def surest_flips(
 def drawn_flips(
     trainer: Any, first: Record | None, second: Record | None, features: Sequence[str], per_group: int
 ) -> pd.DataFrame | None:
-    """At most ``per_group`` flips of each group at random, since the surest are not typical; None without ids."""
+    """At most ``per_group`` flips of each group at random, since the surest are not typical; None without any."""
     own, features = None, [column_of(name) for name in features]
-    if first is not None and first.ids is not None and second is not None:
+    known = first is not None and first.ids is not None and first.outputs.task != "regression"
+    if first is not None and known and second is not None:
         own = drawn(flipped(first, second), features, per_group)
     found = _joined(trainer, own)
     return None if found is None else drawn(found, features, per_group)

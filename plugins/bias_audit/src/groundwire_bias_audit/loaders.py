@@ -7,11 +7,6 @@ from typing import Any
 from groundwire import RunContext
 
 
-def dataset_of(run: RunContext, number: int) -> Any:
-    """The data set of a loader of the running stage."""
-    return getattr(loader_of(run, number), "dataset", None)
-
-
 def loader_of(run: RunContext, number: int) -> Any:
     """A data loader of the running stage, as the Trainer prepared it."""
     loaders = run.trainer.test_dataloaders if run.stage == "test" else run.trainer.val_dataloaders

@@ -16,7 +16,7 @@ from groundwire_bias_audit.bootstrap import quantiles, resample
 from groundwire_bias_audit.change import CHANGES, broken_mended, tested_change
 from groundwire_bias_audit.functional import Counts, ratio
 from groundwire_bias_audit.gate import Gate, Verdict
-from groundwire_bias_audit.grouping import Groups, as_tuple
+from groundwire_bias_audit.grouping import Groups, as_tuple, unwrapped
 from groundwire_bias_audit.inputs import Outputs
 from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.null import adjust, mcnemar
@@ -117,15 +117,15 @@ class Comparison:
         single = not self.pairs[:, :, 0].any()  # "right" of a multiclass task
         metrics = [m for m in self.gate.metrics if m == "accuracy" or not single]
         asked = [
-            (name, metric, target)
-            for name in self.groups.sensitive
+            (names, metric, target)
+            for names in self.gate.attributes(self.groups.sensitive)
             for target in range(self.pairs.shape[1])
             for metric in metrics
             if metric in CHANGES
         ]
         blocks = math.prod(self.groups.shape[: self.groups.controls])
-        draws = max(self.gate.draws, math.ceil(20 * len(asked) * blocks / self.gate.alpha))
-        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, min(draws, 100_000))]
+        draws = self.gate.permutations(len(asked) * blocks)
+        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, draws)]
         adjusted = adjust([test.p_value for test in raw], self.gate.correction)
         return [_judged(test, float(p), self.gate) for test, p in zip(raw, adjusted, strict=True)]
 
@@ -134,22 +134,25 @@ class Comparison:
         """Whether the change itself is unevenly distributed; an old disparity that stayed as it was passes."""
         return decide(self.tests)
 
-    def _raw(self, name: str, metric: str, target: int, seed: int, draws: int) -> Iterator[Test]:
+    def _raw(self, names: list[str], metric: str, target: int, seed: int, draws: int) -> Iterator[Test]:
         """One test for each combination of control values, before the correction."""
-        kept = self.groups.keep([name])
-        pairs = self.groups.marginal(self.pairs, [name])[:, target]
+        kept = self.groups.keep(names)
+        pairs = self.groups.marginal(self.pairs, names)[:, target]
         changes = np.stack(CHANGES[metric](pairs))
         present = pairs.sum(axis=(1, 2, 3)) > 0
         labels = [as_tuple(label) for label in kept.index]
         target_name = str(self.names[target]) if len(self.names) > 1 and self.pairs.shape[1] > 1 else ""
-        width = len(kept.levels[-1])
+        controls, attribute = kept.controls, " x ".join(names)
+        width = kept.size // math.prod(kept.shape[:controls])
         for start in range(0, kept.size, width):
             cells = [cell for cell in range(start, start + width) if present[cell]]
             if cells:
-                groups = [labels[cell][-1] for cell in cells]
+                groups = [unwrapped(labels[cell][controls:]) for cell in cells]
                 rng = np.random.default_rng([self.random_state, seed, start])
                 found = tested_change(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
-                yield replace(found, attribute=name, metric=metric, target=target_name, control=labels[start][:-1])
+                yield replace(
+                    found, attribute=attribute, metric=metric, target=target_name, control=labels[start][:controls]
+                )
 
 
 def _judged(test: Test, adjusted: float, gate: Gate) -> Test:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groundwire_bias_audit.capture import outputs_of
+from groundwire_bias_audit.encoding import joined
 from groundwire_bias_audit.examples import Examples
 from groundwire_bias_audit.functional import Counts
 from groundwire_bias_audit.grouping import Groups, read_groups
 from groundwire_bias_audit.inputs import Outputs
 from groundwire_bias_audit.paired import pair_counts
-from groundwire_bias_audit.stream import BUFFER, Stream, _joined, _listed
+from groundwire_bias_audit.stream import BUFFER, Stream, joined_outputs
 
 #: Ids of different loaders are kept apart by this.
 LOADER_STEP = 2**40
@@ -60,11 +61,21 @@ class Pass:
         max_groups: Most values of a feature.
         keep: Also keep the rows.
         count: Add the rows up, which needs their groups.
+        resolved: Makes features of what was read from many batches.
     """
 
-    def __init__(self, threshold: float, task: str | None, max_groups: int, *, keep: bool, count: bool = True) -> None:
+    def __init__(
+        self,
+        threshold: float,
+        task: str | None,
+        max_groups: int,
+        *,
+        keep: bool,
+        count: bool = True,
+        resolved: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+    ) -> None:
         self.stream, self.examples = Stream(threshold, max_groups), Examples()
-        self.keep, self.count, self.threshold, self.task = keep, count, threshold, task
+        self.keep, self.count, self.threshold, self.task, self._resolved = keep, count, threshold, task, resolved
         self._batches: list[tuple[Tensor, Any, Mapping[str, Any], Any]] = []
         self._rows = 0
         self._kept: list[Record] = []
@@ -74,7 +85,7 @@ class Pass:
         if keep is not None:
             rows = np.flatnonzero(keep)
             scores, targets = scores[rows], targets[rows]
-            features = {name: [_listed(values)[i] for i in rows] for name, values in features.items()}
+            features = {name: joined([values])[rows] for name, values in features.items()}
             ids = None if ids is None else np.asarray(ids)[rows]
         self._batches.append((scores, targets, features, ids))
         self._rows += len(scores)
@@ -88,19 +99,19 @@ class Pass:
             return
         batches, self._batches, self._rows = self._batches, [], 0
         targets = [b[1] for b in batches]
-        joined = (
+        labels = (
             torch.cat(targets) if isinstance(targets[0], Tensor) else np.concatenate([np.asarray(t) for t in targets])
         )
-        outputs = outputs_of(torch.cat([b[0] for b in batches]), joined, self.threshold, self.task)
+        outputs = outputs_of(torch.cat([b[0] for b in batches]), labels, self.threshold, self.task)
         self.task = outputs.task
-        features = {name: [v for b in batches for v in _listed(b[2][name])] for name in batches[0][2]}
+        features = self._resolved({name: joined([b[2][name] for b in batches]) for name in batches[0][2]})
         ids = None if any(b[3] is None for b in batches) else np.concatenate([b[3] for b in batches])
         if self.count:
             self.stream.update(outputs, features)
             if ids is not None:
                 self.examples.update(outputs, features, ids)
         if self.keep:
-            self._kept.append(Record(outputs, features, ids))
+            self._kept.append(Record(outputs, {name: values.tolist() for name, values in features.items()}, ids))
 
     def record(self) -> Record | None:
         """The rows that were kept, or None without any."""
@@ -110,7 +121,7 @@ class Pass:
         names = self._kept[0].features
         ids = [r.ids for r in self._kept if r.ids is not None]
         return Record(
-            _joined([r.outputs for r in self._kept]),
+            joined_outputs([r.outputs for r in self._kept]),
             {name: [v for r in self._kept for v in r.features[name]] for name in names},
             np.concatenate(ids) if len(ids) == len(self._kept) else None,
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import Counts, Floats, parts
 from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.grouping import as_tuple
+from groundwire_bias_audit.grouping import as_tuple, unwrapped
 from groundwire_bias_audit.judging import Question, Test, ask
 from groundwire_bias_audit.null import adjust, welch
+from groundwire_bias_audit.weighting import effective, moments_of
 
 
 def tests_of(evidence: Evidence, gate: Gate, random_state: int) -> list[Test]:
@@ -26,11 +26,7 @@ def tests_of(evidence: Evidence, gate: Gate, random_state: int) -> list[Test]:
 def _questions(evidence: Evidence, gate: Gate) -> list[Question]:
     assert gate.metrics is not None
     found = []
-    features = evidence.groups.sensitive
-    attributes = [[name] for name in features]
-    if gate.intersections and len(features) > 1:
-        attributes.append(list(features))
-    for names in attributes:
+    for names in gate.attributes(evidence.groups.sensitive):
         inside = evidence.of(names)
         for metric in gate.metrics:
             found += _of_metric(inside, gate, " x ".join(names), metric)
@@ -47,12 +43,16 @@ def _of_metric(evidence: Evidence, gate: Gate, attribute: str, metric: str) -> l
             squares = None if squares is None else _all_right(squares)
     assert counts is not None
     k, n = parts(counts, metric)
-    if evidence.squares is not None:
-        k, n = _effective(k, n, squares, metric)
+    squared = None if squares is None else parts(squares, metric)
     return [
-        question
+        replace(question, successes=successes, trials=trials)
         for t, name in enumerate(names)
-        for question in _by_control(evidence, attribute, metric, str(name), k[:, t], n[:, t])
+        for question, cells in _blocks(evidence, attribute, metric, str(name))
+        for successes, trials in [
+            (k[cells, t], n[cells, t])
+            if squared is None
+            else effective(k[cells, t], n[cells, t], squared[0][cells, t], squared[1][cells, t])
+        ]
     ]
 
 
@@ -64,9 +64,9 @@ def _regression_tests(evidence: Evidence, gate: Gate) -> list[Test]:
     scale = math.sqrt(max(squared / n - (label / n) ** 2, 0.0)) or 1.0
     raw = [
         test
-        for name in evidence.groups.sensitive
+        for names in gate.attributes(evidence.groups.sensitive)
         for metric in ("mean_error", "mean_absolute_error")
-        for test in _regression_questions(evidence.of([name]), gate, name, metric, scale)
+        for test in _regression_questions(evidence.of(names), gate, " x ".join(names), metric, scale)
     ]
     adjusted = adjust([test.p_value for test in raw], gate.correction)
     return [
@@ -77,27 +77,32 @@ def _regression_tests(evidence: Evidence, gate: Gate) -> list[Test]:
 
 def _regression_questions(evidence: Evidence, gate: Gate, attribute: str, metric: str, scale: float) -> list[Test]:
     assert evidence.moments is not None
-    total = evidence.moments[:, 3] if metric == "mean_absolute_error" else np.diff(evidence.moments[:, 1:3])[:, 0]
-    sums = np.stack([total, evidence.moments[:, 4]], axis=1)
+    absolute = metric == "mean_absolute_error"
+    n, label, prediction, absolutes, squared, _ = evidence.moments.T
+    sums = np.stack([n, absolutes if absolute else prediction - label, squared])
+    if evidence.squares is None:
+        size, mean, variance = moments_of(*sums)
+    else:
+        size, mean, variance = moments_of(*sums, *evidence.squares[:, [0, 2 if absolute else 1, 3]].T)
     return [
-        _welch(question, sums[cells], evidence.size[cells], scale, gate)
+        _welch(question, size[cells], mean[cells], variance[cells], scale, gate)
         for question, cells in _blocks(evidence, attribute, metric, "")
     ]
 
 
-def _welch(question: Question, sums: Floats, size: Floats, scale: float, gate: Gate) -> Test:
+def _welch(question: Question, size: Floats, mean: Floats, variance: Floats, scale: float, gate: Gate) -> Test:
     enough = size >= gate.min_count
     groups, small = (
         tuple(g for g, ok in zip(question.groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
     )
-    n, total, squares = size[enough].astype(float), sums[enough, 0], sums[enough, 1]
+    n, mean, variance = size[enough], mean[enough], variance[enough]
     if len(n) < 2:
         return replace(_untested(question), groups=groups, small=small)
-    means = total / n
-    variances = np.maximum(squares - n * means**2, 0) / (n - 1)
+    # Few rows of a skewed error, or of one that is mostly 0, show too little of how much it varies.
+    pooled = ((n - 1) * variance).sum() / (n - 1).sum()
     return replace(
-        _untested(question), groups=groups, small=small, gap=float(np.ptp(means)) / scale,
-        p_value=welch(means, variances, n),
+        _untested(question), groups=groups, small=small, gap=float(np.ptp(mean)) / scale,
+        p_value=welch(mean, np.maximum(variance, pooled), n),
     )  # fmt: skip
 
 
@@ -105,14 +110,8 @@ def _untested(question: Question) -> Test:
     return Test(question.attribute, question.metric, question.target, question.control)
 
 
-def _by_control(evidence: Evidence, attribute: str, metric: str, target: str, k: Floats, n: Floats) -> list[Question]:
-    """One question for each combination of control values; combinations that no row has are no groups."""
-    found = _blocks(evidence, attribute, metric, target)
-    return [replace(question, successes=k[cells], trials=n[cells]) for question, cells in found]
-
-
 def _blocks(evidence: Evidence, attribute: str, metric: str, target: str) -> list[tuple[Question, list[int]]]:
-    """Questions without counts, and the cells of each."""
+    """Questions without counts, and the cells of each: one for each combination of control values that a row has."""
     groups, found, none = evidence.groups, [], np.empty(0)
     labels = list(groups.index)
     blocks = math.prod(groups.shape[: groups.controls])
@@ -127,24 +126,11 @@ def _blocks(evidence: Evidence, attribute: str, metric: str, target: str) -> lis
     return found
 
 
-def _effective(k: Floats, n: Floats, squares: Any, metric: str) -> tuple[Floats, Floats]:
-    """Kish's effective numbers of rows, (sum w)^2 / sum w^2, with the weighted rates."""
-    q = n if squares is None else parts(squares, metric)[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where(q > 0, n**2 / q, 0.0)
-        return np.where(n > 0, k / n, 0.0) * effective, effective
-
-
 def _all_right(squares: Counts) -> Counts:
     """Squared weights of all rows of each group, as the counts of "right" have them."""
     found = np.zeros((len(squares), 1, 2, 2))
     found[:, 0, 1, 1] = squares[:, 0].sum(axis=(1, 2))
     return found
-
-
-def unwrapped(label: Any) -> Any:
-    """The only value of a tuple of one, and anything else as it is."""
-    return label[0] if isinstance(label, tuple) and len(label) == 1 else label
 
 
 def describe(test: Test) -> str:

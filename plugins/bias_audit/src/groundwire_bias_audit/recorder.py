@@ -10,7 +10,7 @@ from torch import Tensor
 
 from groundwire import Fields, RunContext, Variant
 from groundwire_bias_audit.attributes import GroupReader
-from groundwire_bias_audit.loaders import dataset_of, loader_of
+from groundwire_bias_audit.loaders import loader_of
 from groundwire_bias_audit.padding import counted
 from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned
 from groundwire_bias_audit.ranks import gathered
@@ -39,13 +39,14 @@ class Recorder:
         self._version: tuple[str, Pass] | None = None
         self._loaders: list[int] = []
         self._position: dict[int, int] = {}
+        self._sources: dict[int, Any] = {}
         self._loader = self._cursor = 0
         self._batch: Any = None
 
     def begin(self, *, keep: bool) -> None:
         """A pass of the model itself; ``keep`` its rows to compare others with."""
-        self._loaders, self._position = [], {}
-        self.dense = Pass(self.threshold, self.task, self.max_groups, keep=keep)
+        self._loaders, self._position, self._sources = [], {}, {}
+        self.dense = Pass(self.threshold, self.task, self.max_groups, keep=keep, resolved=self.reader.resolved)
 
     def batch_starts(self, batch: Any, loader: int) -> None:
         """Which batch the next scores are for, and of which loader."""
@@ -66,10 +67,16 @@ class Recorder:
     def _add(self, target: Pass, scores: Tensor, fields: Fields, loader: int, run: RunContext) -> None:
         start = self._position.get(loader, 0)
         self._position[loader] = start + len(scores)
-        ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
+        source = self._sources.get(loader)
+        if source is None:
+            source = self._sources[loader] = loader_of(run, loader)
+        given = run.ids
+        rows = None if given is None else np.asarray(given)
+        ids = None if rows is None or len(rows) != len(scores) else rows + loader * LOADER_STEP
         # A version's rows are the model's, so they have the groups of those.
-        features = self.reader(self._batch, fields, run.ids, dataset_of(run, loader)) if target.count else {}
-        keep = counted(getattr(loader_of(run, loader), "sampler", None), start, len(scores))
+        dataset = getattr(source, "dataset", None)
+        features = self.reader.read(self._batch, fields, rows, dataset) if target.count else {}
+        keep = counted(getattr(source, "sampler", None), start, len(scores))
         target.add(scores, fields.targets, features, ids, keep)
 
     def evaluate(self, run: RunContext, variant: Variant, record: Record | None) -> tuple[bool, Record | None]:

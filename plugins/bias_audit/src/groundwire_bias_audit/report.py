@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,12 +137,14 @@ def _pairs(name: str, pair: Pairs) -> Figure:
 
 def section(results: Mapping[str, AuditResult]) -> Section:
     """Tables and pictures of the versions of one model; the first one is the model itself."""
+    asked = next(iter(results.values()))
+    results = {name: replace(result, metrics=None) for name, result in results.items()}  # pictures have their own
     first = next(iter(results.values()))
     tables = [_verdicts(results), _tests(results)]
     pictures: list[Any] = []
     metrics = _shown(first)
     for feature in first.features:
-        tables.append(_table(f"Groups of {feature}", _with_index(first.to_frame([feature]))))
+        tables.append(_table(f"Groups of {feature}", _with_index(asked.to_frame([feature]))))
         if first.task in ("binary", "multilabel"):
             tables.append(_table(f"Impact ratios of {feature}", _with_index(first.impact_ratios([feature]))))
         if not first.evidence.groups.controls and not (first.task == "multilabel" and len(first.targets) > 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import pandas as pd
 from groundwire_bias_audit.evidence import Evidence
 from groundwire_bias_audit.functional import rate, spread
 from groundwire_bias_audit.gate import Gate, Verdict
+from groundwire_bias_audit.grouping import unwrapped
 from groundwire_bias_audit.judging import Test, decide
 from groundwire_bias_audit.paired import Comparison
-from groundwire_bias_audit.questions import describe, tests_of, unwrapped
+from groundwire_bias_audit.questions import describe, tests_of
 from groundwire_bias_audit.tables import (
     by_target,
     columns_of,
@@ -133,7 +134,7 @@ class AuditResult:
         """
         controls = list(range(self.evidence.groups.controls))
         one = self.targets[0] if target is None and len(self.targets) == 1 else target
-        frame = self.to_frame(features, target=one)
+        frame = replace(self, metrics=("selection_rate",)).to_frame(features, target=one)
         return impact(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundwire_bias_audit.association import gram
+from groundwire_bias_audit.encoding import joined
 from groundwire_bias_audit.evidence import MOMENTS, Evidence
 from groundwire_bias_audit.functional import Counts
 from groundwire_bias_audit.grouping import Groups, read_groups
@@ -84,11 +85,8 @@ class Stream:
         if not self._pending:
             return
         assert self.shape is not None
-        outputs = _joined([o for o, _ in self._pending])
-        features = {
-            name: [value for _, groups in self._pending for value in _listed(groups[name])]
-            for name in self.shape.features
-        }
+        outputs = joined_outputs([o for o, _ in self._pending])
+        features = {name: joined([groups[name] for _, groups in self._pending]) for name in self.shape.features}
         self._pending, self._pending_rows = [], 0
         groups = read_groups(features, rows=outputs.rows, max_groups=self.max_groups)
         keys = list(groups.index) if len(groups.names) > 1 else [(level,) for level in groups.levels[0]]
@@ -162,15 +160,12 @@ class Stream:
         return self._gram
 
 
-def _joined(outputs: Sequence[Outputs]) -> Outputs:
+def joined_outputs(outputs: Sequence[Outputs]) -> Outputs:
+    """Outputs of several batches as those of one."""
     first = outputs[0]
     scores = None if first.scores is None else np.concatenate([o.scores for o in outputs if o.scores is not None])
     labels, predictions = (np.concatenate([getattr(o, name) for o in outputs]) for name in ("labels", "predictions"))
     return Outputs(first.task, first.names, labels, predictions, scores)
-
-
-def _listed(values: Any) -> list[Any]:
-    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _sums(outputs: Outputs, codes: NDArray[Any], groups: int, threshold: float) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def susceptibility(
         random_state: Seed of ``random``.
 
     Raises:
-        ValueError: ``method`` is unknown, or ``shortcut`` has no groups.
+        ValueError: ``method`` is unknown, ``shortcut`` has no groups, or a score is outside [0, 1] or NaN.
 
     Example:
         >>> susceptibility([0.5, 0.05, 0.8]).round(3).tolist()
@@ -55,11 +55,9 @@ def susceptibility(
         >>> int(susceptibility(p, g, method="shortcut").argmax())  # predicted 1 in a group that mostly is 0
         1
     """
-    p = np.asarray(scores, dtype=float)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if p.ndim != 1 or ((p < 0) | (p > 1)).any():
-        raise ValueError(f"scores must be probabilities of shape (n,), got shape {p.shape}")
+    p = _checked(scores)
     if method == "random":
         return np.random.default_rng(random_state).random(len(p))
     logit = _logit(p)
@@ -123,6 +121,15 @@ def rank_susceptible(
     return ranked.head(top).reset_index(drop=True)
 
 
+def _checked(scores: ArrayLike) -> NDArray[np.float64]:
+    p = np.asarray(scores, dtype=float)
+    if p.ndim != 1:
+        raise ValueError(f"scores must be probabilities of shape (n,), got shape {p.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("scores must be probabilities in [0, 1], some are outside or NaN")
+    return p
+
+
 def evaluate_susceptibility(
     flipped: ArrayLike, scores: ArrayLike, sensitive_features: Any = None, *, random_state: int = 0
 ) -> dict[str, float]:
@@ -134,11 +141,16 @@ def evaluate_susceptibility(
         sensitive_features: Groups; without them ``shortcut`` is left out.
         random_state: Seed of ``random``.
 
+    Raises:
+        ValueError: ``flipped`` and ``scores`` differ in shape, or a score is outside [0, 1] or NaN.
+
     Example:
         >>> evaluate_susceptibility([True, False, False], [0.55, 0.99, 0.02])["confidence"]
         1.0
     """
     flips = np.asarray(flipped, dtype=bool)
+    if flips.shape != np.shape(scores):
+        raise ValueError(f"flipped has shape {flips.shape}, and scores {np.shape(scores)} -> align them row by row")
     found = {}
     for method in METHODS:
         if method == "shortcut" and sensitive_features is None:
@@ -169,7 +181,7 @@ def bias_risk(scores: ArrayLike, sensitive_features: Any) -> pd.DataFrame:
     """
     from groundwire_bias_audit.null import adjust, homogeneity
 
-    p = np.asarray(scores, dtype=float)
+    p = _checked(scores)
     groups = read_groups(sensitive_features, rows=len(p))
     assert groups.codes is not None
     inside = (p > BAND[0]) & (p < BAND[1])

@@ -135,7 +135,7 @@ def impact(frame: pd.DataFrame, within: Sequence[int]) -> pd.DataFrame:
         ValueError: ``frame`` has no selection rate.
     """
     if "selection_rate" not in frame:
-        raise ValueError("impact_ratios needs the metric selection_rate -> of a multiclass task name a class as target")
+        raise ValueError("there is no selection rate -> of a multiclass task name a class as target")
     rates = frame["selection_rate"]
     best = rates.groupby(level=list(within)).transform("max") if within else rates.max()
     values = rates / best  # NaN where nobody is selected

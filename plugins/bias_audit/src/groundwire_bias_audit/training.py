@@ -8,6 +8,7 @@ import numpy as np
 
 from groundwire import PluginError
 from groundwire_bias_audit.attributes import GroupReader
+from groundwire_bias_audit.encoding import joined
 
 
 class TrainingCounts:
@@ -55,8 +56,8 @@ class TrainingCounts:
             if not np.isin(labels, (0, 1)).all():
                 return
             for name, values in features.items():
-                listed = np.asarray(values.tolist() if hasattr(values, "tolist") else list(values), dtype=object)
-                for level in set(listed.tolist()):
-                    held = labels[listed == level]
+                column = joined([values])
+                for level in set(column.tolist()):
+                    held = labels[column == level]
                     counts = np.stack([(held == 0).sum(axis=0), (held == 1).sum(axis=0)], axis=1)
                     self.counts[name, level] = self.counts.get((name, level), 0) + counts
