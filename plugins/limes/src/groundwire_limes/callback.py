@@ -172,7 +172,7 @@ class LIMES(Forecasts):
         correction.train(self._steps, step, self._counted)
 
     @hookimpl
-    def gw_scores(self, scores: Tensor, fields: Fields, stage: str, variant: str | None, run: RunContext) -> None:
+    def gw_scores(self, fields: Fields, stage: str, run: RunContext) -> None:
         """Count the labels of a training batch, now that it was learned from, and how well it had been predicted."""
         if stage != "train":
             return

@@ -57,7 +57,7 @@ class Labelled:
         for step in self.steps.distinct:
             line.expect(step)
             offset = line.log_prior(step, self.raw.device)
-            if len(self.steps.keys) == 1:
+            if isinstance(self.steps.keys, int):
                 line.tally.add(step, Scored(self.raw, offset, self.labels, weights))
             else:
                 rows = torch.tensor(self._belonging_to(step), device=self.raw.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwire.errors import PluginError
 
@@ -61,13 +63,24 @@ class Labels:
         """Weighted sums by class, shape (K,), in the dtype of ``weights`` (N,)."""
         if self.shares is not None:
             return weights @ self.shares.to(weights.dtype)
+        if weights.device.type == "cpu":
+            counts = np.bincount(self.hard.numpy(), weights.numpy(), self.classes)
+            return torch.from_numpy(counts).to(weights.dtype)
         zeros = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device)
         return zeros.scatter_add_(0, self.hard, weights)
 
-    def losses(self, scores: Tensor) -> Tensor:
-        """Cross-entropy of each prediction, shape (N,)."""
-        targets = self.hard if self.shares is None else self.shares
-        return nn.functional.cross_entropy(scores, targets, reduction="none")
+    def pick(self, scores: Tensor) -> Tensor:
+        """Of ``scores`` (N, K) or (K,), those of the labels, or their mean where a label has shares; shape (N,)."""
+        if self.shares is not None:
+            return (self.shares * scores).sum(dim=1)
+        return scores[self.hard] if scores.dim() == 1 else scores.gather(1, self.hard[:, None]).squeeze(1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Labels]) -> Labels:
+        """One after the other; all of one kind."""
+        first = parts[0]
+        shares = None if first.shares is None else torch.cat([p.shares for p in parts if p.shares is not None])
+        return cls(torch.cat([p.hard for p in parts]), shares, torch.cat([p.known for p in parts]), first.classes)
 
 
 def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) -> Labels:
