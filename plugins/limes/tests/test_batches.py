@@ -11,7 +11,7 @@ from torch import nn
 from groundwire import PluginError
 from groundwire_limes import LIMES, PriorExtrapolator
 from groundwire_limes.functional import divergence
-from groundwire_limes.labels import refuse_unknown_labels
+from groundwire_limes.labels import class_indices
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_label_that_the_head_does_not_have_is_named_before_the_loss_sees_it(ki
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_a_label_that_the_head_does_not_have_is_named_whatever_its_dtype(dtype):
     with pytest.raises(PluginError, match="label 2 is in a training batch, and the head has 2 classes"):
-        refuse_unknown_labels(torch.tensor([0, 2, 1]).to(dtype), 2)
+        class_indices(torch.tensor([0, 2, 1]).to(dtype), 2)
 
 
 def test_a_missing_binary_label_that_is_nan_is_masked(kit):

@@ -104,9 +104,7 @@ class Recursion:
         """What the members see."""
         assert state.filter is not None
         n, known = state.rows, self._history.steps
-        return Past(
-            known[:n], state.gap, self._priors[:n], state.pooled, state.filter, self._period, self.distances
-        )
+        return Past(known[:n], state.gap, self._priors[:n], state.pooled, state.filter, self._period, self.distances)
 
     def distances(self, row: int) -> Array:
         """L1 distances of a row from all rows before it. Each new row is compared once, whoever asks."""

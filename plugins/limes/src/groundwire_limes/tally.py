@@ -97,7 +97,7 @@ class Tally:
 
     def add(self, step: int, scored: Scored) -> None:
         """Add a batch's predictions to ``step``."""
-        _add(self._counts, step, scored.labels.counts(scored.weights))
+        self._counts[step] = scored.labels.counts(scored.weights, onto=self._counts.get(step))
         if scored.scores.is_cuda:  # a CUDA graph writes the next batch's scores over these
             scored = replace(scored, scores=scored.scores.clone())
         self._waiting.append((step, scored))
@@ -146,9 +146,9 @@ class Tally:
         return {"labels": labels} | ({n: v / labels for n, v in zip(names, sums, strict=True)} if labels else {})
 
 
-def _likeness(waiting: tuple[int, Scored]) -> tuple[int, int, bool]:
+def _likeness(waiting: tuple[int, Scored]) -> tuple[int, int, tuple[bool, bool]]:
     step, scored = waiting
-    return step, id(scored.offset), scored.labels.shares is None
+    return step, id(scored.offset), scored.labels.kind
 
 
 def _add(rows: dict[int, Any], step: int, row: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -165,12 +164,8 @@ class Timeline:
             step: The step.
             new: Its labels that are not known to all ranks yet, summed over them: shape (K,).
         """
-        expected = self._expectation(step, new.device).pseudo_counts
-        if new.device.type == "cpu":  # for so few numbers NumPy is several times faster
-            counted = expected.numpy() + new.numpy()
-            return self.fitted(torch.from_numpy(log_offset(counted / counted.sum(), self._limit)))
-        counts = expected + new
-        offset = (counts / counts.sum()).log_().add_(math.log(len(counts)))
+        counts = self._expectation(step, new.device).pseudo_counts + new
+        offset = counts.div_(counts.mean()).log_()  # of K times the share of each class
         return self.fitted(offset.clamp_(-self._limit, self._limit))
 
     def log_prior(self, step: int, device: Any = "cpu") -> Tensor:
