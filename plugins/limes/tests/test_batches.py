@@ -108,6 +108,17 @@ def test_a_loader_may_use_the_same_tensors_for_every_batch(kit):
     assert found[0] == found[1]
 
 
+def test_labels_that_the_training_step_edits_are_counted_as_it_left_them(kit):
+    class Relabelling(Digits):
+        def training_step(self, batch, batch_idx):
+            batch[1].fill_(7)
+            return super().training_step(batch, batch_idx)
+
+    limes = LIMES()
+    kit.trainer(limes).fit(Relabelling(), Listed(rows_at([0.0], [3])))
+    assert limes.extrapolator.state_dict()["counts"][0] == [0.0] * 7 + [4.0, 0.0, 0.0]
+
+
 def test_weighted_rows_count_by_their_weights(kit):
     batch = (
         torch.zeros(4, 64),

@@ -69,7 +69,7 @@ class Correction:
             self.run.offset(self.owner, vector(steps.keys))
         else:
             vectors = {step: vector(step) for step in steps.distinct}
-            self.run.offset(self.owner, torch.stack([vectors[step] for step in steps.keys.tolist()]))
+            self.run.offset(self.owner, torch.stack([vectors[step].float() for step in steps.keys.tolist()]))
 
     @property
     def _device(self) -> torch.device:

@@ -91,7 +91,7 @@ class Labels:
         return self.shares is None, self.known is None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _ones(predictions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(predictions, dtype=dtype, device=device)
 
