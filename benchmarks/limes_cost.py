@@ -1,4 +1,8 @@
-"""What LIMES adds to a training step: a bare linear head, and a small convolutional network."""
+"""What LIMES adds to a training step: a bare linear head, and a small convolutional network.
+
+Beside it stands the floor: what a callback and a plugin cost that do nothing, and one that does only what LIMES cannot
+do without, which is to write a vector into the head at each batch and to be given the scores.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +20,7 @@ from measure import Row, interleaved
 from torch import nn
 from torch.nn import functional as F
 
-from groundwire import Plugins
+from groundwire import Plugin, Plugins, hookimpl
 from groundwire_limes import LIMES
 
 WARM_UP, BATCHES_PER_HOUR = 20, 10
@@ -81,7 +85,56 @@ class Hours:
         return ([*self.batch, {"timestamp": self.times[i // BATCHES_PER_HOUR]}] for i in range(self.steps))
 
 
-def seconds_per_step(module: type[Linear], rows: int, steps: int, corrected: bool) -> float:
+class IdleCallback(pl.Callback):
+    """Lightning's share: the two hooks that LIMES has in a training batch, empty."""
+
+    def on_train_batch_start(self, *_):
+        pass
+
+    def on_train_batch_end(self, *_):
+        pass
+
+
+class IdlePlugin(Plugin):
+    """The core's share."""
+
+    def on_train_batch_start(self, *_):
+        pass
+
+    def on_train_batch_end(self, *_):
+        pass
+
+
+class Floor(IdlePlugin):
+    """A vector for each batch, and the scores of each batch, looked at by nobody."""
+
+    score_stages = ("train",)
+
+    @hookimpl
+    def gw_check(self, run):
+        self.run, self.vector = run, None
+        return []
+
+    def on_train_batch_start(self, *_):
+        if self.vector is None:
+            self.vector = torch.zeros(self.run.head.module.out_features)
+        self.run.offset(self.name, self.vector)
+
+    @hookimpl
+    def gw_scores(self, fields):
+        pass
+
+
+WAYS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "without": list,
+    "an idle callback": lambda: [IdleCallback()],
+    "an idle plugin": lambda: [Plugins([IdlePlugin()], report=False)],
+    "a plugin that only writes a vector and is given scores": lambda: [Plugins([Floor()], report=False)],
+    "LIMES": lambda: [Plugins([LIMES()], report=False)],
+}
+
+
+def seconds_per_step(module: type[Linear], rows: int, steps: int, way: str) -> float:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -92,7 +145,7 @@ def seconds_per_step(module: type[Linear], rows: int, steps: int, corrected: boo
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
-            callbacks=[Plugins([LIMES()], report=False)] if corrected else [],
+            callbacks=WAYS[way](),
         )
         trainer.fit(module(), Hours(module, rows, steps + WARM_UP))
     return trainer.lightning_module.seconds / steps
@@ -105,13 +158,14 @@ def cost(repeats: int, steps: int) -> list[Row]:
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|GPU available).*")
     torch.set_num_threads(1)
     rows = []
-    for name, module, batch, few, target in (
-        ("bare linear head, 512 to 250", Linear, 100, steps, 1.05),
-        ("small convnet", ConvNet, 32, max(1, steps // 4), 1.01),
+    for name, module, batch, few, target, ways in (
+        ("bare linear head, 512 to 250", Linear, 100, steps, 1.05, list(WAYS)),
+        ("small convnet", ConvNet, 32, max(1, steps // 4), 1.01, ["without", "LIMES"]),
     ):
-        timed = {kind: partial(seconds_per_step, module, batch, few, kind == "with") for kind in ("without", "with")}
-        found = interleaved(name, repeats, timed)
-        ratios = [one / other for one, other in zip(found["with"], found["without"], strict=True)]
-        rows.append(Row(f"step with LIMES / without, {name}", "ratio", ratios, target=target))
+        found = interleaved(name, repeats, {way: partial(seconds_per_step, module, batch, few, way) for way in ways})
         rows.append(Row(f"step without, {name}", "us", [1e6 * v for v in found["without"]]))
+        for way in ways[1:]:
+            ratios = [one / other for one, other in zip(found[way], found["without"], strict=True)]
+            aim = target if way == "LIMES" else None
+            rows.append(Row(f"step with {way} / without, {name}", "ratio", ratios, target=aim))
     return rows

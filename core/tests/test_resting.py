@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 
 from groundwire import Plugin, hookimpl
-from groundwire._lightning import rest
+from groundwire._lightning import BATCH_HOOKS, rest
 from groundwire.host import host_of
 
 GRADIENT = {"on_before_zero_grad", "on_before_backward", "on_before_optimizer_step"}
@@ -84,3 +84,29 @@ def test_lightning_passes_a_resting_callback_by(kit):
     rest(callback, "on_train_batch_start")
     kit.fit(kit.Net(), callback, max_steps=1)
     assert called == ["end"]
+
+
+def test_a_plugin_rests_at_the_hooks_of_a_batch_that_it_does_not_have_and_only_during_the_run(kit):
+    called, resting = [], set()
+
+    class Ending(Plugin):
+        def on_train_batch_end(self, *args):
+            called.append("end")
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            resting.update(name for name in BATCH_HOOKS if getattr(plugin, name) is None)
+
+    plugin = Ending()
+    kit.fit(kit.Net(), plugin, Look(), max_steps=1)
+    assert resting == set(BATCH_HOOKS) - {"on_train_batch_end"}
+    assert called == ["end"]
+    assert not set(BATCH_HOOKS) & set(vars(plugin))
+
+
+def test_a_hook_that_was_set_on_the_plugin_itself_is_called(kit):
+    called = []
+    plugin = Idle()
+    plugin.on_after_backward = lambda *args: called.append("backward")
+    kit.fit(kit.Net(), plugin, max_steps=1)
+    assert called == ["backward"]

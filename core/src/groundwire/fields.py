@@ -20,9 +20,17 @@ KEYS = {
 }
 
 
+_ROLES = {key: (role, place) for role, keys in KEYS.items() for place, key in enumerate(keys)}
+
+
 def _from_mapping(batch: Mapping[str, Any]) -> dict[str, Any]:
-    found = {role: next((key for key in keys if key in batch), None) for role, keys in KEYS.items()}
-    return {role: batch[key] for role, key in found.items() if key is not None}
+    found: dict[str, Any] = {}
+    places: dict[str, int] = {}
+    for key in batch:
+        role, place = _ROLES.get(key, (None, 0))
+        if role is not None and place <= places.get(role, place):
+            found[role], places[role] = batch[key], place
+    return found
 
 
 def default_fields(batch: Any) -> Fields | None:

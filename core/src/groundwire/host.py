@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from groundwire import checkpoint, transform
-from groundwire._lightning import is_averaging, is_misconfiguration, rest
+from groundwire._lightning import is_averaging, is_misconfiguration, rest, resting
 from groundwire.errors import PluginError, problems_error
 from groundwire.evaluation import evaluate
 from groundwire.fields import DefaultFields, GivenFields, unknown_batch
@@ -145,6 +145,8 @@ class Host(Callback):
         if not self.scores.wanted("train"):
             # Not on_train_batch_start: an offset that comes later is probed there.
             rest(self, "on_train_batch_end")
+        for callback in [*self.plugins, *self.seating.bundles]:
+            self.stack.enter_context(resting(callback))
 
     def _averaging_problems(self) -> list[Problem]:
         if self.fn != "fit" or not self.hooks.owners("gw_transform_model"):

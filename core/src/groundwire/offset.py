@@ -39,6 +39,8 @@ def along_scores(layer: nn.Module, vector: Tensor) -> Tensor:
         >>> along_scores(nn.Conv2d(1, 3, 1), torch.zeros(3)).shape
         torch.Size([3, 1, 1])
     """
+    if isinstance(layer, nn.Linear):  # to ask a module for what it lacks is slow
+        return vector
     spatial = len(getattr(layer, "kernel_size", ()))
     return vector.reshape(-1, *[1] * spatial)
 
@@ -169,5 +171,4 @@ def write_offset(layer: nn.Module, vector: Tensor) -> None:
     if rows is not None or getattr(layer, ROWS) is not None:  # an attribute of a module is slow to set
         setattr(layer, ROWS, rows)
     if rows is None:
-        with torch.no_grad():
-            buffer.copy_(vector)
+        buffer.copy_(vector.detach())

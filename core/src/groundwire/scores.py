@@ -89,6 +89,7 @@ class ScoreService:
         self._probed = False
         self._seen: set[str] = set()
         self._receivers: dict[str, list[str]] = {}
+        self._corrected: set[str] = set()
         self.head: Head | None = None
         self.raw: Tensor | None = None
         self.features: Tensor | None = None
@@ -102,9 +103,12 @@ class ScoreService:
     def open(self) -> None:
         """Note who wants the scores of which stage."""
         by_name = self._host.by_name
+        takers = self._host.hooks.takers("gw_scores", "scores")
         for name in self._host.hooks.owners("gw_scores"):
             for stage in getattr(by_name.get(name), "score_stages", ("validate", "test")):
                 self._receivers.setdefault(stage, []).append(name)
+                if name in takers:
+                    self._corrected.add(stage)
 
     def wanted(self, stage: str) -> bool:
         """Whether somebody wants the scores of ``stage``."""
@@ -149,7 +153,9 @@ class ScoreService:
         self._seen.add(stage)
         self.raw = raw.float()
         self.features = combine(self._capture.features, rows)
-        arguments = {"scores": self._offset(self.raw), "fields": fields, "stage": stage, "variant": variant}
+        # To add the offset again costs as much as the hook that added it: only for who takes the sum.
+        scores = self._offset(self.raw) if stage in self._corrected else self.raw
+        arguments = {"scores": scores, "fields": fields, "stage": stage, "variant": variant}
         self._host.hooks.call("gw_scores", only=self._receivers[stage], **arguments)
         self._capture.clear()
 

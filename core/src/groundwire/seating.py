@@ -27,8 +27,8 @@ class Seating:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._original: list[Any] = trainer.callbacks
-        self._bundles = [c for c in self._original if isinstance(c, Plugins)]
-        self.settings = self._bundles[0] if self._bundles else Plugins()
+        self.bundles = [c for c in self._original if isinstance(c, Plugins)]
+        self.settings = self.bundles[0] if self.bundles else Plugins()
         self._expanded = [c for callback in self._original for c in self._expand(callback)]
         self._resolved: list[Any] = []
 
@@ -76,11 +76,11 @@ class Seating:
 
     def _bundle_problems(self) -> list[Problem]:
         problems = []
-        if len(self._bundles) > 1:
+        if len(self.bundles) > 1:
             problems.append(
-                Problem("Plugins", f"{len(self._bundles)} Plugins are in one Trainer", "put all items in one")
+                Problem("Plugins", f"{len(self.bundles)} Plugins are in one Trainer", "put all items in one")
             )
-        for bundle in self._bundles:
+        for bundle in self.bundles:
             names = [name_of(item) for item in bundle.items]
             if any(isinstance(item, Plugins) for item in bundle.items):
                 problems.append(

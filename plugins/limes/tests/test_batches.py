@@ -11,7 +11,7 @@ from torch import nn
 from groundwire import PluginError
 from groundwire_limes import LIMES, PriorExtrapolator
 from groundwire_limes.functional import divergence
-from groundwire_limes.labels import refuse_unknown_labels
+from groundwire_limes.labels import class_indices
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_label_that_the_head_does_not_have_is_named_before_the_loss_sees_it(ki
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_a_label_that_the_head_does_not_have_is_named_whatever_its_dtype(dtype):
     with pytest.raises(PluginError, match="label 2 is in a training batch, and the head has 2 classes"):
-        refuse_unknown_labels(torch.tensor([0, 2, 1]).to(dtype), 2)
+        class_indices(torch.tensor([0, 2, 1]).to(dtype), 2)
 
 
 def test_a_missing_binary_label_that_is_nan_is_masked(kit):
@@ -106,6 +106,17 @@ def test_a_loader_may_use_the_same_tensors_for_every_batch(kit):
         kit.trainer(limes).fit(Digits(), loader)
         found.append(limes._line.tally.quality(0))
     assert found[0] == found[1]
+
+
+def test_labels_that_the_training_step_edits_are_counted_as_it_left_them(kit):
+    class Relabelling(Digits):
+        def training_step(self, batch, batch_idx):
+            batch[1].fill_(7)
+            return super().training_step(batch, batch_idx)
+
+    limes = LIMES()
+    kit.trainer(limes).fit(Relabelling(), Listed(rows_at([0.0], [3])))
+    assert limes.extrapolator.state_dict()["counts"][0] == [0.0] * 7 + [4.0, 0.0, 0.0]
 
 
 def test_weighted_rows_count_by_their_weights(kit):

@@ -14,7 +14,7 @@ from groundwire_limes.em import map_em
 from groundwire_limes.functional import softmax
 from groundwire_limes.labels import labels_of
 from groundwire_limes.steps import seconds, step_keys, steps_in
-from groundwire_limes.tally import Scored
+from groundwire_limes.tally import Scored, Tally
 from groundwire_limes.unlabelled import Memory
 
 
@@ -63,6 +63,38 @@ def test_class_indices_and_their_one_hot_shares_count_alike(seed):
         loss = -((scores + offset).log_softmax(dim=1)[range(7), hard]).double() @ weights
         found = Scored(scores, offset, labels, weights).quality()
         assert torch.allclose(found[[0, 1, 3]], torch.stack([weights.sum(), hits, loss]), atol=1e-5)
+
+
+def test_batches_that_waited_together_are_judged_as_an_independent_loop_judges_each():
+    generator = torch.Generator().manual_seed(0)
+    tally, expected = Tally(4), torch.zeros(4, 9, dtype=torch.float64)
+    offsets = torch.randn(4, 4, generator=generator).log_softmax(dim=1)
+    for batch in range(20):
+        step = batch // 7
+        scores, hard = torch.randn(6, 4, generator=generator), torch.randint(4, (6,), generator=generator)
+        targets = [hard, torch.where(hard == 0, -1, hard), torch.eye(4)[hard]][batch % 3]
+        labels = labels_of(targets, 4, 6, indices=batch % 3 == 0)
+        tally.add(step, Scored(scores, offsets[step], labels, labels.weights()))
+        for row, label in zip(scores, hard.tolist(), strict=True):
+            if batch % 3 != 1 or label != 0:
+                moved = row + offsets[step]
+                found = [moved.argmax() == label, row.argmax() == label]
+                found += [-moved.log_softmax(0)[label], -row.log_softmax(0)[label]]
+                expected[step, label] += 1
+                expected[step, 4:] += torch.tensor([1.0, *map(float, found)])
+    tally.drain(lambda own: [own])
+    for step in range(3):
+        assert torch.allclose(torch.from_numpy(tally.known[step]), expected[step], atol=1e-5)
+
+
+def test_losses_of_scores_far_apart_are_those_of_a_cross_entropy():
+    scores = torch.tensor([[0.0, 200.0], [300.0, 0.0], [-1e4, 1e4]])
+    offset, labels = torch.tensor([0.999, 0.001]).log(), labels_of(torch.tensor([0, 1, 1]), 2, 3)
+    for row in range(3):
+        one = torch.tensor([row])
+        found = Scored(scores[one], offset, labels.rows(one), torch.ones(1, dtype=torch.float64)).quality()
+        losses = [-(scores[row] + c).log_softmax(0)[labels.hard[row]].double() for c in (offset, 0)]
+        assert torch.allclose(found[3:], torch.stack(losses))
 
 
 def test_the_stream_sorts_by_time_and_never_mixes_steps():

@@ -10,24 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from groundwire import Fields, Finding, PluginError, Problem, RunContext, Section, hookimpl
+from groundwire import Fields, PluginError, Problem, RunContext, hookimpl
 from groundwire.offset import outputs_of
 from groundwire_limes import inspection
 from groundwire_limes.arguments import one_of, whole
 from groundwire_limes.clock import DAY, Clock, Steps
 from groundwire_limes.correction import Correction, TrainingPrior
 from groundwire_limes.distributed import Ranks
-from groundwire_limes.extrapolator import METHODS, Method, PriorExtrapolator
-from groundwire_limes.forecasts import Forecasts
+from groundwire_limes.extrapolator import METHODS, Method
 from groundwire_limes.labelled import Labelled, weights_of
-from groundwire_limes.labels import refuse_unknown_labels
+from groundwire_limes.labels import Looked
 from groundwire_limes.learned import Learned
-from groundwire_limes.report import findings_of, section
+from groundwire_limes.reported import Reported
 from groundwire_limes.steps import seconds
 from groundwire_limes.timeline import Timeline
 
 
-class LIMES(Forecasts):
+class LIMES(Reported):
     """Keep a classifier right while the class mix moves (Tomaszewska and Lampert, 2022).
 
     At every time step a forecast of the class prior is added to the logits as ``log prior - log(1/K)``, in training
@@ -109,6 +108,7 @@ class LIMES(Forecasts):
         self._correction: Correction | None = None
         self._steps: Steps | None = None
         self._asked: Timeline | None = None
+        self._looked = Looked(None)
         self._row_weights: Tensor | None = None
         self._counted = True
         self._notes: list[tuple[str, str]] = []
@@ -116,7 +116,7 @@ class LIMES(Forecasts):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
         gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_asked", "_row_weights"))
-        return {**vars(self), **gone, "_ranks": Ranks()}
+        return {**vars(self), **gone, "_ranks": Ranks(), "_looked": Looked(None)}
 
     # Lightning
 
@@ -158,7 +158,7 @@ class LIMES(Forecasts):
         if fields.targets is None and not self._told:
             self._told = True
             inspection.warn([("no_labels", inspection.NO_LABELS)])
-        refuse_unknown_labels(fields.targets, line.extrapolator.num_classes)
+        self._looked = Looked.at(fields.targets, line.extrapolator.num_classes)
         self._steps = self._clock.training(batch, fields, self._learned.batches)
         self._row_weights = weights_of(self.weights, batch, self._steps.rows)
         step = self._ranks.earliest(self._steps.earliest)
@@ -172,7 +172,7 @@ class LIMES(Forecasts):
         correction.train(self._steps, step, self._counted)
 
     @hookimpl
-    def gw_scores(self, scores: Tensor, fields: Fields, stage: str, variant: str | None, run: RunContext) -> None:
+    def gw_scores(self, fields: Fields, stage: str, run: RunContext) -> None:
         """Count the labels of a training batch, now that it was learned from, and how well it had been predicted."""
         if stage != "train":
             return
@@ -181,7 +181,8 @@ class LIMES(Forecasts):
             return
         assert run.raw_scores is not None
         classes = line.extrapolator.num_classes
-        labelled = Labelled.of(steps, run.raw_scores, fields.targets, classes, self._learned.conv)
+        indices = self._looked.still(fields.targets)
+        labelled = Labelled.of(steps, run.raw_scores, fields.targets, classes, self._learned.conv, indices)
         if self.unlabelled:
             labelled.remember(self._learned.memory)
         labelled.count(line, self._row_weights)
@@ -190,15 +191,6 @@ class LIMES(Forecasts):
         """One batch more."""
         self._learned.batches += 1
         self._steps = None
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """The last complete step, for whoever monitors it."""
-        self._log_last()
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """As at the end of an epoch: a checkpoint may be decided on here."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._log_last()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step may be incomplete; what is known of it serves later forecasts."""
@@ -251,71 +243,3 @@ class LIMES(Forecasts):
         if not hasattr(run.head.module, "gw_offset"):
             run.offset(self.name, torch.zeros(outputs_of(run.head.module)))
         return line
-
-    def _extrapolator(self, classes: int) -> PriorExtrapolator:
-        if self.method == "seasonal" and self._season_steps is None:
-            raise PluginError("limes: method='seasonal' needs a season of two steps or more -> season='1d'")
-        return PriorExtrapolator(classes, method=self.method, period=self._season_steps)
-
-    def _absorb(self) -> None:
-        if self._line is not None:
-            self._line.absorb(self._ranks.gather)
-
-    def _log_last(self) -> None:
-        """What checkpoints and schedules can monitor; the loggers have every step already."""
-        if self._run is not None and self._line is not None and self._line.closed:
-            for name, value in self._line.measured(self._line.closed[-1]).items():
-                self._run.log(name, value, logger=False, sync_dist=True)
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counts, quality, place in the stream; plain types. Under DDP all ranks call it, as they save together."""
-        if self._line is None:
-            return {}
-        self._line.gather(self._ranks.gather)
-        return self._learned.state_dict(self._arguments(), self.unlabelled)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "period": self._clock.seconds if self.batches_per_step is None else None,
-            "batches_per_step": self.batches_per_step,
-            "season": self._season_steps,
-            "training_prior": self.training_prior,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was saved.
-
-        Raises:
-            PluginError: It was saved with other arguments, which are listed, or by a newer version.
-        """
-        if state_dict:
-            self._learned = Learned.restored(state_dict, self._arguments(), self._extrapolator, self.lateness)
-            self._correction = None
-
-    def _restore_from(self, trainer: Any) -> None:
-        """Lightning restores callbacks in ``fit`` only: a checkpoint would be predicted with uncorrected."""
-        if self._line is None and trainer.ckpt_path:
-            from groundwire.checkpoint import read
-
-            self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
-        self._absorb()
-        if self._line is None or not self._line.extrapolator.observed:
-            inspection.say(inspection.NO_HISTORY)
-
-    # What is reported
-
-    @hookimpl
-    def gw_findings(self, run: RunContext) -> list[Finding]:
-        """Prequential quality, and what the reader should know."""
-        if run.stage != "train" or self._line is None:
-            return []
-        self._absorb()
-        return findings_of(self._line, self._season_steps, self._notes)
-
-    @hookimpl
-    def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
-        """Curves of accuracy, forecast and realised priors, and what the guard did."""
-        return None if self._line is None else section(self, self._line, self._season_steps)

@@ -23,7 +23,7 @@ class Steps:
     """Steps of the rows of a batch.
 
     Attributes:
-        keys: Shape (B,), int64; or (1,) if all rows belong to one step, as in most batches.
+        keys: Shape (B,), int64; or the step of all rows, if they belong to one, as in most batches.
         rows: B.
 
     Example:
@@ -32,18 +32,18 @@ class Steps:
         ([3, 4], 3, [False, True, False])
     """
 
-    keys: np.ndarray[Any, Any]
+    keys: int | np.ndarray[Any, Any]
     rows: int
 
     @property
     def earliest(self) -> int:
         """The oldest step of all rows."""
-        return int(self.keys.min())
+        return self.keys if isinstance(self.keys, int) else int(self.keys.min())
 
     @property
     def distinct(self) -> list[int]:
         """All steps, ascending."""
-        return [int(step) for step in (self.keys if len(self.keys) == 1 else np.unique(self.keys))]
+        return [self.keys] if isinstance(self.keys, int) else np.unique(self.keys).tolist()
 
     def belonging_to(self, step: int) -> np.ndarray[Any, Any]:
         """Which rows belong to ``step``, shape (B,), bool."""
@@ -77,7 +77,7 @@ class Clock:
         """
         rows = rows_of(fields)
         if self.batches_per_step is not None:
-            return Steps(np.array([batches // self.batches_per_step]), rows)
+            return Steps(batches // self.batches_per_step, rows)
         times = times_of(self.time, batch, fields)
         if times is None:
             raise PluginError(
@@ -90,7 +90,7 @@ class Clock:
         """As :meth:`training`, of a batch that is only predicted; ``otherwise`` for a batch without time."""
         rows = rows_of(fields)
         times = times_of(self.time, batch, fields) if self.batches_per_step is None else None
-        return Steps(np.array([otherwise]), rows) if times is None else self.steps(times, rows)
+        return Steps(otherwise, rows) if times is None else self.steps(times, rows)
 
     def steps(self, times: Any, rows: int) -> Steps:
         """Steps of ``times``, of which there is one for each row or one for all.
@@ -99,13 +99,13 @@ class Clock:
             PluginError: A time is wrong, or there are as many times as neither one nor the rows.
         """
         if (shared := shared_key(times, self.seconds)) is not None and times.numel() in (1, rows):
-            return Steps(np.array([shared]), rows)
+            return Steps(shared, rows)
         keys = self._keys(times)
         if keys.size not in (1, rows):
             raise PluginError(
                 f"limes: {keys.size} timestamps for a batch of {rows} rows -> one for each, or one for all"
             )
-        return Steps(keys[:1] if keys.size and keys.min() == keys.max() else keys, rows)
+        return Steps(int(keys[0]) if keys.size and keys.min() == keys.max() else keys, rows)
 
     def distinct(self, times: Sequence[Any]) -> tuple[list[int], float | None]:
         """Steps in which ``times`` fall, ascending, and how long a step is; step numbers if batches are counted.

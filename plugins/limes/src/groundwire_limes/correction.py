@@ -65,11 +65,11 @@ class Correction:
             self.run.offset(self.owner, offsets)
 
     def _write(self, steps: Steps, vector: Callable[[int], Tensor]) -> None:
-        vectors = {step: vector(step) for step in steps.distinct}
-        if len(vectors) == 1:
-            self.run.offset(self.owner, next(iter(vectors.values())))
+        if isinstance(steps.keys, int):
+            self.run.offset(self.owner, vector(steps.keys))
         else:
-            self.run.offset(self.owner, torch.stack([vectors[step] for step in steps.keys.tolist()]))
+            vectors = {step: vector(step) for step in steps.distinct}
+            self.run.offset(self.owner, torch.stack([vectors[step].float() for step in steps.keys.tolist()]))
 
     @property
     def _device(self) -> torch.device:

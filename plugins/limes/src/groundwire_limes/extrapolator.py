@@ -11,7 +11,7 @@ import numpy as np
 
 from groundwire_limes.functional import Array, published_forecast, smoothed
 from groundwire_limes.hedge import tracked
-from groundwire_limes.history import History, checked_counts, checked_step, horizon
+from groundwire_limes.history import History, checked_counts, checked_step, horizon, usual_gap
 from groundwire_limes.members import MEMBERS, members
 from groundwire_limes.recursion import Recursion
 
@@ -152,7 +152,8 @@ class PriorExtrapolator:
         """
         step = checked_step(step)
         rows = self._history.before(step if known is None else min(step, checked_step(known) + 1))
-        ahead = horizon(self._history.steps[:rows], step)
+        steps = self._history.steps[:rows]
+        ahead = horizon(steps[-1], step, usual_gap(steps)) if steps else 1
         if self.method == "nearest":
             alpha = 1.0 if self.smoothing is None else self.smoothing
             return Forecast(step, published_forecast(smoothed(self._history.counts[:rows], alpha), ahead), ahead, {})
@@ -168,9 +169,9 @@ class PriorExtrapolator:
         known.follow(at := tracked(ahead))
         state = known.state(rows)
         track = state.tracks[at]
-        prior = track.forecast(known.expected(state, step, at), state.pooled, state.limit)
+        prior = known.forecast(state, known.expected(state, step, at), at)
         weights = dict(zip(members(self.period), track.weights.tolist(), strict=True))
-        return Forecast(step, prior, ahead, weights, track.trust())
+        return Forecast(step, np.array(prior), ahead, weights, track.trust)
 
     # State
 

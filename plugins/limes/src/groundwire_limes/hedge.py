@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -52,13 +53,13 @@ class Track:
 
     Attributes:
         weights: Of the members, shape (M,), summing to 1.
-        losses: Log-losses of the last rows, newest last: of each member, the mixture and the long-run prior; (M + 2,).
+        losses: Log-losses of the last R rows, newest last: of members, mixture and long-run prior; (R, M + 2) or None.
         pending: Forecasts of rows to come: step -> (M, K).
         last: The mixture's last forecast, which limits how far the next one may move; None before the first.
     """
 
     weights: Array
-    losses: tuple[Array, ...] = ()
+    losses: Array | None = None
     pending: Mapping[int, Array] = field(default_factory=dict)
     last: Array | None = None
 
@@ -66,31 +67,30 @@ class Track:
         """Linear pool of ``predictions`` (M, K), drawn to one member if that beats the pool beyond doubt."""
         pooled = self.weights @ predictions
         pooled = pooled / pooled.sum()
-        if len(self.losses) < ENOUGH:
+        if self.losses is None or len(self.losses) < ENOUGH:
             return np.asarray(pooled)
-        losses = np.stack(self.losses)
-        leader = int(losses[:, :-2].mean(axis=0).argmin())
-        lead = confidence(losses[:, -2] - losses[:, leader], LEADER)
+        leader = int(self.losses[:, :-2].mean(axis=0).argmin())
+        lead = confidence(self.losses[:, -2] - self.losses[:, leader], LEADER)
         return tempered(predictions[leader], pooled, lead) if lead else np.asarray(pooled)
 
+    @cached_property
     def trust(self) -> float:
         """How far the guard lets the mixture go from the long-run prior: 0 none, 1 all the way."""
-        if len(self.losses) < ENOUGH:
+        if self.losses is None or len(self.losses) < ENOUGH:
             return 1.0
-        losses = np.stack(self.losses)
-        return confidence(losses[:, -1] - losses[:, -2], GUARD)
+        return confidence(self.losses[:, -1] - self.losses[:, -2], GUARD)
 
     def forecast(self, predictions: Array, pooled: Array, max_move: float) -> Array:
         """The guarded mixture, moved at most ``max_move`` in log-odds from the last one."""
-        guarded = tempered(self.mixture(predictions), pooled, self.trust())
+        guarded = tempered(self.mixture(predictions), pooled, self.trust)
         before = np.full(len(pooled), 1 / len(pooled)) if self.last is None else self.last
         return limited_move(guarded, before, max_move)
 
-    def scored(self, predictions: Array, pooled: Array, observed: Array, max_move: float) -> Track:
-        """The track after ``observed`` (frequencies, (K,)) met the ``predictions`` made for it."""
+    def scored(self, predictions: Array, pooled: Array, observed: Array, forecast: Array) -> Track:
+        """The track after ``observed`` (frequencies, (K,)) met the ``predictions`` and the ``forecast`` made for it."""
         pool = self.weights @ predictions
         losses = log_loss(np.concatenate([predictions, [pool, pooled]]), observed)
         raised = self.weights * np.exp(-RATE * (losses[:-2] - losses[:-2].min()))
         weights = (1 - SHARE) * raised / raised.sum() + SHARE / len(raised)
-        last = self.forecast(predictions, pooled, max_move)
-        return Track(weights, (*self.losses, losses)[-WINDOW:], self.pending, last)
+        past = losses[None] if self.losses is None else np.concatenate([self.losses[1 - WINDOW :], losses[None]])
+        return Track(weights, past, self.pending, forecast)

@@ -74,9 +74,14 @@ def usual_gap(steps: list[int], last: int = 32) -> int:
     return max(1, int(median(gaps))) if gaps else 1
 
 
-def horizon(steps: list[int], step: int) -> int:
-    """How many observed steps ahead of the last of ``steps`` the later ``step`` is, at least 1."""
-    return max(1, round((step - steps[-1]) / usual_gap(steps))) if steps else 1
+def horizon(last: int, step: int, gap: int) -> int:
+    """How many observed steps, usually ``gap`` apart, ``step`` is ahead of the ``last`` one; at least 1.
+
+    Example:
+        >>> horizon(20, 40, gap=10)
+        2
+    """
+    return max(1, round((step - last) / gap))
 
 
 def checked_counts(counts: Any, classes: int) -> Array:

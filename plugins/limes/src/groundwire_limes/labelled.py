@@ -34,10 +34,10 @@ class Labelled:
     labels: Labels
 
     @classmethod
-    def of(cls, steps: Steps, scores: Tensor, targets: Any, classes: int, conv: bool) -> Labelled:
-        """From the head's ``scores`` and the batch's ``targets``; ``conv`` if the classes are in dimension 1."""
+    def of(cls, steps: Steps, scores: Tensor, targets: Any, classes: int, conv: bool, indices: bool) -> Labelled:
+        """From the head's ``scores`` and the batch's ``targets``; the rest is as for :func:`labels_of`."""
         raw = two_columns(class_scores(scores, conv))
-        return cls(steps, raw, labels_of(targets, classes, len(raw), conv))
+        return cls(steps, raw, labels_of(targets, classes, len(raw), conv, indices))
 
     @property
     def places(self) -> int:
@@ -51,13 +51,13 @@ class Labelled:
             line: The stream.
             row_weights: Shape (B,); 1 if None.
         """
-        weights = self.labels.known.to(exact(self.raw.device))
+        weights = self.labels.weights(exact(self.raw.device))
         if row_weights is not None:
             weights = weights * row_weights.to(weights).repeat_interleave(self.places)
         for step in self.steps.distinct:
             line.expect(step)
             offset = line.log_prior(step, self.raw.device)
-            if len(self.steps.keys) == 1:
+            if isinstance(self.steps.keys, int):
                 line.tally.add(step, Scored(self.raw, offset, self.labels, weights))
             else:
                 rows = torch.tensor(self._belonging_to(step), device=self.raw.device)
@@ -68,7 +68,7 @@ class Labelled:
 
     def remember(self, memory: Memory) -> None:
         """Scores and labels for the gate of :mod:`groundwire_limes.unlabelled`."""
-        known, hard = self.labels.known.cpu().numpy(), self.labels.hard.cpu().numpy()
+        known, hard = self.labels.weights().cpu().numpy() > 0, self.labels.hard.cpu().numpy()
         for step in self.steps.distinct:
             if memory.wants(step):
                 rows = known & self._belonging_to(step)

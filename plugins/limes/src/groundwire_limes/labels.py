@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwire.errors import PluginError
 
@@ -43,34 +45,58 @@ class Labels:
     Attributes:
         hard: The class of each, or the one with the largest share; (N,), int64, in 0..K-1.
         shares: Class shares (N, K) in float32 where a label is not one class; None where each is.
-        known: Which predictions have a label, (N,), bool.
+        known: Which predictions have a label, (N,), bool; None if each does.
         classes: K.
     """
 
     hard: Tensor
     shares: Tensor | None
-    known: Tensor
+    known: Tensor | None
     classes: int
 
     def rows(self, which: Tensor) -> Labels:
         """Those of some predictions."""
-        shares = None if self.shares is None else self.shares[which]
-        return Labels(self.hard[which], shares, self.known[which], self.classes)
+        shares, known = (None if kept is None else kept[which] for kept in (self.shares, self.known))
+        return Labels(self.hard[which], shares, known, self.classes)
 
-    def counts(self, weights: Tensor) -> Tensor:
-        """Weighted sums by class, shape (K,), in the dtype of ``weights`` (N,)."""
+    def weights(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """1 for each prediction that has a label and 0 for the others, shape (N,); not to be written to."""
+        return _ones(len(self.hard), dtype, self.hard.device) if self.known is None else self.known.to(dtype)
+
+    def counts(self, weights: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Weighted sums by class, shape (K,), in the dtype of ``weights`` (N,); added to ``onto``, in place."""
+        if onto is None:
+            onto = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device)
         if self.shares is not None:
-            return weights @ self.shares.to(weights.dtype)
-        zeros = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device)
-        return zeros.scatter_add_(0, self.hard, weights)
+            return onto.add_(weights @ self.shares.to(weights.dtype))
+        return onto.scatter_add_(0, self.hard, weights)
 
-    def losses(self, scores: Tensor) -> Tensor:
-        """Cross-entropy of each prediction, shape (N,)."""
-        targets = self.hard if self.shares is None else self.shares
-        return nn.functional.cross_entropy(scores, targets, reduction="none")
+    def pick(self, scores: Tensor) -> Tensor:
+        """Of ``scores`` (N, K) or (K,), those of the labels, or their mean where a label has shares; shape (N,)."""
+        if self.shares is not None:
+            return (self.shares * scores).sum(dim=1)
+        return scores[self.hard] if scores.dim() == 1 else scores.gather(1, self.hard[:, None]).squeeze(1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Labels]) -> Labels:
+        """One after the other; all of one kind."""
+        first = parts[0]
+        shares = None if first.shares is None else torch.cat([p.shares for p in parts if p.shares is not None])
+        known = None if first.known is None else torch.cat([p.known for p in parts if p.known is not None])
+        return cls(torch.cat([p.hard for p in parts]), shares, known, first.classes)
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Which labels can be joined: with shares or without, some masked or none."""
+        return self.shares is None, self.known is None
 
 
-def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) -> Labels:
+@lru_cache(maxsize=4)
+def _ones(predictions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(predictions, dtype=dtype, device=device)
+
+
+def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False, indices: bool = False) -> Labels:
     """The labels that ``targets`` hold.
 
     Args:
@@ -79,6 +105,7 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
         classes: K.
         predictions: N, the number of predictions of the batch.
         conv: Whether class shares have their classes in dimension 1.
+        indices: Whether the targets are known to be :func:`class_indices`.
 
     Raises:
         PluginError: The targets fit neither; or they are several independent labels for each row (multi-label).
@@ -89,6 +116,8 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False) 
     """
     if not isinstance(targets, Tensor):
         targets = torch.as_tensor(targets)
+    if indices and targets.numel() == predictions:
+        return Labels(targets.reshape(-1).clone(), None, None, classes)
     if targets.numel() == predictions:
         return _indices(targets.reshape(-1), classes)
     shares = class_scores(targets, conv).to(torch.float32, copy=True)  # a loader may use its tensors again
@@ -120,19 +149,50 @@ def _indices(flat: Tensor, classes: int) -> Labels:
     return Labels(hard, torch.stack([1 - positive, positive], dim=1), known, classes)
 
 
-def refuse_unknown_labels(targets: Any, classes: int) -> None:
-    """Raise for a class index that the head has no score for.
+def class_indices(targets: Any, classes: int) -> bool:
+    """Whether ``targets`` are nothing but whole numbers from 0 to K-1, where a look does not wait for a device.
 
     Raises:
-        PluginError: It names the label and the head's number of classes.
+        PluginError: There is a class index that the head has no score for; it names it and the number of classes.
 
     Example:
-        >>> refuse_unknown_labels(torch.tensor([0, 1]), 2)
+        >>> class_indices(torch.tensor([0, 1]), 2), class_indices(torch.tensor([0, -100]), 2)
+        (True, False)
     """
     if not isinstance(targets, Tensor) or targets.device.type != "cpu" or not targets.numel():
-        return
-    if (largest := float(targets.max())) >= classes:
+        return False
+    least, largest = (float(t) for t in targets.aminmax())
+    if largest >= classes:
         raise PluginError(
             f"label {largest:.0f} is in a training batch, and the head has {classes} classes (0 to "
             f"{classes - 1}) -> give the head a score for it, or mask such rows with a negative label"
         )
+    return targets.dtype == torch.int64 and least >= 0
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Labels that were looked at before their batch was learned from, which may have changed since.
+
+    Attributes:
+        targets: The tensor, if it holds nothing but :func:`class_indices`; else None.
+        version: How often it had been written to.
+    """
+
+    targets: Tensor | None
+    version: int = 0
+
+    @classmethod
+    def at(cls, targets: Any, classes: int) -> Looked:
+        """Look.
+
+        Raises:
+            PluginError: There is a class index that the head has no score for.
+        """
+        if not class_indices(targets, classes) or targets.is_inference():
+            return cls(None)
+        return cls(targets, targets._version)
+
+    def still(self, targets: Any) -> bool:
+        """Whether ``targets`` are what was looked at."""
+        return self.targets is not None and targets is self.targets and self.targets._version == self.version

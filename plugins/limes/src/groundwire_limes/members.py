@@ -23,6 +23,7 @@ class Past:
 
     Attributes:
         steps: Of the rows, ascending.
+        gap: How far apart they usually are.
         priors: Their smoothed class frequencies, shape (T, K), T >= 1.
         pooled: Smoothed frequencies of all labels together, shape (K,).
         filter: The Kalman filter after the last row.
@@ -31,6 +32,7 @@ class Past:
     """
 
     steps: list[int]
+    gap: int
     priors: Array
     pooled: Array
     filter: kalman.Filter
@@ -39,7 +41,7 @@ class Past:
 
     def ahead(self, step: int) -> int:
         """How many observed steps ``step`` is after the last row."""
-        return horizon(self.steps, step)
+        return horizon(self.steps[-1], step, self.gap)
 
 
 def persistence(past: Past, step: int) -> Array:

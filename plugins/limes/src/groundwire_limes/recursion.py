@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from groundwire_limes import kalman
-from groundwire_limes.functional import Array, log_odds, shrunk, smoothed
+from groundwire_limes.functional import Array, log_odds, quantile, shrunk, smoothed
 from groundwire_limes.hedge import Track
 from groundwire_limes.history import History, usual_gap
 from groundwire_limes.members import Past, members
@@ -28,6 +28,7 @@ class State:
 
     Attributes:
         rows: How many.
+        gap: How far apart their steps usually are.
         total: Their label counts together, shape (K,).
         pooled: Those smoothed and normalised: the long-run prior.
         filter: The Kalman filter; None before the first row.
@@ -37,6 +38,7 @@ class State:
     """
 
     rows: int
+    gap: int
     total: Array
     pooled: Array
     filter: kalman.Filter | None
@@ -67,6 +69,7 @@ class Recursion:
         self._states: dict[int, State] = {}
         self._distances: dict[int, Array] = {}
         self._horizons: tuple[int, ...] = (1,) if judged else ()
+        self._made: tuple[Track, Array, Array] | None = None
 
     def forget_after(self, row: int) -> None:
         """The row with this index changed: what was computed from it is void."""
@@ -82,9 +85,16 @@ class Recursion:
     def expected(self, state: State, step: int, horizon: int) -> Array:
         """What each member expects of ``step`` after ``state``, shape (M, K); mostly it was asked for before."""
         past = self.past(state)
-        if step == past.steps[-1] + horizon * usual_gap(past.steps):
+        if step == past.steps[-1] + horizon * state.gap:
             return state.tracks[horizon].pending[step]
         return self.predictions(past, step)
+
+    def forecast(self, state: State, predictions: Array, horizon: int) -> Array:
+        """What "auto" makes of ``predictions`` (M, K); kept, because it is judged when its step is over."""
+        track = state.tracks[horizon]
+        if self._made is None or self._made[0] is not track or self._made[1] is not predictions:
+            self._made = track, predictions, track.forecast(predictions, state.pooled, state.limit)
+        return self._made[2]
 
     def predictions(self, past: Past, step: int) -> Array:
         """What each member expects of ``step``, shape (M, K)."""
@@ -93,8 +103,8 @@ class Recursion:
     def past(self, state: State) -> Past:
         """What the members see."""
         assert state.filter is not None
-        n = state.rows
-        return Past(self._history.steps[:n], self._priors[:n], state.pooled, state.filter, self._period, self.distances)
+        n, known = state.rows, self._history.steps
+        return Past(known[:n], state.gap, self._priors[:n], state.pooled, state.filter, self._period, self.distances)
 
     def distances(self, row: int) -> Array:
         """L1 distances of a row from all rows before it. Each new row is compared once, whoever asks."""
@@ -119,12 +129,12 @@ class Recursion:
         uniform = np.full(self._classes, 1 / self._classes)
         size = len(members(self._period))
         tracks = {h: Track(np.full(size, 1 / size)) for h in self._horizons}
-        return State(0, np.zeros(self._classes), uniform, None, tracks, limit=self._limit(()))
+        return State(0, 1, np.zeros(self._classes), uniform, None, tracks, limit=self._limit(()))
 
     def _next(self, state: State) -> State:
         n = state.rows
         step, counts = self._history.steps[n], self._history.counts[n]
-        tracks = {h: self._scored(track, h, state, step, counts) for h, track in state.tracks.items()}
+        tracks = {h: self._scored(h, state, step, counts) for h in state.tracks}
         row = self._row(counts, state.pooled)
         self._keep(n, row)
         total = state.total + counts
@@ -132,6 +142,7 @@ class Recursion:
         after = replace(
             state,
             rows=n + 1,
+            gap=usual_gap(self._history.steps[: n + 1]),
             total=total,
             pooled=smoothed(total, 1.0 if self._smoothing is None else self._smoothing),
             filter=self._filtered(state.filter, step, row, float(counts.sum())),
@@ -157,15 +168,15 @@ class Recursion:
     def _limit(self, moves: tuple[float, ...]) -> float:
         if self._max_move is not None:
             return self._max_move
-        usual = np.quantile(moves, USUAL) if len(moves) >= 10 else 0.0
-        return max(MAX_MOVE, MARGIN * float(usual))
+        return max(MAX_MOVE, MARGIN * quantile(moves, USUAL) if len(moves) >= 10 else 0.0)
 
     def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
         if state is None:
             return kalman.start(step, row, size, self._period)
         return kalman.updated(state, step, row, size, self._period)
 
-    def _scored(self, track: Track, ahead: int, state: State, step: int, counts: Array) -> Track:
+    def _scored(self, ahead: int, state: State, step: int, counts: Array) -> Track:
+        track = state.tracks[ahead]
         pending = {s: p for s, p in track.pending.items() if s > step}
         predictions = track.pending.get(step)
         if predictions is None and ahead == 1 and state.rows:
@@ -173,13 +184,13 @@ class Recursion:
         if predictions is None:
             return replace(track, pending=pending)
         observed = counts / counts.sum()
-        return replace(track.scored(predictions, state.pooled, observed, state.limit), pending=pending)
+        forecast = self.forecast(state, predictions, ahead)
+        return replace(track.scored(predictions, state.pooled, observed, forecast), pending=pending)
 
     def _with_pending(self, state: State, step: int) -> dict[int, Track]:
         past = self.past(state)
-        gap = usual_gap(past.steps)
         tracks = {}
         for ahead, track in state.tracks.items():
-            target = step + ahead * gap
+            target = step + ahead * state.gap
             tracks[ahead] = replace(track, pending={**track.pending, target: self.predictions(past, target)})
         return tracks

@@ -12,7 +12,7 @@ from groundwire_limes.extrapolator import PriorExtrapolator
 from groundwire_limes.functional import Array
 
 if TYPE_CHECKING:
-    from groundwire_limes.callback import LIMES
+    from groundwire_limes.forecasts import Forecasts
     from groundwire_limes.timeline import Timeline
 
 #: Steps that are drawn at most; forecasts are computed again for the picture.
@@ -109,7 +109,7 @@ def _not_prior_shift(line: Timeline) -> list[Finding]:
     return found
 
 
-def section(limes: LIMES, line: Timeline, season: int | None) -> Section | None:
+def section(limes: Forecasts, line: Timeline, season: int | None) -> Section | None:
     """Settings, a table of the seasons, and three pictures: accuracy, priors, divergence."""
     by_step = accuracies(line)
     if not by_step:

@@ -194,4 +194,4 @@ class StreamDataModule(LightningDataModule):
         targets = torch.as_tensor(fields.targets)
         shares = targets.is_floating_point() and targets.dim() > 1 and targets.shape[-1] == classes
         labels = labels_of(targets, classes, targets.numel() // (classes if shares else 1))
-        return np.asarray(labels.counts(labels.known.double()).numpy())
+        return np.asarray(labels.counts(labels.weights()).numpy())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,36 @@ class Scored:
 
     def quality(self) -> Tensor:
         """Sums over the predictions, shape (5,), in the dtype of the weights."""
-        corrected = self.scores + self.offset
+        hard, best = self.labels.hard, top(self.scores)
+        corrected_loss, loss = self._losses(best[:, None])
         columns = [
-            torch.ones_like(self.offset[:1]).expand(len(corrected)),
-            (top(corrected) == self.labels.hard).float(),
-            (top(self.scores) == self.labels.hard).float(),
-            self.labels.losses(corrected),
-            self.labels.losses(self.scores),
+            torch.ones_like(loss),
+            (top(self.scores + self.offset) == hard).float(),
+            (best == hard).float(),
+            corrected_loss,
+            loss,
         ]
         return torch.stack(columns).to(self.weights.dtype) @ self.weights
+
+    def _losses(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropies with and without offset, shape (N,), from one softmax q: exponentials are what costs.
+
+        Without offset, ``max z - log max q`` is the logarithm of the normaliser, and with offset c that plus
+        ``log sum q exp c``, where the largest q is at least 1/K, so that nothing underflows.
+        """
+        shares = self.scores.softmax(dim=1)
+        gap = self.scores.gather(1, best).squeeze(1) - self.labels.pick(self.scores)
+        loss = gap - shares.gather(1, best).squeeze(1).log()
+        return loss + (shares @ self.offset.exp()).log() - self.labels.pick(self.offset), loss
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scored]) -> Scored:
+        """One after the other, where all were corrected by the same offset."""
+        if len(parts) == 1:
+            return parts[0]
+        labels = Labels.joined([p.labels for p in parts])
+        scores, weights = torch.cat([p.scores for p in parts]), torch.cat([p.weights for p in parts])
+        return cls(scores, parts[0].offset, labels, weights)
 
 
 def top(scores: Tensor) -> Tensor:
@@ -71,20 +93,22 @@ class Tally:
         self._counts: dict[int, Tensor] = {}
         self._quality: dict[int, Tensor] = {}
         self._waiting: list[tuple[int, Scored]] = []
+        self._scores = 0
 
     def add(self, step: int, scored: Scored) -> None:
         """Add a batch's predictions to ``step``."""
-        _add(self._counts, step, scored.labels.counts(scored.weights))
+        self._counts[step] = scored.labels.counts(scored.weights, onto=self._counts.get(step))
         if scored.scores.is_cuda:  # a CUDA graph writes the next batch's scores over these
             scored = replace(scored, scores=scored.scores.clone())
         self._waiting.append((step, scored))
-        if len(self._waiting) >= BATCHES or sum(s.scores.numel() for _, s in self._waiting) >= SCORES:
+        self._scores += scored.scores.numel()
+        if len(self._waiting) >= BATCHES or self._scores >= SCORES:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        for step, scored in self._waiting:
-            _add(self._quality, step, scored.quality())
-        self._waiting = []
+        for (step, *_), alike in groupby(self._waiting, _likeness):
+            _add(self._quality, step, Scored.joined([scored for _, scored in alike]).quality())
+        self._waiting, self._scores = [], 0
 
     def pending(self, step: int) -> Tensor | None:
         """This rank's label counts of ``step`` that are not in ``known`` yet."""
@@ -120,6 +144,11 @@ class Tally:
         labels, *sums = self.known[step][self.classes :].tolist()
         names = ("accuracy", "uncorrected_accuracy", "loss", "uncorrected_loss")
         return {"labels": labels} | ({n: v / labels for n, v in zip(names, sums, strict=True)} if labels else {})
+
+
+def _likeness(waiting: tuple[int, Scored]) -> tuple[int, int, tuple[bool, bool]]:
+    step, scored = waiting
+    return step, id(scored.offset), scored.labels.kind
 
 
 def _add(rows: dict[int, Any], step: int, row: Any) -> None:

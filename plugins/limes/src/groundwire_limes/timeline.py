@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -161,13 +160,15 @@ class Timeline:
     def running_offset(self, step: int, new: Tensor) -> Tensor:
         """As :meth:`offset`, from the forecast and the labels of ``step`` so far, as a Dirichlet posterior mean.
 
+        In the dtype of ``new``: the head's buffer is float32, and writing to it converts.
+
         Args:
             step: The step.
             new: Its labels that are not known to all ranks yet, summed over them: shape (K,).
         """
         counts = self._expectation(step, new.device).pseudo_counts + new
-        offset = (counts / counts.sum()).log_().add_(math.log(len(counts)))
-        return self.fitted(offset.clamp_(-self._limit, self._limit))
+        offset = counts.div_(counts.mean()).log_()  # of K times the share of each class
+        return self._for_head(offset.clamp_(-self._limit, self._limit))
 
     def log_prior(self, step: int, device: Any = "cpu") -> Tensor:
         """Logarithm of the forecast, shape (K,), float32."""
@@ -193,8 +194,10 @@ class Timeline:
 
     def fitted(self, offset: Tensor) -> Tensor:
         """``offset`` (K,) as the head takes it, float32."""
-        fitted = offset if self._outputs > 1 else (offset[1:] - offset[:1])
-        return fitted.float()
+        return self._for_head(offset).float()
+
+    def _for_head(self, offset: Tensor) -> Tensor:
+        return offset if self._outputs > 1 else offset[1:] - offset[:1]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is known to all ranks, in plain types."""
