@@ -113,7 +113,9 @@ def test_late_labels_revise_history_as_if_they_had_been_in_time(method, rows, da
         late.forecast(len(rows))
     for step, counts in enumerate(rows):
         late.update(step, [c % 2 for c in counts])
-    assert np.array_equal(late.forecast(len(rows)), fed(rows, method).forecast(len(rows)))
+    in_time = fed(rows, method)
+    for step in (len(rows), len(rows) + 5):  # the second is a season later, which has a track of its own
+        assert np.array_equal(late.forecast(step), in_time.forecast(step))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -176,6 +178,36 @@ def test_labels_that_are_a_day_late_are_answered_with_the_hour_not_with_yesterda
     assert forecast.ahead == 12
     assert hits == 120
     assert forecast.weights["persistence"] < 0.05
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_day_late_the_forecast_recovers_from_a_change_as_soon_as_labels_tell_of_it(seed):
+    truth, counts = changed_stream(seed)
+    auto, long_run = (
+        day_late(truth, counts, PriorExtrapolator(8, method=method, period=24)) for method in ("auto", "long_run")
+    )
+    told = slice(120 + 24 + 3, 120 + 48)  # labels from after the change came, forecasts made with them were not judged
+    assert auto[told].mean() < 0.5 * long_run[told].mean()
+
+
+def changed_stream(seed):
+    """In hour 120 the day moves by eight hours and the classes get other base rates."""
+    rng, hours = np.random.default_rng(seed), np.arange(240)[:, None]
+    base = np.where(hours < 120, rng.normal(size=8), rng.normal(size=8))
+    shift = np.where(hours < 120, 0, 8)
+    truth = np.exp(base + 1.2 * np.cos(2 * np.pi * (hours + shift) / 24 + rng.uniform(0, 6.3, 8)))
+    truth /= truth.sum(axis=1, keepdims=True)
+    return truth, np.stack([rng.multinomial(1000, p) for p in truth])
+
+
+def day_late(truth, counts, extrapolator):
+    """Divergence by hour of forecasts whose labels come 24 hours late."""
+    found = []
+    for hour, prior in enumerate(truth):
+        found.append(divergence(prior, extrapolator.forecast(hour)))
+        if hour >= 24:
+            extrapolator.update(hour - 24, counts[hour - 24])
+    return np.array(found)
 
 
 def stream(kind, seed, steps=200, classes=8, size=500):

@@ -166,7 +166,7 @@ class PriorExtrapolator:
 
     def _mixed(self, step: int, rows: int, ahead: int) -> Forecast:
         known = self._recursion
-        known.follow(at := tracked(ahead))
+        known.follow(at := tracked(ahead, self.period))
         state = known.state(rows)
         track = state.tracks[at]
         prior = known.forecast(state, known.expected(state, step, at), at)

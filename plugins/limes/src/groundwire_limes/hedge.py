@@ -1,12 +1,14 @@
 """Mixing forecasts by their past log-loss, and the guard that steps in where the past is no guide.
 
-A track is kept for every horizon that is asked for: who is best one step ahead need not be best a day ahead.
+A track is kept for every horizon that is asked for: who is best one step ahead need not be best a day ahead. But what
+was forecast a day ahead, before the stream changed, says nothing of who is best after it, and a day passes until
+something does. Until then the track of the next step, which stands at the same slot of the season, is gone by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,16 +24,43 @@ GUARD, LEADER = 0.0, 0.5
 
 #: Horizons that have a track; others use the next smaller one.
 TRACKED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 168)
+#: Standard deviations by which a surprise exceeds those before it if the stream changed, and how many are looked at.
+CHANGE, USUAL = 4.0, 6
 
 
-def tracked(ahead: int) -> int:
-    """The horizon whose track serves for ``ahead``.
+def whole_seasons_on(ahead: int, period: int | None) -> bool:
+    """Whether ``ahead`` is whole seasons later than the next step.
 
     Example:
-        >>> tracked(1), tracked(5), tracked(24), tracked(1000)
-        (1, 4, 24, 168)
+        >>> whole_seasons_on(25, 24), whole_seasons_on(24, 24), whole_seasons_on(1, 24), whole_seasons_on(25, None)
+        (True, False, False, False)
     """
-    return max(h for h in TRACKED if h <= ahead)
+    return period is not None and ahead > 1 and (ahead - 1) % period == 0
+
+
+def tracked(ahead: int, period: int | None = None) -> int:
+    """The horizon whose track serves for ``ahead``, in seasons of ``period`` steps.
+
+    Example:
+        >>> tracked(1), tracked(5), tracked(25), tracked(25, period=24), tracked(1000)
+        (1, 4, 24, 25, 168)
+    """
+    exact = ahead <= TRACKED[-1] + 1 and whole_seasons_on(ahead, period)
+    return ahead if exact else max(h for h in TRACKED if h <= ahead)
+
+
+def is_change(surprise: float, before: Sequence[float]) -> bool:
+    """Whether a forecast of the next step failed as it never did ``before``.
+
+    Args:
+        surprise: Its divergence from what was observed, in nats.
+        before: Those of the last rows.
+
+    Example:
+        >>> is_change(1.5, [0.02, 0.03, 0.02, 0.01, 0.02, 0.03]), is_change(0.03, [0.02, 0.03, 0.02, 0.01, 0.02, 0.03])
+        (True, False)
+    """
+    return len(before) >= USUAL and bool(surprise > np.mean(before) + CHANGE * np.std(before, ddof=1))
 
 
 def confidence(gains: Array, threshold: float) -> float:
@@ -94,3 +123,7 @@ class Track:
         weights = (1 - SHARE) * raised / raised.sum() + SHARE / len(raised)
         past = losses[None] if self.losses is None else np.concatenate([self.losses[1 - WINDOW :], losses[None]])
         return Track(weights, past, self.pending, forecast)
+
+    def judged_as(self, other: Track) -> Track:
+        """This track with the members judged by how they did at the horizon of ``other``."""
+        return replace(self, weights=other.weights, losses=other.losses)

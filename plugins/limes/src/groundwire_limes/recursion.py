@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from groundwire_limes import kalman
-from groundwire_limes.functional import Array, log_odds, quantile, shrunk, smoothed
-from groundwire_limes.hedge import Track
+from groundwire_limes.functional import Array, divergence, log_odds, quantile, shrunk, smoothed
+from groundwire_limes.hedge import WINDOW, Track, is_change, whole_seasons_on
 from groundwire_limes.history import History, usual_gap
 from groundwire_limes.members import Past, members
 
@@ -35,6 +35,8 @@ class State:
         tracks: How the members of "auto" did, by horizon.
         moves: Largest moves in log-odds between the last rows, in nats.
         limit: Largest move of a forecast per step, in nats of log-odds.
+        surprises: Divergences of the forecasts of the last rows from them, in nats.
+        changed: Index of the last row that no member saw coming; at first 0, the start of the stream.
     """
 
     rows: int
@@ -45,6 +47,8 @@ class State:
     tracks: Mapping[int, Track]
     moves: tuple[float, ...] = ()
     limit: float = MAX_MOVE
+    surprises: tuple[float, ...] = ()
+    changed: int = 0
 
 
 class Recursion:
@@ -134,6 +138,7 @@ class Recursion:
     def _next(self, state: State) -> State:
         n = state.rows
         step, counts = self._history.steps[n], self._history.counts[n]
+        state = self._compared(state, step, counts)
         tracks = {h: self._scored(h, state, step, counts) for h in state.tracks}
         row = self._row(counts, state.pooled)
         self._keep(n, row)
@@ -146,7 +151,7 @@ class Recursion:
             total=total,
             pooled=smoothed(total, 1.0 if self._smoothing is None else self._smoothing),
             filter=self._filtered(state.filter, step, row, float(counts.sum())),
-            tracks=tracks,
+            tracks=self._lent(tracks, n - state.changed),
             moves=moves,
             limit=self._limit(moves),
         )
@@ -186,6 +191,22 @@ class Recursion:
         observed = counts / counts.sum()
         forecast = self.forecast(state, predictions, ahead)
         return replace(track.scored(predictions, state.pooled, observed, forecast), pending=pending)
+
+    def _compared(self, state: State, step: int, counts: Array) -> State:
+        """Note how surprising a row is, if that matters to any horizon."""
+        if not any(whole_seasons_on(h, self._period) for h in state.tracks):
+            return state
+        predictions = state.tracks[1].pending.get(step)
+        if predictions is None:
+            return state
+        surprise = divergence(counts / counts.sum(), self.forecast(state, predictions, 1))
+        changed = state.rows if is_change(surprise, state.surprises) else state.changed
+        return replace(state, surprises=(*state.surprises, surprise)[-WINDOW:], changed=changed)
+
+    def _lent(self, tracks: dict[int, Track], since: int) -> dict[int, Track]:
+        """Where forecasts that could know of the last change, ``since`` rows ago, were not judged yet: the next step's."""
+        late = [h for h in tracks if whole_seasons_on(h, self._period) and since < h]
+        return tracks | {h: tracks[h].judged_as(tracks[1]) for h in late}
 
     def _with_pending(self, state: State, step: int) -> dict[int, Track]:
         past = self.past(state)
