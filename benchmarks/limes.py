@@ -158,31 +158,31 @@ def order(values: dict[str, list[tuple[float, float]]], what: str) -> tuple[str,
 def late_figures(
     values: dict[str, list[tuple[float, float]]], what: str
 ) -> list[tuple[str, str, str, str, bool | None]]:
-    fixed = {
-        n: statistics.mean(v[0] for v in vs)
-        for n, vs in values.items()
-        if n not in ("oracle", "LIMES, unlabelled=True")
-    }
-    best = max(fixed, key=fixed.__getitem__)
-    ours = [v[0] for v in values["LIMES, unlabelled=True"]]
-    below = [o - v[0] for o, v in zip(ours, values[best], strict=True)]
-    above = [o - v[0] for o, v in zip(ours, values["incremental"], strict=True)]
+    gated, plain = "LIMES, unlabelled=True", "LIMES"
+    fixed = [name for name in values if name not in ("oracle", gated, plain)]
     return [
-        (
-            f"against the best fixed choice, {what}",
-            ">= -0.5",
-            f"{statistics.mean(below):+.2f} points ({best})",
-            spread(below),
-            statistics.mean(below) >= -0.5,
-        ),
-        (
-            f"against incremental, {what}",
-            "> 0",
-            f"{statistics.mean(above):+.2f} points",
-            spread(above),
-            statistics.mean(above) > 0,
-        ),
+        against_best(values, gated, fixed, f"best fixed choice, {what}"),
+        against_best(values, plain, [n for n in fixed if "EM" not in n], f"best forecaster without EM, {what}"),
+        above_incremental(values, gated, what),
+        above_incremental(values, plain, what),
     ]
+
+
+def against_best(
+    values: dict[str, list[tuple[float, float]]], way: str, others: Sequence[str], what: str
+) -> tuple[str, str, str, str, bool | None]:
+    best = max(others, key=lambda name: statistics.mean(v[0] for v in values[name]))
+    below = [o[0] - v[0] for o, v in zip(values[way], values[best], strict=True)]
+    mean = statistics.mean(below)
+    return (f"{way} against the {what}", ">= -0.5", f"{mean:+.2f} points ({best})", spread(below), mean >= -0.5)
+
+
+def above_incremental(
+    values: dict[str, list[tuple[float, float]]], way: str, what: str
+) -> tuple[str, str, str, str, bool | None]:
+    above = [o[0] - v[0] for o, v in zip(values[way], values["incremental"], strict=True)]
+    mean = statistics.mean(above)
+    return (f"{way} against incremental, {what}", "> 0", f"{mean:+.2f} points", spread(above), mean > 0)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import auc, roc_curve
 from torchmetrics.functional.classification import binary_calibration_error
 
 from groundwire_bias_audit.functional import Floats
@@ -56,33 +57,12 @@ def exact(rows: Rows, codes: NDArray[Any], groups: int) -> dict[str, Floats]:
 
 
 def _auc(y: NDArray[Any], p: NDArray[Any], w: Floats | None) -> float:
+    """As ``roc_auc_score``, which takes thrice as long over a group: it looks again at what was checked before."""
     if not 0 < y.sum() < len(y):
         return float("nan")
-    return roc_area(y, p) if w is None else float(roc_auc_score(y, p, sample_weight=w))
-
-
-def roc_area(labels: NDArray[Any], scores: NDArray[Any]) -> float:
-    """Area under the ROC curve, to the last bit scikit-learn's ``roc_auc_score``.
-
-    That function takes a millisecond to check what it is given, and an audit of forty outputs and crossed features asks
-    ten thousand times.
-
-    Args:
-        labels: 0 and 1, both of them, shape (n,).
-        scores: Shape (n,).
-
-    Example:
-        >>> roc_area(np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.4, 0.8]))
-        0.875
-    """
-    order = np.argsort(scores)
-    different, first = np.unique(scores[order], return_index=True)
-    above = np.stack([np.add.reduceat(labels[order] == value, first)[::-1].cumsum() for value in (0, 1)])
-    # As there, the curve has no point on a straight line between two others: it would change the rounding.
-    bends = np.ones(len(different), bool)
-    bends[1:-1] = np.diff(above, 2).any(axis=0)
-    x, y = np.pad(above[:, bends], ((0, 0), (1, 0))) / above[:, -1:]
-    return float(np.trapezoid(y, x))
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        false_positive, true_positive, _ = roc_curve(y, p, sample_weight=w)
+        return float(auc(false_positive, true_positive))
 
 
 def _ece(y: NDArray[Any], p: NDArray[Any], w: Floats | None) -> float:

@@ -11,7 +11,6 @@ is immaterial.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -118,22 +117,6 @@ def tempered(prior: Array, center: Array, weight: float) -> Array:
     """
     logs = weight * np.log(np.maximum(prior, FLOOR)) + (1 - weight) * np.log(np.maximum(center, FLOOR))
     return softmax(logs)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of ``values`` lie, between two of them in proportion.
-
-    As ``np.quantile``, which takes ten times as long over a few numbers.
-
-    Example:
-        >>> quantile([3.0, 1.0, 2.0, 4.0], 0.9) == float(np.quantile([1, 2, 3, 4], 0.9))
-        True
-    """
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * share
-    below = min(int(place), len(ordered) - 2)
-    low, high, part = ordered[below], ordered[below + 1], place - below
-    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 def softmax(logits: Array) -> Array:

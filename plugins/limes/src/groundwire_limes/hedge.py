@@ -24,8 +24,8 @@ GUARD, LEADER = 0.0, 0.5
 
 #: Horizons that have a track; others use the next smaller one.
 TRACKED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 168)
-#: Standard deviations by which a surprise exceeds those before it if the stream changed, and how many are looked at.
-CHANGE, USUAL = 4.0, 6
+#: Standard deviations by which a surprise exceeds those before it if the stream changed, and how many it takes to tell.
+CHANGE, FEWEST = 4.0, 6
 
 
 def whole_seasons_on(ahead: int, period: int | None) -> bool:
@@ -60,7 +60,7 @@ def is_change(surprise: float, before: Sequence[float]) -> bool:
         >>> is_change(1.5, [0.02, 0.03, 0.02, 0.01, 0.02, 0.03]), is_change(0.03, [0.02, 0.03, 0.02, 0.01, 0.02, 0.03])
         (True, False)
     """
-    return len(before) >= USUAL and bool(surprise > np.mean(before) + CHANGE * np.std(before, ddof=1))
+    return len(before) >= FEWEST and bool(surprise > np.mean(before) + CHANGE * np.std(before, ddof=1))
 
 
 def confidence(gains: Array, threshold: float) -> float:

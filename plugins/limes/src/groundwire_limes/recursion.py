@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import quantiles
 
 import numpy as np
 
 from groundwire_limes import kalman
-from groundwire_limes.functional import Array, divergence, log_odds, quantile, shrunk, smoothed
+from groundwire_limes.functional import Array, divergence, log_odds, shrunk, smoothed
 from groundwire_limes.hedge import WINDOW, Track, is_change, whole_seasons_on
 from groundwire_limes.history import History, usual_gap
 from groundwire_limes.members import Past, members
 
 #: Largest move per step in log-odds that "auto" makes unless told otherwise, in nats; more only where moves that are
 #: larger than all but a tenth of the recent ones are usual, so that one flooded step does not open the door for itself.
-MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 0.9, 48
+MAX_MOVE, MARGIN, USUAL, RECENT = 3.0, 1.25, 10, 48
 #: How many labels of the running mean a row is shrunk by, per class.
 SHRINKAGE = 0.2
 #: States kept to return to when late labels revise a recent row; fewer where their covariances hold more numbers.
@@ -173,7 +174,8 @@ class Recursion:
     def _limit(self, moves: tuple[float, ...]) -> float:
         if self._max_move is not None:
             return self._max_move
-        return max(MAX_MOVE, MARGIN * quantile(moves, USUAL) if len(moves) >= 10 else 0.0)
+        usual = quantiles(moves, n=USUAL, method="inclusive")[-1] if len(moves) >= USUAL else 0.0
+        return max(MAX_MOVE, MARGIN * usual)
 
     def _filtered(self, state: kalman.Filter | None, step: int, row: Array, size: float) -> kalman.Filter:
         if state is None:
@@ -204,7 +206,7 @@ class Recursion:
         return replace(state, surprises=(*state.surprises, surprise)[-WINDOW:], changed=changed)
 
     def _lent(self, tracks: dict[int, Track], since: int) -> dict[int, Track]:
-        """Where forecasts that could know of the last change, ``since`` rows ago, were not judged yet: the next step's."""
+        """The next step's, where no forecast that could know of the last change, ``since`` rows ago, was judged yet."""
         late = [h for h in tracks if whole_seasons_on(h, self._period) and since < h]
         return tracks | {h: tracks[h].judged_as(tracks[1]) for h in late}
 
