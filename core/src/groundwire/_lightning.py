@@ -88,15 +88,6 @@ def fresh_pass(trainer: Any) -> CombinedLoader:
     return combined
 
 
-def gathered(trainer: Any, value: Any) -> list[Any]:
-    """``value`` of every rank. Lightning gathers tensors of equal shape only, so torch's own collective is used."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def is_misconfiguration(error: Exception) -> bool:
     """Whether ``error`` is a MisconfigurationException of either Lightning package; the classes are not related."""
     return type(error).__name__ == "MisconfigurationException"

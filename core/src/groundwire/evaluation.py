@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from groundwire._lightning import evaluation_arguments, evaluation_loop, fresh_pass, gathered, move_batch
+from groundwire._lightning import evaluation_arguments, evaluation_loop, fresh_pass, move_batch
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
+from groundwire.ranks import gathered
 from groundwire.types import Evaluation, Variant
 from groundwire.window import tensors_in
 

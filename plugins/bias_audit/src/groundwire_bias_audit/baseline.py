@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from groundwire import PluginError, RunContext
+from groundwire.ranks import gathered
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.inputs import read_outputs
 from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.passes import Record, compared
-from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.stream import Stream
 

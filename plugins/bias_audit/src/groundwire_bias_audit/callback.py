@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from groundwire import Fields, Finding, Plugin, Problem, RunContext, Section, Variant, hookimpl
+from groundwire.ranks import gathered
 from groundwire_bias_audit.api import checked_gate
 from groundwire_bias_audit.attributes import GroupReader
 from groundwire_bias_audit.baseline import DENSE, checked_baseline
@@ -18,7 +19,6 @@ from groundwire_bias_audit.findings import findings_of, no_versions, nothing_aud
 from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.loaders import loader_of
 from groundwire_bias_audit.passes import Record
-from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.recorder import Recorder
 from groundwire_bias_audit.report import Reporter
 from groundwire_bias_audit.result import AuditResult

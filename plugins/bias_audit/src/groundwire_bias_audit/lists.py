@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from groundwire.ranks import gathered
 from groundwire_bias_audit.flips import column_of, flipped, surest_first
 from groundwire_bias_audit.passes import Record
-from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.susceptibility import rank_susceptible
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from groundwire import Fields, RunContext, Variant
+from groundwire.ranks import gathered
 from groundwire_bias_audit.attributes import GroupReader
 from groundwire_bias_audit.loaders import loader_of
 from groundwire_bias_audit.padding import counted
 from groundwire_bias_audit.passes import LOADER_STEP, Pass, Record, aligned
-from groundwire_bias_audit.ranks import gathered
 
 
 class Recorder:

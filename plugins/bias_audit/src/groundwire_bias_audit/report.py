@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from groundwire import RunContext, Section, Table
+from groundwire.ranks import gathered
 from groundwire_bias_audit import figures
 from groundwire_bias_audit.examples import Examples
 from groundwire_bias_audit.export import plain, to_csv, with_groups
 from groundwire_bias_audit.lists import surest_flips, susceptible
 from groundwire_bias_audit.passes import LOADER_STEP, Record
-from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.samples import Samples
 

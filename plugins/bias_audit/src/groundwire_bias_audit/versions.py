@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from groundwire import Finding, PluginError, RunContext, Variant
+from groundwire.ranks import gathered
 from groundwire_bias_audit.baseline import DENSE, comparison, counted_rows, reference_of
 from groundwire_bias_audit.explained import NO_FLIP, NO_INDEX, Pairs, explain
 from groundwire_bias_audit.flips import column_of
@@ -15,7 +16,6 @@ from groundwire_bias_audit.gate import Gate
 from groundwire_bias_audit.lists import drawn_flips
 from groundwire_bias_audit.paired import Comparison
 from groundwire_bias_audit.passes import Record
-from groundwire_bias_audit.ranks import gathered
 from groundwire_bias_audit.recorder import Recorder
 from groundwire_bias_audit.result import AuditResult
 from groundwire_bias_audit.samples import Samples

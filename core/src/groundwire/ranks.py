@@ -1,0 +1,28 @@
+"""What the processes of a run know together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def gathered(trainer: Any, value: Any) -> list[Any]:
+    """``value`` of every process, in the order of the ranks. All of them must call it.
+
+    Lightning's own ``all_gather`` takes tensors of equal shape only; this takes whatever can be pickled.
+
+    Args:
+        trainer: The Trainer of the run; alone, it gives ``[value]``.
+        value: This process's own.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> gathered(Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False), {"rows": 3})
+        [{'rows': 3}]
+    """
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
