@@ -104,3 +104,21 @@ def test_a_folder_that_cannot_be_written_costs_the_report_only(kit):
     with pytest.warns(UserWarning, match="the report cannot be written"):
         trainer = kit.fit(kit.Net(), Plugins([Finds()], report_dir=kit.path / "file" / "below"))
     assert trainer.state.finished
+
+
+def test_numbers_of_one_of_several_loaders_can_be_monitored(kit):
+    class Finds(Plugin):
+        name = "finds"
+
+        @hookimpl
+        def gw_findings(self, run):
+            return [Finding("finds", "acc/dataloader_idx_1@0.9", "info", 0.5, "Half.")]
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("acc", 1.0)
+
+    best = pl.callbacks.ModelCheckpoint(kit.path, monitor="finds/acc/dataloader_idx_1@0.9")
+    trainer = kit.fit(Module(), Finds(), best, val=[kit.loader(), kit.loader()], enable_checkpointing=True)
+    assert trainer.callback_metrics["finds/acc/dataloader_idx_1@0.9"] == 0.5
+    assert best.best_model_score == 0.5

@@ -68,7 +68,8 @@ class FindingsService:
             self.send(numbers)
             return
         for key, value in numbers.items():
-            self._host.log(key, value, sync_dist=True)
+            # Whole names: with several loaders, codes hold the loader's index, which Lightning would refuse to add to.
+            self._host.log(key, value, sync_dist=True, add_dataloader_idx=False)
 
     def send(self, metrics: Mapping[str, float]) -> None:
         """Give ``metrics`` to the Trainer's loggers, which write on rank 0 only."""
