@@ -4,13 +4,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from aol_digits_net import Net, fit, images
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import groundwire
 from groundwire import Fields, Report
 from groundwire.offset import offset_on, write_offset
-from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz_bound
+from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz, lipschitz_bound
 from groundwire_aol.evaluation import CertifiedPass
 
 
@@ -179,3 +180,15 @@ def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
     fit(kit, Net(), single)
     ratio = double.results["validate"].rounding / single.results["validate"].rounding
     assert ratio == pytest.approx(2.0**-29, rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")  # no row is repeated here
+def test_two_processes_tell_of_the_samples_of_both(kit):
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    module = Net()
+    module.net, _ = lipschitz(module.net, images().tensors[0][:1])
+    trainer = kit.trainer(AOL(), strategy=strategy, devices=2)
+    trainer.validate(module, DataLoader(images(), 16), verbose=False)
+    [folder] = (kit.path / "groundwire").iterdir()
+    [told] = [f.message for f in Report.read(folder).findings if f.code == "certified_accuracy"]
+    assert "(96 samples)" in told

@@ -155,7 +155,8 @@ class CertifiedPass:
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
             values, clean = self.metric.compute().tolist(), float(self.clean.compute())
             largest = float(self.largest.compute())
-        samples = int(self.metric.total)
+            with self.metric.sync_context():
+                samples = int(self.metric.total)
         if not samples or any(map(math.isnan, values)):
             return None
         curve = tuple(zip(self.grid, (clean, *values[len(self.eps) :]), strict=True))
