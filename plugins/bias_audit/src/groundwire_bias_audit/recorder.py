@@ -51,6 +51,10 @@ class Recorder:
         """Which batch the next scores are for, and of which loader."""
         self._batch, self._loader = batch, loader
 
+    def features(self, fields: Fields, run: RunContext, loader: int | None = None) -> dict[str, Any]:
+        """The groups of the rows of the batch that started; ``loader`` where it is not that batch's."""
+        return self.reader(self._batch, fields, run.ids, dataset_of(run, self._loader if loader is None else loader))
+
     def take(self, scores: Tensor, fields: Fields, variant: str | None, run: RunContext) -> None:
         """The scores of a batch, of the model or of the version that :meth:`evaluate` is at."""
         if variant is None and self.dense is not None:
@@ -68,7 +72,7 @@ class Recorder:
         self._position[loader] = start + len(scores)
         ids = None if run.ids is None or len(run.ids) != len(scores) else np.asarray(run.ids) + loader * LOADER_STEP
         # A version's rows are the model's, so they have the groups of those.
-        features = self.reader(self._batch, fields, run.ids, dataset_of(run, loader)) if target.count else {}
+        features = self.features(fields, run, loader) if target.count else {}
         keep = counted(getattr(loader_of(run, loader), "sampler", None), start, len(scores))
         target.add(scores, fields.targets, features, ids, keep)
 
