@@ -229,7 +229,7 @@ class AOL(Plugin):
             return []
         self.results[run.stage] = result
         for code, value in result.metrics.items():
-            run.log(code, value)
+            run.log(code, value, sync_dist=True)  # equal on all ranks; without it Lightning warns of it
         return result.findings(self.name)
 
     @hookimpl
