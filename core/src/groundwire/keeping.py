@@ -55,13 +55,15 @@ class FindingsService:
 
     def collect(self) -> None:
         """Ask every plugin, on every rank; numbers are also logged, for checkpoints and schedules to monitor."""
+        from groundwire.report.report import plain_finding
+
         stage = self._host.stage
         # Findings at the end of training are about the whole of it.
         epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
         found: list[Finding] = self._host.hooks.collect("gw_findings", Finding)
         if stage == "train":
             found += self._host.gradient.findings()
-        found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
+        found = [replace(plain_finding(f), stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
         self._by_key |= {(f.plugin, f.code, f.stage, f.epoch): f for f in found}
         numbers = {f"{f.plugin}/{f.code}": float(f.value) for f in found if _is_number(f.value)}
         if stage == "train":  # Lightning's own logging is over by then
