@@ -60,10 +60,10 @@ class FindingsService:
         stage = self._host.stage
         # Findings at the end of training are about the whole of it.
         epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
-        found: list[Finding] = self._host.hooks.collect("gw_findings", Finding)
+        found = list(map(plain_finding, self._host.hooks.collect("gw_findings", Finding)))
         if stage == "train":
             found += self._host.gradient.findings()
-        found = [replace(plain_finding(f), stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
+        found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
         self._by_key |= {(f.plugin, f.code, f.stage, f.epoch): f for f in found}
         numbers = {f"{f.plugin}/{f.code}": float(f.value) for f in found if _is_number(f.value)}
         if stage == "train":  # Lightning's own logging is over by then
