@@ -96,6 +96,27 @@ def test_targets_that_are_no_classes_are_left_out_with_a_warning(kit):
     assert "aol/clean" not in trainer.callback_metrics
 
 
+def test_one_score_for_two_classes_is_refused_before_training(kit):
+    class Binary(Net):
+        steps = 0
+
+        def build(self):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return nn.functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], (batch[1] > 4).float())
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module = Binary()
+    with pytest.raises(groundwire.PluginError, match=r"net\.3 gives one score for two classes"):
+        fit(kit, module, AOL(), num_sanity_val_steps=1)
+    assert module.steps == 0
+    fit(kit, module, AOL(log=False))
+
+
 def test_a_module_without_forward_is_certified_by_its_only_network(kit):
     class Bare(pl.LightningModule):
         def __init__(self):
