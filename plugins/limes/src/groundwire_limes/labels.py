@@ -124,13 +124,15 @@ def refuse_unknown_labels(targets: Any, classes: int) -> None:
     """Raise for a class index that the head has no score for.
 
     Raises:
-        PluginError: It names the label and the head's number of classes.
+        PluginError: It names the label and the head's number of classes; or the targets are of a regression.
 
     Example:
         >>> refuse_unknown_labels(torch.tensor([0, 1]), 2)
     """
     if not isinstance(targets, Tensor) or targets.device.type != "cpu" or not targets.numel():
         return
+    if targets.dim() == 1 and targets.is_floating_point() and bool((targets.frac().abs() > 0).any()):
+        raise PluginError("the targets have fractions, so they are no classes -> LIMES is for classification")
     if (largest := float(targets.max())) >= classes:
         raise PluginError(
             f"label {largest:.0f} is in a training batch, and the head has {classes} classes (0 to "
