@@ -47,7 +47,7 @@ wheels: $(VENV)/.dev
 	done; ls dist
 
 clean:
-	@rm -rf $(VENV) dist site build groundwire-demo core/build plugins/*/build */src/*.egg-info plugins/*/src/*.egg-info
+	@rm -rf $(VENV) dist site build groundwire-aol groundwire-demo groundwire-limes core/build plugins/*/build */src/*.egg-info plugins/*/src/*.egg-info
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
 $(VENV)/.made:

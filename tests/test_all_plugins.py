@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from groundwire import Report, export
+from groundwire import Plugins, Report, export
 from groundwire_aol import AOL
 from groundwire_bias_audit import BiasAudit
 from groundwire_cram import CrAM
@@ -93,3 +93,15 @@ def test_plugins_work_side_by_side_and_leave_a_plain_model(which, tmp_path):
     plain = export(net)
     assert plain(X[:4]).shape == (4, 10)
     assert not any("groundwire" in key for key in plain.state_dict())
+
+
+def test_versions_are_evaluated_with_the_correction_of_each_hour_not_of_the_last_one():
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[limes(), CrAM(evaluate_every=1), Plugins(report=False)],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer.fit(Net(), DataLoader(Digits(), 20), DataLoader(Digits(), 50))
+    metrics = trainer.callback_metrics
+    assert metrics["cram/acc@dense"] == pytest.approx(float(metrics["acc"]))
+    assert 0 < float(metrics["acc"]) < 1

@@ -3,7 +3,9 @@
 import json
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
+import torch
 
 from groundwire import Finding, Plugin, Plugins, Report, Section, Table, hookimpl
 
@@ -104,3 +106,46 @@ def test_a_folder_that_cannot_be_written_costs_the_report_only(kit):
     with pytest.warns(UserWarning, match="the report cannot be written"):
         trainer = kit.fit(kit.Net(), Plugins([Finds()], report_dir=kit.path / "file" / "below"))
     assert trainer.state.finished
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.25), np.float32(0.25), np.array(0.25)])
+def test_a_number_from_torch_or_numpy_is_logged_as_any_number(kit, number):
+    class Finds(Plugin):
+        name = "finds"
+
+        @hookimpl
+        def gw_findings(self, run):
+            return [Finding("finds", "share", "info", number, "A quarter.")] if run.stage == "validate" else None
+
+    trainer = kit.fit(kit.Net(), Finds(), val=kit.loader())
+    assert trainer.callback_metrics["finds/share"] == 0.25
+
+
+def test_a_value_that_cannot_be_stored_is_told_at_the_first_validation(kit):
+    class Finds(Plugin):
+        @hookimpl
+        def gw_findings(self, run):
+            return [Finding("finds", "rows", "info", {1, 2}, "A set.")]
+
+    module = kit.Net()
+    with pytest.raises(TypeError, match="finding 'rows' of finds cannot be stored"):
+        kit.fit(module, Finds(), val=kit.loader(), max_epochs=2)
+    assert module.trainer.current_epoch == 0
+
+
+def test_numbers_of_one_of_several_loaders_can_be_monitored(kit):
+    class Finds(Plugin):
+        name = "finds"
+
+        @hookimpl
+        def gw_findings(self, run):
+            return [Finding("finds", "acc/dataloader_idx_1@0.9", "info", 0.5, "Half.")]
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("acc", 1.0)
+
+    best = pl.callbacks.ModelCheckpoint(kit.path, monitor="finds/acc/dataloader_idx_1@0.9")
+    trainer = kit.fit(Module(), Finds(), best, val=[kit.loader(), kit.loader()], enable_checkpointing=True)
+    assert trainer.callback_metrics["finds/acc/dataloader_idx_1@0.9"] == 0.5
+    assert best.best_model_score == 0.5

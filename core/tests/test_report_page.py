@@ -104,3 +104,15 @@ def test_columns_of_numbers_are_right_aligned_and_short_rows_are_filled():
         ("", False, ["—", "—", "extra"]),
     ]
     assert not is_numeric(["a", 1])
+
+
+def test_many_remarks_are_folded_and_what_is_wrong_never_is():
+    many = [finding(code=f"accuracy@{i}", message=f"Remark {i}.") for i in range(9)]
+    wrong = [finding(code=severity, severity=severity, message=f"A {severity}.") for severity in ("warn", "fail")]
+    page = render({}, many + wrong, [])
+    shown, folded = page.split("<details", 1)
+    assert all(f"Remark {i}." in folded for i in range(9))
+    assert "Remark" not in shown
+    assert "A fail." in shown
+    assert "A warn." in shown
+    assert "<details" not in render({}, many[:8] + wrong, [])

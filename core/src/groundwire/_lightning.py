@@ -52,10 +52,19 @@ def evaluation_arguments(trainer: Any, loop: Any, batch: Any, batch_idx: int, da
 
     ``_EvaluationLoop._build_kwargs`` and ``_build_step_args_from_hook_kwargs``: the same optional arguments again.
     """
-    several = loop._is_sequential and loop.num_dataloaders > 1
-    kwargs = loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
+    kwargs = _evaluation_kwargs(loop, batch, batch_idx, dataloader_idx)
     name = "test_step" if trainer.testing else "validation_step"
     return tuple(loop._build_step_args_from_hook_kwargs(kwargs, name))
+
+
+def evaluation_hook_arguments(loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
+    """Arguments of the hooks before such a step; those after it take its output first."""
+    return tuple(_evaluation_kwargs(loop, batch, batch_idx, dataloader_idx).values())
+
+
+def _evaluation_kwargs(loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+    several = loop._is_sequential and loop.num_dataloaders > 1
+    return loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
 
 
 def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from groundwire._lightning import evaluation_arguments, evaluation_loop, fresh_pass, move_batch
+from groundwire._lightning import (
+    evaluation_arguments,
+    evaluation_hook_arguments,
+    evaluation_loop,
+    fresh_pass,
+    move_batch,
+)
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.ranks import gathered
@@ -105,7 +111,7 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
         log.suffix = ""
         if not batches:
             raise _one_shot(host.ids.loaders(host.stage)[0])
-        _epoch_hook(host, "end")
+        _hook(host, "epoch_end")
         metrics = log.means(trainer)
     return Evaluation(name, metrics, batches)
 
@@ -116,10 +122,16 @@ def _step(host: Host, log: LogMeans, batch: Any, batch_idx: int, dataloader_idx:
     host.before_batch(batch, host.stage, dataloader_idx)
     log.suffix = f"/dataloader_idx_{dataloader_idx}" if len(host.ids.loaders(host.stage)) > 1 else ""
     log.rows = next((len(t) for t in tensors_in(batch) if t.ndim), 1)
-    arguments = evaluation_arguments(trainer, evaluation_loop(trainer), batch, batch_idx, dataloader_idx)
-    getattr(trainer.strategy, "test_step" if trainer.testing else "validation_step")(*arguments)
+    loop = evaluation_loop(trainer)
+    around = evaluation_hook_arguments(loop, batch, batch_idx, dataloader_idx)
+    host.correct_again(f"on_{_stage(host)}_batch_start", *around)
+    _hook(host, "batch_start", *around)
+    output = getattr(trainer.strategy, f"{_stage(host)}_step")(
+        *evaluation_arguments(trainer, loop, batch, batch_idx, dataloader_idx)
+    )
     if variant is not None:  # the model's own scores were handed out when it was evaluated
         host.scores.after_batch(batch, host.stage, variant)
+    _hook(host, "batch_end", output, *around)
 
 
 def _batches(host: Host, stage: str) -> Iterator[Any]:
@@ -132,18 +144,21 @@ def _batches(host: Host, stage: str) -> Iterator[Any]:
 
 def _begin_epoch(host: Host) -> None:
     """As the module is at the start of a pass: the epoch that just ended still lies in its lists and metrics."""
-    _epoch_hook(host, "end")
+    _hook(host, "epoch_end")
     for child in host.module.modules():
         if isinstance(child, Metric):
             child.reset()
     host.module.eval()
-    _epoch_hook(host, "start")
+    _hook(host, "epoch_start")
 
 
-def _epoch_hook(host: Host, which: str) -> None:
+def _hook(host: Host, which: str, *arguments: Any) -> None:
     """The user's own hook: metrics are often collected in lists and logged at the end."""
-    stage = "test" if host.trainer.testing else "validation"
-    getattr(host.module, f"on_{stage}_epoch_{which}")()
+    getattr(host.module, f"on_{_stage(host)}_{which}")(*arguments)
+
+
+def _stage(host: Host) -> str:
+    return "test" if host.trainer.testing else "validation"
 
 
 def _one_shot(loader: Any) -> PluginError:

@@ -198,6 +198,12 @@ class Host(Callback):
         """See :meth:`RunContext.evaluate`."""
         return evaluate(self, variant, stage)
 
+    def correct_again(self, hook: str, *arguments: Any) -> None:
+        """Call Lightning's ``hook`` of whoever corrects the head: a correction may differ from batch to batch."""
+        for plugin in self.plugins:
+            if name_of(plugin) == self.scores.offset_owner:
+                getattr(plugin, hook)(self.trainer, self.module, *arguments)
+
     def log(self, key: str, value: Any, **kwargs: Any) -> None:
         """See :meth:`RunContext.log`. The class's own ``log``: an instance may be muted at the moment."""
         try:

@@ -55,10 +55,12 @@ class FindingsService:
 
     def collect(self) -> None:
         """Ask every plugin, on every rank; numbers are also logged, for checkpoints and schedules to monitor."""
+        from groundwire.report.report import plain_finding
+
         stage = self._host.stage
         # Findings at the end of training are about the whole of it.
         epoch = self._host.trainer.current_epoch if self._host.fn == "fit" and stage != "train" else None
-        found: list[Finding] = self._host.hooks.collect("gw_findings", Finding)
+        found = list(map(plain_finding, self._host.hooks.collect("gw_findings", Finding)))
         if stage == "train":
             found += self._host.gradient.findings()
         found = [replace(f, stage=f.stage or stage, epoch=epoch if f.epoch is None else f.epoch) for f in found]
@@ -68,7 +70,8 @@ class FindingsService:
             self.send(numbers)
             return
         for key, value in numbers.items():
-            self._host.log(key, value, sync_dist=True)
+            # Whole names: with several loaders, codes hold the loader's index, which Lightning would refuse to add to.
+            self._host.log(key, value, sync_dist=True, add_dataloader_idx=False)
 
     def send(self, metrics: Mapping[str, float]) -> None:
         """Give ``metrics`` to the Trainer's loggers, which write on rank 0 only."""

@@ -123,6 +123,9 @@ class RunContext:
     def offset(self, owner: str, vector: Tensor) -> None:
         """Add ``vector`` to the head's scores from now on, until the run ends. Calling again writes the new values.
 
+        A vector that differs from batch to batch is set in the owner's ``on_validation_batch_start`` and its like:
+        :meth:`evaluate` calls that too.
+
         Args:
             owner: Name of the plugin that corrects this head. A head takes one correction.
             vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv); or (B, K), a

@@ -46,7 +46,8 @@ class Finding:
         plugin: Name of the plugin that found it.
         code: Short stable identifier, for example ``"sparsity"``; unique per plugin, stage and epoch.
         severity: ``"info"``, ``"warn"`` or ``"fail"``.
-        value: Number, string, bool, None, or a list or dict of these. Numbers also go to the Trainer's loggers.
+        value: Number, string, bool, None, or a list or dict of these; a run turns tensors and NumPy values into such.
+            Numbers also go to the Trainer's loggers.
         message: One sentence for a reader who does not know the plugin.
         stage: ``"train"``, ``"validate"``, ``"test"``, ``"predict"`` or None.
         epoch: Epoch number, counted from 0, or None.

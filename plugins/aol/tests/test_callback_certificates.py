@@ -4,13 +4,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from aol_digits_net import Net, fit, images
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import groundwire
 from groundwire import Fields, Report
 from groundwire.offset import offset_on, write_offset
-from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz_bound
+from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz, lipschitz_bound
 from groundwire_aol.evaluation import CertifiedPass
 
 
@@ -93,6 +94,27 @@ def test_targets_that_are_no_classes_are_left_out_with_a_warning(kit):
     with pytest.warns(UserWarning, match="no class numbers"):
         trainer = kit.fit(Regression(), AOL(), loader=loader, val=loader)
     assert "aol/clean" not in trainer.callback_metrics
+
+
+def test_one_score_for_two_classes_is_refused_before_training(kit):
+    class Binary(Net):
+        steps = 0
+
+        def build(self):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return nn.functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], (batch[1] > 4).float())
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module = Binary()
+    with pytest.raises(groundwire.PluginError, match=r"net\.3 gives one score for two classes"):
+        fit(kit, module, AOL(), num_sanity_val_steps=1)
+    assert module.steps == 0
+    fit(kit, module, AOL(log=False))
 
 
 def test_a_module_without_forward_is_certified_by_its_only_network(kit):
@@ -179,3 +201,19 @@ def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
     fit(kit, Net(), single)
     ratio = double.results["validate"].rounding / single.results["validate"].rounding
     assert ratio == pytest.approx(2.0**-29, rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")  # no row is repeated here
+def test_two_processes_tell_of_the_samples_of_both(kit):
+    class Quiet(Net):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    module = Quiet()
+    module.net, _ = lipschitz(module.net, images().tensors[0][:1])
+    trainer = kit.trainer(AOL(), strategy=strategy, devices=2)
+    trainer.validate(module, DataLoader(images(), 16), verbose=False)
+    [folder] = (kit.path / "groundwire").iterdir()
+    [told] = [f.message for f in Report.read(folder).findings if f.code == "certified_accuracy"]
+    assert "(96 samples)" in told

@@ -129,6 +129,13 @@ def test_present_weights_can_be_kept():
     assert model[1].running_mean.tolist() == [3] * 4
 
 
+def test_what_is_frozen_stays_frozen():
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    stock[:2].requires_grad_(False)
+    model, _ = lipschitz(stock, torch.rand(2, 1, 8, 8))
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"4"}
+
+
 def test_what_is_excluded_stays_and_is_counted():
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     plain[2].weight.data.mul_(10)

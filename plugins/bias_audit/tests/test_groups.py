@@ -67,3 +67,17 @@ def test_a_side_table_with_gaps_is_refused(kit):
 def test_missing_groups_say_where_they_were_looked_for(kit, source, form, message):
     with pytest.raises(PluginError, match=message):
         fitted(kit, BiasAudit(source, variants=False), form=form)
+
+
+def test_groups_that_are_missing_are_told_before_training(kit):
+    class Trains(Classifier):
+        steps = 0
+
+        def training_step(self, *arguments):
+            self.steps += 1
+            return super().training_step(*arguments)
+
+    module, loader = Trains(), DataLoader(Patients(form="plain"), 32)
+    with pytest.raises(PluginError, match="found no groups"):
+        kit.fit(module, BiasAudit(variants=False), loader=loader, val=loader, num_sanity_val_steps=1)
+    assert module.steps == 0

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bias_audit_patients import SHUFFLED, Classifier, Patients, assert_same, expected, fitted
+from bias_audit_patients import SHUFFLED, Classifier, Patients, assert_same, expected, fitted, loaders
 from torch.utils.data import DataLoader
 
-from groundwire import Plugin, PluginError, Report, Variant, hookimpl
+from groundwire import Fields, Plugin, PluginError, Plugins, Report, Variant, hookimpl
 from groundwire_bias_audit import BiasAudit, audit
 
 
@@ -134,3 +134,28 @@ def test_a_feature_may_be_called_like_a_column_of_the_lists(kit):
         assert (table["group score"] == table["id"] % 2).all()
     assert set(flips["label"]) <= {0, 1}
     assert {"label", "score"} <= set(pd.read_csv(folder / "attribution-validate-0.9.csv"))
+
+
+class Regression(Classifier):
+    def loss(self, batch):
+        return (self(batch[0])[:, 0] - batch[0][:, 0] ** 2).square().mean()
+
+
+def real(batch):
+    return Fields(batch[0], targets=batch[0][:, 0] ** 2, groups=batch[2]["groups"])
+
+
+def test_versions_of_a_regression_are_audited_and_have_no_flips(kit):
+    plugin, (_, val) = BiasAudit(variants=[0.9]), loaders()
+    trainer = kit.trainer(Plugins([plugin], fields=real))
+    trainer.validate(Regression(), val, verbose=False)
+    audited = plugin.results["validate"]
+    assert audited["0.9"].task == "regression"
+    assert audited["0.9"].comparison is None
+    assert audited["0.9"].to_frame()["mean_absolute_error"].ne(audited["dense"].to_frame()["mean_absolute_error"]).all()
+
+
+def test_a_baseline_for_a_regression_is_refused(kit):
+    trainer = kit.trainer(Plugins([BiasAudit(variants=[0.5, 0.9], baseline=0.5)], fields=real))
+    with pytest.raises(PluginError, match="a regression has not"):
+        trainer.validate(Regression(), loaders()[1], verbose=False)

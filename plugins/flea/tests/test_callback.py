@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_sp
 
 from groundwire import Plugin, Plugins, Report, hookimpl
 from groundwire_flea import FLEA, SourceDatasets
+from groundwire_flea.report import distances_figure, scores_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
@@ -162,6 +163,21 @@ def test_the_report_tells_who_was_suppressed_and_why(kit, bad):
     assert "could not be drawn" not in page
     for text in ("which sources to trust", "p-value", "and only 3 are kept", "disb share"):
         assert text in page
+
+
+def test_numbers_on_the_map_of_distances_can_be_read_and_the_legend_covers_no_bar(kit, bad):
+    flea = FLEA(permutations=0)
+    fit(kit, Rows(bad), flea)
+    heat = distances_figure(flea.decision).axes[0]
+    for text in heat.texts:
+        j, i = map(round, text.get_position())
+        red, green, blue, _ = heat.images[0].to_rgba(heat.images[0].get_array())[i, j]
+        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
+        assert text.get_color() == ("white" if dark else "black")
+    bars = scores_figure(flea.decision)
+    bars.draw_without_rendering()
+    [legend] = bars.legends
+    assert not legend.get_window_extent().overlaps(bars.axes[0].get_window_extent())
 
 
 def test_scores_reach_the_loggers_before_training(kit, bad):

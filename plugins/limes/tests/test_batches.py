@@ -46,6 +46,11 @@ def test_a_label_that_the_head_does_not_have_is_named_whatever_its_dtype(dtype):
         class_indices(torch.tensor([0, 2, 1]).to(dtype), 2)
 
 
+def test_targets_of_a_regression_are_called_that():
+    with pytest.raises(PluginError, match="have fractions"):
+        class_indices(torch.tensor([0.5, 3.2]), 2)
+
+
 def test_a_missing_binary_label_that_is_nan_is_masked(kit):
     class Binary(Digits):
         def training_step(self, batch, batch_idx):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 #: Symbol and rank of each severity: colour alone does not tell them apart.
 SEVERITIES: dict[Severity, str] = {"fail": "✕", "warn": "!", "info": "i"}
 RANK = {name: rank for rank, name in enumerate(SEVERITIES)}
+#: More remarks of one plugin than these are folded: they would push its section, and other plugins, out of sight.
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ class Block:
     plugin: str
     entries: Sequence[Entry]
     sections: Sequence[Section]
+
+    @property
+    def shown(self) -> list[Entry]:
+        """What is seen at once: all that is not "info", and that too if it is not much."""
+        return [entry for entry in self.entries if entry not in self.folded]
+
+    @property
+    def folded(self) -> list[Entry]:
+        """What is folded, because it is much and nothing is wrong with it."""
+        remarks = [entry for entry in self.entries if entry.latest.severity == "info"]
+        return remarks if len(remarks) > MANY else []
 
 
 def render(meta: Mapping[str, Any], findings: Sequence[Finding], sections: Sequence[tuple[str, Section]]) -> str:

@@ -63,7 +63,7 @@ class Report:
             TypeError: A value is not plain; the text names the plugin and the code.
         """
         for finding in findings:
-            stored = Finding(**_plain(f"finding {finding.code!r} of {finding.plugin}", vars(finding)))
+            stored = plain_finding(finding)
             self._findings[stored.plugin, stored.code, stored.stage, stored.epoch] = stored
 
     @property
@@ -127,6 +127,20 @@ class Report:
                 for plugin, part in self.sections
             ],
         }
+
+
+def plain_finding(finding: Finding) -> Finding:
+    """``finding`` with a value that can be stored: a tensor or a NumPy value becomes a number or a list.
+
+    Raises:
+        TypeError: The value is not plain; the text names the plugin and the code.
+
+    Example:
+        >>> import torch
+        >>> plain_finding(Finding("sam", "norm", "info", torch.tensor(0.5), "Of the gradient.")).value
+        0.5
+    """
+    return Finding(**_plain(f"finding {finding.code!r} of {finding.plugin}", vars(finding)))
 
 
 def _now() -> str:

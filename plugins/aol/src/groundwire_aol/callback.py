@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
+from groundwire.offset import outputs_of
 from groundwire_aol.certificates import RADII, check_radii, smallest_std
 from groundwire_aol.constraint import bake
 from groundwire_aol.conversion import lipschitz
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
-from groundwire_aol.evaluation import CertifiedPass, Result, warn_of_range
+from groundwire_aol.evaluation import CertifiedPass, Result, classes_of, warn_of_range
 from groundwire_aol.parametrization import AOLParametrization, parametrizations
 from groundwire_aol.report import section
 from groundwire_aol.scoring_part import has_weights
@@ -167,6 +168,10 @@ class AOL(Plugin):
     def _try(self, module: nn.Module, fields: Fields) -> None:
         try:
             warn_of_range(fields.inputs, self.input_std)
+            head = self._run.head if self._run is not None and classes_of(fields) is not None else None
+            if head is not None and outputs_of(head.module) < 2:
+                text = f"{head.name} gives one score for two classes -> give two, or only convert, with AOL(log=False)"
+                raise PluginError(f"aol cannot certify this model: {text}")
             CertifiedPass(self.eps, self.input_std).bound(module, fields.inputs)
         except (UnknownLipschitzError, UnsoundError) as error:
             raise PluginError(f"aol cannot certify this model: {error}") from error
@@ -229,7 +234,7 @@ class AOL(Plugin):
             return []
         self.results[run.stage] = result
         for code, value in result.metrics.items():
-            run.log(code, value)
+            run.log(code, value, sync_dist=True)  # equal on all ranks; without it Lightning warns of it
         return result.findings(self.name)
 
     @hookimpl

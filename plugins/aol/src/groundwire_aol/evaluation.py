@@ -97,8 +97,8 @@ class CertifiedPass:
 
     def update(self, module: nn.Module, scores: Tensor, fields: Fields) -> None:
         """Certify one batch; targets other than classes are left out, with a warning."""
-        target = fields.targets
-        if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+        target = classes_of(fields)
+        if target is None:
             if not self.warned:
                 warnings.warn(
                     "aol certifies classes, but the targets are no class numbers: nothing is certified", stacklevel=2
@@ -155,13 +155,25 @@ class CertifiedPass:
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
             values, clean = self.metric.compute().tolist(), float(self.clean.compute())
             largest = float(self.largest.compute())
-        samples = int(self.metric.total)
+            with self.metric.sync_context():
+                samples = int(self.metric.total)
         if not samples or any(map(math.isnan, values)):
             return None
         curve = tuple(zip(self.grid, (clean, *values[len(self.eps) :]), strict=True))
         constant = max(map(float, self.bounds.values()), default=math.nan) / smallest_std(self.input_std)
         certified = dict(zip(self.eps, values, strict=False))
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
+
+
+def classes_of(fields: Fields) -> Tensor | None:
+    """The targets, if they are class numbers: one integer for each row.
+
+    Example:
+        >>> classes_of(Fields(torch.rand(2, 3), targets=torch.rand(2))) is None
+        True
+    """
+    target = fields.targets
+    return target if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point() else None
 
 
 def warn_of_range(inputs: Any, input_std: Any = None) -> None:

@@ -129,8 +129,10 @@ def _centering(norm: Any, init: Init) -> BatchCentering:
     new = BatchCentering(norm.num_features, norm.momentum if norm.momentum is not None else 0.1, bias=norm.affine)
     if init == "keep" and norm.running_mean is not None:
         new.running_mean.copy_(norm.running_mean)
-    if init == "keep" and new.bias is not None:
-        new.bias.data.copy_(norm.bias.detach())
+    if new.bias is not None:
+        new.bias.requires_grad_(norm.bias.requires_grad)
+        if init == "keep":
+            new.bias.data.copy_(norm.bias.detach())
     return new
 
 

@@ -156,8 +156,10 @@ class BiasAudit(Plugin):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Remember which loader the batch is from."""
+        """Remember which loader the batch is from; missing groups are told in the sanity check, not an epoch later."""
         self._recorder.batch_starts(batch, dataloader_idx)
+        if trainer.sanity_checking and self._run is not None:
+            self._recorder.features(self._run.fields(batch), self._run)
 
     on_test_batch_start = on_validation_batch_start
 

@@ -52,6 +52,14 @@ class Recorder:
         """Which batch the next scores are for, and of which loader."""
         self._batch, self._loader = batch, loader
 
+    def features(self, fields: Fields, run: RunContext) -> dict[str, Any]:
+        """The groups of the rows of the batch that started."""
+        rows = None if run.ids is None else np.asarray(run.ids)
+        return self._read(fields, rows, loader_of(run, self._loader))
+
+    def _read(self, fields: Fields, rows: Any, loader: Any) -> dict[str, Any]:
+        return self.reader.read(self._batch, fields, rows, getattr(loader, "dataset", None))
+
     def take(self, scores: Tensor, fields: Fields, variant: str | None, run: RunContext) -> None:
         """The scores of a batch, of the model or of the version that :meth:`evaluate` is at."""
         if variant is None and self.dense is not None:
@@ -74,8 +82,7 @@ class Recorder:
         rows = None if given is None else np.asarray(given)
         ids = None if rows is None or len(rows) != len(scores) else rows + loader * LOADER_STEP
         # A version's rows are the model's, so they have the groups of those.
-        dataset = getattr(source, "dataset", None)
-        features = self.reader.read(self._batch, fields, rows, dataset) if target.count else {}
+        features = self._read(fields, rows, source) if target.count else {}
         keep = counted(getattr(source, "sampler", None), start, len(scores))
         target.add(scores, fields.targets, features, ids, keep)
 

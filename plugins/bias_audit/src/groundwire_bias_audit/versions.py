@@ -51,7 +51,14 @@ class Versions:
     def changes(
         self, run: RunContext, baseline: Any, threshold: float, dense: AuditResult, gate: Gate
     ) -> tuple[dict[str, Comparison | None], Record | None]:
-        """What changed from the baseline to each version, and the baseline's rows of this process."""
+        """What changed from the baseline to each version, and the baseline's rows of this process.
+
+        Nothing for a regression, which has no flips: its versions are audited by themselves.
+        """
+        if dense.task == "regression":
+            if baseline is not None:
+                raise PluginError("a baseline is compared by flips, which a regression has not -> leave baseline= out")
+            return dict.fromkeys(self.records), None
         reference, against = reference_of(baseline, self.records, threshold)
         found = {
             name: None if name == against else comparison(run, reference, record, dense, gate)

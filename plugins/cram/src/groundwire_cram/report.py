@@ -16,7 +16,7 @@ def section(cram: CrAM, findings: list[Finding]) -> Section:
     """Settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
     method, trained = cram.method, cram.method.operators
     text = (
-        f"Trained with {'CrAM+' if method.plus else 'CrAM'} for the {', '.join(described(str(o)) for o in trained)}; "
+        f"Trained with {'CrAM+' if method.plus else 'CrAM'} for: {', '.join(described(str(o)) for o in trained)}; "
         f"rho {method.rho:g}{' times the normalised gradient' if method.grad_norm else ''}"
         f"{', sparse gradients' if method.sparse_grad else ''}. A compressed version is the model with its weights "
         "changed so in one shot, without any retraining."

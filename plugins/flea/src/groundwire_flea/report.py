@@ -54,7 +54,8 @@ def scores_figure(decision: Decision) -> Any:
     axes.set_yticks(range(len(order)), labels)
     axes.margins(x=0.12)
     axes.set(xlabel="score q: distance from the majority", title="How far is each source from the others?")
-    axes.legend(handles=[Patch(color=KEPT, label="kept"), Patch(color=DROPPED, label="suppressed")])
+    handles = [Patch(color=KEPT, label="kept"), Patch(color=DROPPED, label="suppressed")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)  # on the axes it would cover bars
     return figure
 
 
@@ -73,7 +74,8 @@ def distances_figure(decision: Decision) -> Any:
     axes.set_yticks(range(len(names)), names)
     if len(names) <= 15:
         for (i, j), value in np.ndenumerate(values):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            colour = "white" if value > 0.6 * values.max() else "black"  # the map darkens towards its end
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     border = sum(decision.kept) - 0.5
     if border < len(names) - 0.5:
         axes.axhline(border, color="black")

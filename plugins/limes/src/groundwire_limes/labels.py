@@ -153,7 +153,8 @@ def class_indices(targets: Any, classes: int) -> bool:
     """Whether ``targets`` are nothing but whole numbers from 0 to K-1, where a look does not wait for a device.
 
     Raises:
-        PluginError: There is a class index that the head has no score for; it names it and the number of classes.
+        PluginError: There is a class index that the head has no score for; it names it and the number of classes. Or
+            the targets are of a regression.
 
     Example:
         >>> class_indices(torch.tensor([0, 1]), 2), class_indices(torch.tensor([0, -100]), 2)
@@ -162,12 +163,19 @@ def class_indices(targets: Any, classes: int) -> bool:
     if not isinstance(targets, Tensor) or targets.device.type != "cpu" or not targets.numel():
         return False
     least, largest = (float(t) for t in targets.aminmax())
+    if targets.dim() == 1 and targets.is_floating_point() and not (classes == 2 and largest <= 1):
+        _refuse_fractions(targets)
     if largest >= classes:
         raise PluginError(
             f"label {largest:.0f} is in a training batch, and the head has {classes} classes (0 to "
             f"{classes - 1}) -> give the head a score for it, or mask such rows with a negative label"
         )
     return targets.dtype == torch.int64 and least >= 0
+
+
+def _refuse_fractions(targets: Tensor) -> None:
+    if bool((targets.frac().abs() > 0).any()):
+        raise PluginError("the targets have fractions, so they are no classes -> LIMES is for classification")
 
 
 @dataclass(frozen=True)
