@@ -114,3 +114,20 @@ def test_a_training_step_that_skips_its_forward_pass_has_no_scores(kit):
         warnings.filterwarnings("ignore", ".*returned `None`")  # Lightning says it once in a process
         kit.fit(Skips(), counts)
     assert counts.batches == 4
+
+
+def test_a_pass_of_a_plugins_own_before_the_step_is_no_part_of_its_scores(kit):
+    class Peeking(Told):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            with self.run.aside():
+                pl_module(batch[0][:1])
+
+        @hookimpl
+        def gw_check(self, run):
+            self.run = run
+
+        @hookimpl
+        def gw_scores(self, scores, fields):
+            assert len(scores) == len(fields.inputs)
+
+    kit.trainer(Peeking("net.3")).validate(kit.Net(), kit.loader(), verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,10 @@ class RunContext:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
         """
         return self._host.evaluate(variant, stage or self.stage)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Forward passes of the module meanwhile are not the step's own: their scores are not the batch's."""
+        return self._host.scores.aside()
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log ``value`` as ``"<plugin>/<name>"``; ``kwargs`` as for ``LightningModule.log``.

@@ -47,7 +47,7 @@ def raw_scores(run: RunContext, batch: Any) -> np.ndarray[Any, Any]:
     handle = head.module.register_forward_hook(lambda _, __, output: found.append(output.detach()), prepend=True)
     inputs = run.fields(batch).inputs
     try:
-        with unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+        with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
             module.eval()
             module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     finally:
