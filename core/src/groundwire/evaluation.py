@@ -113,6 +113,7 @@ def _step(host: Host, log: LogMeans, batch: Any, batch_idx: int, dataloader_idx:
     trainer = host.trainer
     batch = move_batch(trainer, batch, dataloader_idx)
     host.before_batch(batch, host.stage, dataloader_idx)
+    host.scores.correct(batch, batch_idx, dataloader_idx)
     log.suffix = f"/dataloader_idx_{dataloader_idx}" if len(host.ids.loaders(host.stage)) > 1 else ""
     log.rows = next((len(t) for t in tensors_in(batch) if t.ndim), 1)
     arguments = evaluation_arguments(trainer, evaluation_loop(trainer), batch, batch_idx, dataloader_idx)

@@ -100,7 +100,8 @@ class RunContext:
         """Evaluate ``variant`` (the model itself when None) on the running stage's loaders, with the Trainer's limits.
 
         Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
-        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes.
+        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes. The plugin that
+        corrects the head is told of each batch by its ``on_validation_batch_start`` or ``on_test_batch_start``.
 
         Raises:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.

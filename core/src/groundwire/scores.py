@@ -186,6 +186,13 @@ class ScoreService:
             )
         write_offset(self.head.module, vector)
 
+    def correct(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Let the owner of the offset write that of a batch which Lightning does not announce to callbacks."""
+        if self.offset_owner in self._host.by_name:
+            hook = f"on_{'test' if self._host.trainer.testing else 'validation'}_batch_start"
+            owner = self._host.by_name[self.offset_owner]
+            getattr(owner, hook)(self._host.trainer, self._host.module, batch, batch_idx, dataloader_idx)
+
     def _probe(self, batch: Any) -> None:
         """A module compiled and called before the run ignores new hooks, without a message."""
         self._probed = True
