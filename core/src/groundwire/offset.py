@@ -92,6 +92,33 @@ def offset_on(layer: nn.Module) -> Iterator[None]:
         delattr(layer, ROWS)
 
 
+def offsets_in(module: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Each corrected layer with a copy of its offset as it is now: of shape (K,), or (B, K) for rows that differ.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3))
+        >>> with offset_on(net[0]):
+        ...     write_offset(net[0], torch.ones(3))
+        ...     [(layer, offset)] = offsets_in(net)
+        >>> layer is net[0], offset.tolist()
+        (True, [1.0, 1.0, 1.0])
+    """
+    corrected = [layer for layer in module.modules() if BUFFER in layer._buffers]
+    return [(layer, _current(layer).clone()) for layer in corrected]
+
+
+def _current(layer: nn.Module) -> Tensor:
+    rows = getattr(layer, ROWS)
+    found: Tensor = getattr(layer, BUFFER) if rows is None else rows
+    return found
+
+
+def forget_rows(layer: nn.Module) -> None:
+    """The batch whose rows had offsets of their own is over."""
+    if getattr(layer, ROWS, None) is not None:
+        setattr(layer, ROWS, None)
+
+
 def is_corrected(layer: nn.Module) -> bool:
     """Whether a run adds something other than zero to the scores of ``layer``.
 

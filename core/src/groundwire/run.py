@@ -132,7 +132,8 @@ class RunContext:
         Args:
             owner: Name of the plugin that corrects this head. A head takes one correction.
             vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv); or (B, K), a
-                vector for each row of the coming forward passes, until the next call.
+                vector for each row of the coming forward passes, until the next call or the end of the evaluation.
+                A replay corrects each batch of the window by what corrected it first.
 
         Raises:
             PluginError: The head is unknown, ``vector`` does not fit it or is not finite, or another plugin corrects it

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import is_compiled, moves_scores, offset_of, offset_on, write_offset
+from groundwire.offset import forget_rows, is_compiled, moves_scores, offset_of, offset_on, write_offset
 from groundwire.order import name_of
 from groundwire.types import Fields, Head, Problem
 from groundwire.window import tensors_in
@@ -185,6 +185,11 @@ class ScoreService:
                 f"{owner!r} and {self.offset_owner!r} both correct the head {self.head.name!r} -> keep one of them"
             )
         write_offset(self.head.module, vector)
+
+    def after_epoch(self) -> None:
+        """Whoever runs the module now has another number of rows than the last batch."""
+        if self.head is not None:
+            forget_rows(self.head.module)
 
     def correct(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Let the owner of the offset write that of a batch which Lightning does not announce to callbacks."""
