@@ -2,7 +2,7 @@
 
 The vector is a non-persistent buffer, so state dicts stay the user's, and it is written in place, so torch.compile
 does not recompile. The hook is a module-level function: a bound method would take its object along in every deepcopy.
-Vectors that differ from row to row are a plain attribute: DDP would overwrite a buffer with the first rank's.
+Vectors that differ from row to row are a plain attribute.
 """
 
 from __future__ import annotations

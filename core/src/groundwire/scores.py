@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from groundwire._lightning import kept_from_broadcast
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import forget_rows, is_compiled, moves_scores, offset_of, offset_on, write_offset
+from groundwire.offset import BUFFER, forget_rows, is_compiled, moves_scores, offset_of, offset_on, write_offset
 from groundwire.order import name_of
 from groundwire.types import Fields, Head, Problem
 from groundwire.window import tensors_in
@@ -179,6 +180,8 @@ class ScoreService:
         if self.offset_owner is None:
             self._host.refuse_early_averaging(owner)
             self._host.stack.enter_context(offset_on(self.head.module))
+            name = f"{self.head.name}.{BUFFER}"
+            self._host.stack.enter_context(kept_from_broadcast(self._host.trainer, name))
             self.offset_owner = owner
         if self.offset_owner != owner:
             raise PluginError(
