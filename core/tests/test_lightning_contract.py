@@ -253,3 +253,18 @@ def test_a_trainers_optimizer_step_is_known_by_its_closure(kit):
     assert found == [True]
     assert not _lightning.is_lightnings_step({"closure": lambda: None})
     assert not _lightning.is_lightnings_step({})
+
+
+def test_ddp_looks_at_each_forward_which_buffers_not_to_broadcast(kit):
+    class Look(pl.Callback):
+        @torch.no_grad()
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            wrapped = trainer.strategy.model
+            before = len(wrapped.modules_buffers)
+            with _lightning.kept_from_broadcast(trainer, "net.1.running_mean"):
+                wrapped(batch[0])
+                assert len(wrapped.modules_buffers) == before - 1
+            assert not wrapped.parameters_to_ignore
+
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    kit.trainer(Look(), strategy=strategy, devices=1, limit_train_batches=1, max_epochs=1).fit(kit.Net(), kit.loader())

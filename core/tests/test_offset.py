@@ -114,3 +114,74 @@ def test_a_training_step_that_skips_its_forward_pass_has_no_scores(kit):
         warnings.filterwarnings("ignore", ".*returned `None`")  # Lightning says it once in a process
         kit.fit(Skips(), counts)
     assert counts.batches == 4
+
+
+def test_a_pass_of_a_plugins_own_before_the_step_is_no_part_of_its_scores(kit):
+    class Peeking(Told):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            with self.run.aside():
+                pl_module(batch[0][:1])
+
+        @hookimpl
+        def gw_check(self, run):
+            self.run = run
+
+        @hookimpl
+        def gw_scores(self, scores, fields):
+            assert len(scores) == len(fields.inputs)
+
+    kit.trainer(Peeking("net.3")).validate(kit.Net(), kit.loader(), verbose=False)
+
+
+class ByBatch(Plugin):
+    """Corrects each batch in its own way: all rows alike, or each for itself."""
+
+    name, head = "by_batch", "net.3"
+
+    def __init__(self, rows):
+        self.rows, self.run = rows, None
+
+    @hookimpl
+    def gw_check(self, run):
+        self.run = run
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        shape = (len(batch[0]), 3) if self.rows else (3,)
+        self.run.offset(self.name, torch.randn(shape, generator=torch.Generator().manual_seed(batch_idx)))
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+class Replaying(Plugin):
+    """Takes the gradient of the same weights once more."""
+
+    name = "replaying"
+
+    def __init__(self):
+        self.gaps = []
+
+    @hookimpl
+    def gw_gradient(self, step):
+        again = step.replay()
+        self.gaps += [float((again[name] - grad).abs().max()) for name, grad in step.grads.items()]
+        return again
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_each_batch_of_a_window_is_replayed_with_the_offset_that_corrected_it(kit, rows):
+    replaying = Replaying()
+    batches = [(torch.randn(size, 8), torch.randint(3, (size,))) for size in (4, 6, 6, 4)]
+    plugins = Plugins([ByBatch(rows), replaying], report=False)
+    kit.trainer(plugins, max_epochs=1, accumulate_grad_batches=2).fit(kit.Net(), iter(batches))
+    assert replaying.gaps
+    assert max(replaying.gaps) < 1e-6
+
+
+def test_offsets_of_rows_are_gone_when_an_evaluation_is_over(kit):
+    class Looking(ByBatch):
+        @hookimpl
+        def gw_findings(self, run):
+            run.module(torch.zeros(1, 8))
+
+    kit.trainer(Looking(rows=True)).validate(kit.Net(), kit.loader(), verbose=False)

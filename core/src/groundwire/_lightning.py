@@ -133,6 +133,21 @@ def gradients_are_views(trainer: Any) -> bool:
     return bool(getattr(trainer.strategy.model, "gradient_as_bucket_view", False))
 
 
+@contextmanager
+def kept_from_broadcast(trainer: Any, name: str) -> Iterator[None]:
+    """While open, DDP does not give all ranks the first one's values of the buffer ``name`` at each forward.
+
+    It does so in models that have buffers of their own, for all buffers that are not in ``parameters_to_ignore``, at
+    which it looks each time.
+    """
+    ignored: set[str] = getattr(trainer.strategy.model, "parameters_to_ignore", set())
+    ignored.add(name)
+    try:
+        yield
+    finally:
+        ignored.discard(name)
+
+
 def without_sync(trainer: Any, block: bool) -> AbstractContextManager[Any]:
     """Postpone gradient reduction. ``block_backward_sync`` exists on parallel strategies only."""
     if block and hasattr(trainer.strategy, "block_backward_sync"):

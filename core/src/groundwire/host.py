@@ -265,11 +265,13 @@ class Host(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Findings of the validation; variants are evaluated here."""
+        self.scores.after_epoch()
         if not trainer.sanity_checking:
             self.findings.collect()
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Findings of the test."""
+        self.scores.after_epoch()
         self.findings.collect()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

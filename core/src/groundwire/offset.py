@@ -2,7 +2,7 @@
 
 The vector is a non-persistent buffer, so state dicts stay the user's, and it is written in place, so torch.compile
 does not recompile. The hook is a module-level function: a bound method would take its object along in every deepcopy.
-Vectors that differ from row to row are a plain attribute: DDP would overwrite a buffer with the first rank's.
+Vectors that differ from row to row are a plain attribute.
 """
 
 from __future__ import annotations
@@ -90,6 +90,33 @@ def offset_on(layer: nn.Module) -> Iterator[None]:
         handle.remove()
         delattr(layer, BUFFER)
         delattr(layer, ROWS)
+
+
+def offsets_in(module: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Each corrected layer with a copy of its offset as it is now: of shape (K,), or (B, K) for rows that differ.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3))
+        >>> with offset_on(net[0]):
+        ...     write_offset(net[0], torch.ones(3))
+        ...     [(layer, offset)] = offsets_in(net)
+        >>> layer is net[0], offset.tolist()
+        (True, [1.0, 1.0, 1.0])
+    """
+    corrected = [layer for layer in module.modules() if BUFFER in layer._buffers]
+    return [(layer, _current(layer).clone()) for layer in corrected]
+
+
+def _current(layer: nn.Module) -> Tensor:
+    rows = getattr(layer, ROWS)
+    found: Tensor = getattr(layer, BUFFER) if rows is None else rows
+    return found
+
+
+def forget_rows(layer: nn.Module) -> None:
+    """The batch whose rows had offsets of their own is over."""
+    if getattr(layer, ROWS, None) is not None:
+        setattr(layer, ROWS, None)
 
 
 def is_corrected(layer: nn.Module) -> bool:

@@ -164,6 +164,7 @@ class GradientStep:
                     set_rng_states(recorded.rng_states)
                 else:
                     seed_globals(derive_seed(self._seed, self._trainer.global_step, number))
+                recorded.correct()
                 with without_sync(self._trainer, block=number < last):
                     self._backward_once(recorded.micro_batch, loss_fn)
 

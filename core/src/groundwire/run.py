@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +100,17 @@ class RunContext:
         """Evaluate ``variant`` (the model itself when None) on the running stage's loaders, with the Trainer's limits.
 
         Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
-        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes.
+        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes. The plugin that
+        corrects the head is told of each batch by its ``on_validation_batch_start`` or ``on_test_batch_start``.
 
         Raises:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
         """
         return self._host.evaluate(variant, stage or self.stage)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Forward passes of the module meanwhile are not the step's own: their scores are not the batch's."""
+        return self._host.scores.aside()
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log ``value`` as ``"<plugin>/<name>"``; ``kwargs`` as for ``LightningModule.log``.
@@ -129,7 +135,8 @@ class RunContext:
         Args:
             owner: Name of the plugin that corrects this head. A head takes one correction.
             vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv); or (B, K), a
-                vector for each row of the coming forward passes, until the next call.
+                vector for each row of the coming forward passes, until the next call or the end of the evaluation.
+                A replay corrects each batch of the window by what corrected it first.
 
         Raises:
             PluginError: The head is unknown, ``vector`` does not fit it or is not finite, or another plugin corrects it

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from groundwire._lightning import kept_from_broadcast
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import is_compiled, moves_scores, offset_of, offset_on, write_offset
+from groundwire.offset import BUFFER, forget_rows, is_compiled, moves_scores, offset_of, offset_on, write_offset
 from groundwire.order import name_of
 from groundwire.types import Fields, Head, Problem
 from groundwire.window import tensors_in
@@ -179,12 +180,19 @@ class ScoreService:
         if self.offset_owner is None:
             self._host.refuse_early_averaging(owner)
             self._host.stack.enter_context(offset_on(self.head.module))
+            name = f"{self.head.name}.{BUFFER}"
+            self._host.stack.enter_context(kept_from_broadcast(self._host.trainer, name))
             self.offset_owner = owner
         if self.offset_owner != owner:
             raise PluginError(
                 f"{owner!r} and {self.offset_owner!r} both correct the head {self.head.name!r} -> keep one of them"
             )
         write_offset(self.head.module, vector)
+
+    def after_epoch(self) -> None:
+        """Whoever runs the module now has another number of rows than the last batch."""
+        if self.head is not None:
+            forget_rows(self.head.module)
 
     def _probe(self, batch: Any) -> None:
         """A module compiled and called before the run ignores new hooks, without a message."""

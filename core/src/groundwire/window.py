@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from groundwire._lightning import collect_rng_states, instance_attribute
 from groundwire.errors import PluginError
+from groundwire.offset import offsets_in, write_offset
 from groundwire.types import MicroBatch
 
 
@@ -80,6 +81,12 @@ class Recorded:
     rng_states: dict[str, Any]
     versions: tuple[tuple[Tensor, int], ...]
     parameters: tuple[tuple[nn.Parameter, int], ...] = ()
+    offsets: tuple[tuple[nn.Module, Tensor], ...] = ()
+
+    def correct(self) -> None:
+        """Write the offsets that corrected the micro-batch; those of the window's last one are there now."""
+        for layer, offset in self.offsets:
+            write_offset(layer, offset)
 
     def edited(self) -> list[nn.Parameter]:
         """Parameters that changed in place since: by the training step itself, as no optimizer stepped yet."""
@@ -96,11 +103,11 @@ class Recorded:
 
 
 def record(batch: Any, batch_idx: int, module: nn.Module) -> Recorded:
-    """Remember ``batch`` as it is now, with the random states and the parameters' versions of now."""
+    """Remember ``batch`` as it is now, with the random states, the parameters' versions and the offsets of now."""
     twin = copy_containers(batch)
     versions = tuple((t, t._version) for t in tensors_in(twin) if not t.is_inference())
     parameters = tuple((p, p._version) for p in module.parameters())
-    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters)
+    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters, tuple(offsets_in(module)))
 
 
 class Window:

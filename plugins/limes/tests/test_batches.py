@@ -26,6 +26,7 @@ from groundwire_limes.labels import class_indices
         ([0.0, 9999.0, 0.0], {}, "time goes backwards, from step 2 to 0"),
         ([0.0, 99999.0, 80000.0], {"lateness": 1}, "time goes backwards, from step 27 to 22"),
         ([0.0], {"time": "when"}, "no 'when' in a training batch"),
+        ([[]], {}, "a batch has no rows"),
         ([0.0], {"weights": "w"}, "no weights 'w'"),
         ([0.0], {"weights": lambda _: [1.0, 2.0]}, "2 weights for a batch of 4 rows"),
     ],
@@ -113,15 +114,18 @@ def test_a_loader_may_use_the_same_tensors_for_every_batch(kit):
     assert found[0] == found[1]
 
 
-def test_labels_that_the_training_step_edits_are_counted_as_it_left_them(kit):
+@pytest.mark.parametrize("view", [lambda y: y, lambda y: y.numpy(), lambda y: y.data])
+def test_labels_that_the_training_step_edits_are_counted_as_it_left_them(kit, view):
     class Relabelling(Digits):
         def training_step(self, batch, batch_idx):
-            batch[1].fill_(7)
+            view(batch[1])[:3] = 7
+            view(batch[1])[3:] = -100
             return super().training_step(batch, batch_idx)
 
     limes = LIMES()
     kit.trainer(limes).fit(Relabelling(), Listed(rows_at([0.0], [3])))
-    assert limes.extrapolator.state_dict()["counts"][0] == [0.0] * 7 + [4.0, 0.0, 0.0]
+    assert limes.extrapolator.state_dict()["counts"][0] == [0.0] * 7 + [3.0, 0.0, 0.0]
+    assert limes._line.tally.quality(0)["labels"] == 3
 
 
 def test_weighted_rows_count_by_their_weights(kit):

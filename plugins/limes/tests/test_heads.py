@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from limes_digit_stream import HOUR, Digits, fit, module_of, stream
+from limes_digit_stream import HOUR, Digits, Listed, fit, module_of, stream
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -76,6 +76,32 @@ def test_heads_with_a_score_for_every_place_count_every_place_and_mask_ignored_o
     seen = [np.concatenate([y[y >= 0].numpy() for _, y, m in rows if m["timestamp"] // HOUR == h]) for h in range(3)]
     expected = [np.bincount(labels, minlength=3) for labels in seen]
     assert np.array_equal(counts, expected)
+
+
+def test_a_model_that_pools_the_scores_of_places_is_refused_with_the_reason(kit):
+    class Pooling(Segmenter):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]).mean(dim=(2, 3)), batch[1])
+
+    batch = (torch.zeros(4, 64), torch.zeros(4, dtype=torch.long), {"timestamp": 0.0})
+    with pytest.raises(PluginError, match=r"targets of shape \(4,\) do not fit 256 predictions .* before the head"):
+        kit.trainer(LIMES()).fit(Pooling(conv=True), Listed([batch]))
+
+
+def test_a_step_of_two_forward_passes_with_half_the_rows_each_is_counted_from_its_first_batch(kit):
+    """What LIMES itself passes through the model before the first step is no part of that step."""
+
+    class Halves(Digits):
+        def training_step(self, batch, batch_idx):
+            scores = torch.cat([self(half) for half in batch[0].chunk(2)])
+            return nn.functional.cross_entropy(scores, batch[1])
+
+    found = []
+    for kind in (Halves, Digits):
+        limes = LIMES()
+        kit.trainer(limes).fit(kind(), datamodule=module_of(3))
+        found.append(limes._line.tally.known)
+    assert all(np.allclose(found[0][step], found[1][step]) for step in found[1])
 
 
 def test_the_state_dict_stays_the_users_and_loads_strictly_both_ways(fitted):

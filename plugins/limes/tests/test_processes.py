@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from limes_digit_stream import Digits, Spy, stream
+from limes_digit_stream import HOUR, Digits, Listed, Spy, stream
 from torch.utils.data import DataLoader
 
 from groundwire_limes import LIMES
@@ -50,3 +50,39 @@ def test_two_processes_agree_on_steps_counts_and_offsets(kit, training_prior):
     for (step, made), (other, also) in zip(one["kept"], two["kept"], strict=True):
         assert step == other
         assert all(made[s] == also[s] for s in made.keys() & also.keys())
+
+
+def test_each_process_has_the_offset_of_its_own_hour_in_a_model_with_buffers_too(kit):
+    """DDP gives all processes the first one's buffers before each forward, in models that have any of their own."""
+
+    class Buffered(Digits):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(64, affine=False)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    class Apart(pl.LightningDataModule):
+        """The second process is an hour ahead."""
+
+        def train_dataloader(self):
+            rank = self.trainer.global_rank
+            return Listed(
+                [(torch.randn(8, 64), torch.full((8,), h % 3), {"timestamp": (h + rank) * HOUR}) for h in range(6)]
+            )
+
+    class Seen(Spy):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            written.append(pl_module.net[2].gw_offset.clone())
+
+        def on_train_end(self, trainer, pl_module):
+            torch.save((written, self.offsets), kit.path / f"rank{trainer.global_rank}.pt")
+
+    written = []
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    trainer = kit.trainer(LIMES(training_prior="forecast"), Seen(), strategy=strategy, devices=2)
+    trainer.fit(Buffered(), datamodule=Apart())
+    ranks = [torch.load(kit.path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(torch.stack(before), torch.stack(used)) for before, used in ranks)
+    assert not torch.equal(torch.stack(ranks[0][1]), torch.stack(ranks[1][1]))

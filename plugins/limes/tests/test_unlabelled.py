@@ -4,7 +4,9 @@ import pytest
 import torch
 from limes_digit_stream import HOUR, Digits, Listed, stream
 
+from groundwire import Plugin, PluginError, hookimpl
 from groundwire_limes import LIMES, StreamDataModule
+from groundwire_limes.adaptation import raw_scores
 from groundwire_limes.functional import log_offset
 
 
@@ -35,3 +37,30 @@ def test_batches_without_labels_keep_the_forecast_while_too_few_labelled_steps_a
     limes, offset = offset_in_a_flood(kit, hours=7, at=12)
     assert limes._learned.memory.gate(limes.extrapolator, 6) is None
     assert offset == pytest.approx(log_offset(limes.prior(12 * HOUR)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("forward", "text"),
+    [
+        (lambda self, x, mask: self.net(x * mask), "failed with TypeError"),
+        (lambda self, x: x.sum(), "did not reach the head 'net.2'"),
+    ],
+)
+def test_a_model_whose_forward_gives_no_scores_beforehand_is_told_what_to_do(kit, forward, text):
+    class Module(Digits):
+        def validation_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+    class Asking(Plugin):
+        name, head = "asking", "net.2"
+
+        @hookimpl
+        def gw_check(self, run):
+            self.run = run
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            raw_scores(self.run, batch)
+
+    Module.forward = forward
+    with pytest.raises(PluginError, match=rf"forward\(inputs\) {text}.* -> tell its inputs"):
+        kit.trainer(Asking()).validate(Module(), Listed([(torch.zeros(4, 64), torch.zeros(4))]), verbose=False)

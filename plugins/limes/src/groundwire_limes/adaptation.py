@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire import RunContext
+from groundwire import PluginError, RunContext
 from groundwire.guard import unseen
 from groundwire.offset import outputs_of
 from groundwire_limes.clock import Steps
@@ -40,17 +40,32 @@ def adapted_offsets(line: Timeline, memory: Memory, run: RunContext, batch: Any,
 
 
 def raw_scores(run: RunContext, batch: Any) -> np.ndarray[Any, Any]:
-    """The batch's scores without any offset, (N, K), from a forward pass that leaves no trace."""
+    """The batch's scores without any offset, (N, K), from a forward pass that leaves no trace.
+
+    Raises:
+        PluginError: The module's ``forward`` does not work on the batch's inputs, or does not reach the head.
+    """
     module, head = run.module, run.head
     assert head is not None
     found: list[Tensor] = []
     handle = head.module.register_forward_hook(lambda _, __, output: found.append(output.detach()), prepend=True)
     inputs = run.fields(batch).inputs
     try:
-        with unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+        with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
             module.eval()
             module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    except Exception as error:
+        raise PluginError(_unusable(f"failed with {type(error).__name__}: {error}")) from error
     finally:
         handle.remove()
+    if not found:
+        raise PluginError(_unusable(f"did not reach the head {head.name!r}"))
     scores = two_columns(class_scores(found[-1].float(), hasattr(head.module, "kernel_size")))
     return np.asarray(scores.cpu().double().numpy())
+
+
+def _unusable(what: str) -> str:
+    return (
+        f"limes: unlabelled=True needs the scores of a batch beforehand, and the model's forward(inputs) {what} -> "
+        "tell its inputs, a dict for keyword arguments: Plugins(fields=lambda batch: Fields(inputs=...))"
+    )

@@ -19,7 +19,7 @@ from groundwire_limes.correction import Correction, TrainingPrior
 from groundwire_limes.distributed import Ranks
 from groundwire_limes.extrapolator import METHODS, Method
 from groundwire_limes.labelled import Labelled, weights_of
-from groundwire_limes.labels import Looked
+from groundwire_limes.labels import class_indices
 from groundwire_limes.learned import Learned
 from groundwire_limes.reported import Reported
 from groundwire_limes.steps import seconds
@@ -108,7 +108,6 @@ class LIMES(Reported):
         self._correction: Correction | None = None
         self._steps: Steps | None = None
         self._asked: Timeline | None = None
-        self._looked = Looked(None)
         self._row_weights: Tensor | None = None
         self._counted = True
         self._notes: list[tuple[str, str]] = []
@@ -116,7 +115,7 @@ class LIMES(Reported):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
         gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_asked", "_row_weights"))
-        return {**vars(self), **gone, "_ranks": Ranks(), "_looked": Looked(None)}
+        return {**vars(self), **gone, "_ranks": Ranks()}
 
     # Lightning
 
@@ -158,7 +157,7 @@ class LIMES(Reported):
         if fields.targets is None and not self._told:
             self._told = True
             inspection.warn([("no_labels", inspection.NO_LABELS)])
-        self._looked = Looked.at(fields.targets, line.extrapolator.num_classes)
+        class_indices(fields.targets, line.extrapolator.num_classes)  # before the loss fails on one, without a name
         self._steps = self._clock.training(batch, fields, self._learned.batches)
         self._row_weights = weights_of(self.weights, batch, self._steps.rows)
         step = self._ranks.earliest(self._steps.earliest)
@@ -181,7 +180,7 @@ class LIMES(Reported):
             return
         assert run.raw_scores is not None
         classes = line.extrapolator.num_classes
-        indices = self._looked.still(fields.targets)
+        indices = class_indices(fields.targets, classes)  # once more: the step may have edited them
         labelled = Labelled.of(steps, run.raw_scores, fields.targets, classes, self._learned.conv, indices)
         if self.unlabelled:
             labelled.remember(self._learned.memory)

@@ -96,16 +96,18 @@ class Clock:
         """Steps of ``times``, of which there is one for each row or one for all.
 
         Raises:
-            PluginError: A time is wrong, or there are as many times as neither one nor the rows.
+            PluginError: A time is wrong, there is none, or there are as many as neither one nor the rows.
         """
         if (shared := shared_key(times, self.seconds)) is not None and times.numel() in (1, rows):
             return Steps(shared, rows)
         keys = self._keys(times)
+        if not keys.size:
+            raise PluginError("limes: a batch has no rows -> leave it out of the stream")
         if keys.size not in (1, rows):
             raise PluginError(
                 f"limes: {keys.size} timestamps for a batch of {rows} rows -> one for each, or one for all"
             )
-        return Steps(int(keys[0]) if keys.size and keys.min() == keys.max() else keys, rows)
+        return Steps(int(keys[0]) if keys.min() == keys.max() else keys, rows)
 
     def distinct(self, times: Sequence[Any]) -> tuple[list[int], float | None]:
         """Steps in which ``times`` fall, ascending, and how long a step is; step numbers if batches are counted.

@@ -122,7 +122,7 @@ def refuse_probabilities(run: RunContext, batch: Any) -> None:
         return
     given: list[Tensor] = []
     inputs = run.fields(batch).inputs
-    with unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+    with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
         module.eval()
         handle = head.module.register_forward_hook(lambda _, __, output: given.append(output.detach()))
         try:

@@ -120,19 +120,25 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False, 
         return Labels(targets.reshape(-1).clone(), None, None, classes)
     if targets.numel() == predictions:
         return _indices(targets.reshape(-1), classes)
-    shares = class_scores(targets, conv).to(torch.float32, copy=True)  # a loader may use its tensors again
-    if targets.is_floating_point() and shares.shape == (predictions, classes):
-        if not bool(torch.allclose(shares.sum(dim=1), torch.ones(1, device=shares.device), atol=1e-3)):
-            raise PluginError(
-                "the targets are several independent labels for each row, and LIMES corrects one class of K -> "
-                "give class indices, or class shares that sum to 1"
-            )
-        known = torch.ones(predictions, dtype=torch.bool, device=shares.device)
-        return Labels(shares.argmax(dim=1), shares, known, classes)
+    if targets.is_floating_point() and targets.dim() > 1:
+        shares = class_scores(targets, conv).to(torch.float32, copy=True)  # a loader may use its tensors again
+        if shares.shape == (predictions, classes):
+            return _shares(shares)
     raise PluginError(
         f"targets of shape {tuple(targets.shape)} do not fit {predictions} predictions of {classes} classes -> "
-        "tell which part of the batch they are: Plugins(fields=lambda batch: Fields(inputs, targets=...))"
+        "tell which part of the batch they are: Plugins(fields=lambda batch: Fields(inputs, targets=...)); if the "
+        "model pools the scores of several places, let it pool features before the head"
     )
+
+
+def _shares(shares: Tensor) -> Labels:
+    if not bool(torch.allclose(shares.sum(dim=1), torch.ones(1, device=shares.device), atol=1e-3)):
+        raise PluginError(
+            "the targets are several independent labels for each row, and LIMES corrects one class of K -> "
+            "give class indices, or class shares that sum to 1"
+        )
+    known = torch.ones(len(shares), dtype=torch.bool, device=shares.device)
+    return Labels(shares.argmax(dim=1), shares, known, shares.shape[1])
 
 
 def _indices(flat: Tensor, classes: int) -> Labels:
@@ -176,31 +182,3 @@ def class_indices(targets: Any, classes: int) -> bool:
 def _refuse_fractions(targets: Tensor) -> None:
     if bool((targets.frac().abs() > 0).any()):
         raise PluginError("the targets have fractions, so they are no classes -> LIMES is for classification")
-
-
-@dataclass(frozen=True)
-class Looked:
-    """Labels that were looked at before their batch was learned from, which may have changed since.
-
-    Attributes:
-        targets: The tensor, if it holds nothing but :func:`class_indices`; else None.
-        version: How often it had been written to.
-    """
-
-    targets: Tensor | None
-    version: int = 0
-
-    @classmethod
-    def at(cls, targets: Any, classes: int) -> Looked:
-        """Look.
-
-        Raises:
-            PluginError: There is a class index that the head has no score for.
-        """
-        if not class_indices(targets, classes) or targets.is_inference():
-            return cls(None)
-        return cls(targets, targets._version)
-
-    def still(self, targets: Any) -> bool:
-        """Whether ``targets`` are what was looked at."""
-        return self.targets is not None and targets is self.targets and self.targets._version == self.version
