@@ -98,9 +98,9 @@ class Variant:
 
     Attributes:
         name: How reports call it, for example ``"90 % sparse"``.
-        apply: Returns a context manager that edits the tensors of ``module.named_parameters()`` in place and undoes
-            it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized layer: it is recomputed from
-            the originals and the edit is lost without a message.
+        apply: Returns a context manager that edits the tensors of ``module.named_parameters()`` in place, or what
+            corrects the head, and undoes it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized
+            layer: it is recomputed from the originals and the edit is lost without a message.
 
     Example:
         >>> from contextlib import nullcontext

@@ -185,7 +185,7 @@ class CrAM(Plugin):
         if run.stage != "validate" or not self.evaluate_every or not due:
             return []
         found = []
-        for version in [None, *run.variants()]:
+        for version in [None, *self.gw_variants(run.module, run)]:
             evaluation = run.evaluate(version)
             label = "dense" if version is None else version.name
             for metric, value in evaluation.metrics.items():

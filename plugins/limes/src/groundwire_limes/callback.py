@@ -104,7 +104,7 @@ class LIMES(Reported):
     def _forget_run(self) -> None:
         self._run: RunContext | None = None
         self._ranks = Ranks()
-        self._inspected, self._told = False, False
+        self._inspected, self._told, self._omitted = False, False, False
         self._correction: Correction | None = None
         self._steps: Steps | None = None
         self._asked: Timeline | None = None
@@ -206,6 +206,9 @@ class LIMES(Reported):
     ) -> None:
         """Correct the head for what is expected of this batch."""
         correction = self._ready(batch)
+        if self._omitted:
+            correction.omit()
+            return
         if self._asked is not None:
             correction = replace(correction, line=self._asked)
         current = correction.line.current or 0 if trainer.state.fn == "fit" else self.next_step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groundwire import RunContext
+from groundwire.offset import outputs_of
 from groundwire_limes.adaptation import adapted_offsets
 from groundwire_limes.clock import Steps
 from groundwire_limes.distributed import Ranks
@@ -63,6 +64,11 @@ class Correction:
         offsets = adapted_offsets(self.line, memory, self.run, batch, steps)
         if offsets is not None:
             self.run.offset(self.owner, offsets)
+
+    def omit(self) -> None:
+        """Leave the scores of the coming batches as they are."""
+        assert self.run.head is not None
+        self.run.offset(self.owner, torch.zeros(outputs_of(self.run.head.module), device=self._device))
 
     def _write(self, steps: Steps, vector: Callable[[int], Tensor]) -> None:
         if isinstance(steps.keys, int):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from groundwire import Finding, RunContext, Section, hookimpl
+from groundwire import Finding, RunContext, Section, Variant, hookimpl
 from groundwire_limes.kept import Kept
 from groundwire_limes.report import findings_of, section
 
@@ -13,6 +15,7 @@ class Reported(Kept):
     """The part of :class:`groundwire_limes.LIMES` that reports."""
 
     _run: RunContext | None
+    _omitted: bool
     _notes: list[tuple[str, str]]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -29,6 +32,19 @@ class Reported(Kept):
         if self._run is not None and self._line is not None and self._line.closed:
             for name, value in self._line.measured(self._line.closed[-1]).items():
                 self._run.log(name, value, logger=False, sync_dist=True)
+
+    @hookimpl
+    def gw_variants(self) -> list[Variant]:
+        """The model without the correction, so that others can see what it does, and to whom."""
+        return [] if self._correction is None else [Variant("without LIMES", self._without)]
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        self._omitted = True
+        try:
+            yield
+        finally:
+            self._omitted = False
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
