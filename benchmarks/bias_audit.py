@@ -230,7 +230,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "bootstrap": lambda o: resampling(2, 500, 3, 10) if o.tiny else resampling(1 if o.quick else 8),
     "gate": lambda o: gate(2 if o.tiny else 20 if o.quick else 400),
     "planted": lambda o: planted(1, 1, 1) if o.tiny else planted(1, 12, 20) if o.quick else planted(3, 20, 200),
-    "overhead": lambda o: overhead(1, 2, 4) if o.tiny else overhead(1, 60, 4) if o.quick else overhead(9),
+    "overhead": lambda o: overhead(1, 2, 4) if o.tiny else overhead(1, 60, 4) if o.quick else overhead(6),
     "tabular": lambda o: [] if o.data is None else end_to_end(o.data, o.report, 2 if o.quick else 10),
 }
 assert DATA_SETS
