@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire.checkpoint import read
 from groundwire.modules import outputs_of
-from groundwire_limes import compatibility, report
 from groundwire_limes.adaptation import adapted_offset, remember
 from groundwire_limes.batch_fields import row_weights
 from groundwire_limes.class_counts import accumulation_dtype
+from groundwire_limes.compatibility import prior_changes, refuse_probabilities, warn
 from groundwire_limes.distributed import Processes
 from groundwire_limes.expectation_maximization import LabelledScores
 from groundwire_limes.export import BiasTable, bias_table, fold_into_bias
@@ -25,6 +25,7 @@ from groundwire_limes.functional import Array
 from groundwire_limes.labels import as_two_logits, check_class_indices, class_scores, labels_of
 from groundwire_limes.logit_offset import LogitOffset, by_row, device_of
 from groundwire_limes.prior_tracker import PriorTracker
+from groundwire_limes.report import stream_findings, stream_section
 from groundwire_limes.time_steps import DAY, BatchSteps, TimeIndex, period_seconds
 from groundwire_limes.validation import check_choice, check_whole_number
 
@@ -213,7 +214,7 @@ class LIMES(Plugin):
         if not self._is_prepared:
             self._take_head(run)
             assert self._hook is not None
-            compatibility.refuse_probabilities(run, batch)
+            refuse_probabilities(run, batch)
             self._hook.refuse_bypass(run, batch)
             self._is_prepared = True
         tracker, hook = self._tracker, self._hook
@@ -235,7 +236,7 @@ class LIMES(Plugin):
         fields, device = run.fields(batch), device_of(run.head.module)
         if fields.targets is None and not self._warned_of_labels:
             self._warned_of_labels = True
-            compatibility.warn([("no_labels", NO_LABELS)])
+            warn([("no_labels", NO_LABELS)])
         check_class_indices(fields.targets, tracker.extrapolator.num_classes)  # the loss would fail without a name
         steps = self._time_index.of_training_batch(batch, fields, self._batches)
         weights = row_weights(self.weights, batch, steps.rows)
@@ -274,8 +275,8 @@ class LIMES(Plugin):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """What changes the effective prior of the batches is said, not guessed around."""
-        self._notes = compatibility.prior_changes(pl_module, trainer)
-        compatibility.warn(self._notes)
+        self._notes = prior_changes(pl_module, trainer)
+        warn(self._notes)
 
     @hookimpl
     def gw_scores(self, fields: Fields, stage: str, run: RunContext) -> None:
@@ -358,12 +359,12 @@ class LIMES(Plugin):
         if run.stage != "train" or self._tracker is None:
             return []
         self._absorb()
-        return report.findings(self._tracker, self._season_steps, self._notes)
+        return stream_findings(self._tracker, self._season_steps, self._notes)
 
     @hookimpl
     def gw_section(self) -> Section | None:
         """Curves of accuracy, forecast and realised priors, and what the guard did."""
-        return None if self._tracker is None else report.section(self._tracker, self.training_prior, self._season_steps)
+        return None if self._tracker is None else stream_section(self._tracker, self.training_prior, self._season_steps)
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
