@@ -59,37 +59,37 @@ class RunContext:
     @property
     def head(self) -> Head | None:
         """The layer that produces the scores, once it is known: named in ``Plugins(head=...)`` or found by itself."""
-        head: Head | None = self._run.member("head")()
+        head: Head | None = self._run.member("scores", "head")()
         return head
 
     @property
     def ids(self) -> list[int] | None:
         """Dataset indices of the current batch (needs ``needs_ids = True``); None where the loader has none."""
-        ids: list[int] | None = self._run.member("ids")()
+        ids: list[int] | None = self._run.member("sample_ids", "ids")()
         return ids
 
     @property
     def features(self) -> Tensor | None:
         """Input of the head for the current batch, detached; needs ``needs_features = True``."""
-        features: Tensor | None = self._run.member("features")()
+        features: Tensor | None = self._run.member("scores", "features")()
         return features
 
     @property
     def raw_scores(self) -> Tensor | None:
         """Scores of the current batch before any forward hook of a plugin on the head, float32, detached."""
-        scores: Tensor | None = self._run.member("raw_scores")()
+        scores: Tensor | None = self._run.member("scores", "raw_scores")()
         return scores
 
     @property
     def findings(self) -> list[Finding]:
         """All findings of the run so far, of this rank."""
-        findings: list[Finding] = self._run.member("findings")()
+        findings: list[Finding] = self._run.member("report", "findings")()
         return findings
 
     @property
     def directory(self) -> Path | None:
         """Where files of this run go; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
-        directory: Path | None = self._run.member("directory")()
+        directory: Path | None = self._run.member("report", "directory")()
         return directory
 
     def fields(self, batch: Any) -> Fields:
@@ -106,7 +106,7 @@ class RunContext:
 
     def variants(self) -> list[Variant]:
         """Return the variants of the model that the run's plugins offer."""
-        variants: list[Variant] = self._run.member("variants")()
+        variants: list[Variant] = self._run.member("variants", "variants")()
         return variants
 
     def evaluate(self, variant: Variant | None = None, stage: str | None = None) -> Evaluation:
@@ -119,7 +119,7 @@ class RunContext:
         Raises:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
         """
-        evaluation: Evaluation = self._run.member("evaluate")(variant, stage or self.stage)
+        evaluation: Evaluation = self._run.member("variants", "evaluate")(variant, stage or self.stage)
         return evaluation
 
     def forward(self, batch: Any) -> Any:

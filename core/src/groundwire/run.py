@@ -106,16 +106,14 @@ class Run:
         stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.function
         return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
 
-    def member(self, name: str) -> Callable[..., Any]:
-        """Return what a service gave plugins under ``name``.
+    def member(self, service: str, name: str) -> Callable[..., Any]:
+        """Return what ``service`` gives plugins under ``name``.
 
         Raises:
-            PluginError: The service that gives it is not there.
+            PluginError: The service is not there.
         """
         if name not in self.members:
-            raise PluginError(
-                f"run.{name} is given by a service of groundwire that is not installed -> install groundwire whole"
-            )
+            raise PluginError(f"run.{name} needs the service {service!r} of groundwire, which is not installed")
         return self.members[name]
 
     # Batches
