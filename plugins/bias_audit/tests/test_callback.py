@@ -91,7 +91,7 @@ def test_several_loaders_are_audited_together(kit):
     module = Two()
     kit.trainer(plugin).validate(module, [DataLoader(first, 64), DataLoader(second, 50)], verbose=False)
     assert_same(plugin.results["validate"]["dense"].to_frame(), expected(module).to_frame())
-    assert plugin.results["validate"]["0.5"].evidence.size.sum() == 569
+    assert plugin.results["validate"]["0.5"].counts.size.sum() == 569
 
 
 def test_multiclass_multilabel_and_regression(kit):

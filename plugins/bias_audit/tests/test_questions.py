@@ -23,7 +23,7 @@ from groundwire_bias_audit import (
     rare_value_ratio,
     recalibrate_thresholds,
 )
-from groundwire_bias_audit.association import gram
+from groundwire_bias_audit.audit.association import gram
 
 
 def amplification_by_rows(y, p, s, y_train, s_train):
