@@ -1,4 +1,4 @@
-"""The paper's questions: amplification, interdependence, rare values, exemplars, susceptibility, countermeasures."""
+"""The paper's metrics: amplification, interdependence, rare values, exemplars, susceptibility, countermeasures."""
 
 import numpy as np
 import pytest
