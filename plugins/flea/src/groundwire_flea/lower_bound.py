@@ -23,7 +23,7 @@ class LowerBound:
 
     @property
     def ratio(self) -> float:
-        """alpha / rarest: from 1 on, the bound says nothing any more."""
+        """Ratio alpha / rarest: from 1 on, the bound says nothing any more."""
         return self.alpha / self.rarest
 
     @property
