@@ -1,4 +1,4 @@
-"""Tables and columns from what users have: arrays, data frames, tensors, lists."""
+"""Validation of what users give (arrays, data frames, tensors, lists), as tables and columns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-
-from groundwire_flea.functional import Array
+from numpy.typing import NDArray
 
 
 def frame_of(x: Any) -> pd.DataFrame:
@@ -62,14 +61,14 @@ def column_of(values: Any, name: str) -> pd.Series[Any]:
     return series
 
 
-def array_of(tensor: torch.Tensor) -> Array:
+def array_of(tensor: torch.Tensor) -> NDArray[Any]:
     """A tensor's values in NumPy, which knows neither gradients nor bfloat16, and no layout but a dense one."""
     tensor = tensor.detach().to_dense().cpu()
-    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
 
-def _unmasked(values: Any, name: str, dtype: Any = None) -> Array:
+def _unmasked(values: Any, name: str, dtype: Any = None) -> NDArray[Any]:
     if np.ma.is_masked(values):  # asarray would take what is under the mask for data
         raise ValueError(
             f"{name} has {int(np.ma.getmaskarray(values).sum())} masked values -> fill them in, or leave them out"
@@ -77,13 +76,13 @@ def _unmasked(values: Any, name: str, dtype: Any = None) -> Array:
     return np.asarray(values, dtype=dtype)
 
 
-def codes_of(series: pd.Series[Any], known: Sequence[Any], name: str) -> Array:
+def codes_of(series: pd.Series[Any], known: Sequence[Any], name: str) -> NDArray[Any]:
     """The place of each value in ``known``.
 
     Raises:
         ValueError: A value is not among them.
     """
-    codes: Array = pd.Index(known).get_indexer(series)
+    codes: NDArray[Any] = pd.Index(known).get_indexer(series)
     if (codes < 0).any():
         strange = sorted({repr(plain(v)) for v in series[codes < 0]})
         raise ValueError(

@@ -1,28 +1,23 @@
-"""Where blocks of pairs are solved: here, or by the engine that joblib is configured with."""
+"""Parallel work: here, or by the engine that joblib is configured with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import joblib
 import torch
+from numpy.typing import NDArray
+from rich.progress import track
 
-from groundwire_flea.functional import Array
-from groundwire_flea.settings import Settings
 
-
-def run(jobs: list[Any], settings: Settings) -> Iterable[Array]:
-    """The jobs' results in order, wherever joblib is configured to run them."""
+def run_jobs(jobs: Sequence[Any], n_jobs: int | None, progress: bool) -> Iterable[NDArray[Any]]:
+    """Results of ``joblib.delayed`` jobs in order, wherever joblib is configured to run them."""
     if len(jobs) == 1:
         return [function(*args, **kwargs) for function, args, kwargs in jobs]
-    results: Iterable[Array] = joblib.Parallel(_workers(settings.n_jobs), return_as=_order(settings.progress))(jobs)
-    if not settings.progress:
-        return results
-    from rich.progress import track
-
-    return track(results, "Comparing sources", total=len(jobs), transient=True)
+    results: Iterable[NDArray[Any]] = joblib.Parallel(_workers(n_jobs), return_as=_order(progress))(jobs)
+    return track(results, "Comparing sources", total=len(jobs), transient=True) if progress else results
 
 
 def _workers(n_jobs: int | None) -> int | None:
@@ -43,7 +38,7 @@ def _order(progress: bool) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small matrices are solved several times faster by one thread than by two."""
+    """Context manager that gives torch one thread: small matrices are solved several times faster than by two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from groundwire_flea.functional import clean_count, disbalance, q_scores, select, total_distance, unavoidable_unfairness
+from groundwire_flea.distances.pairwise import disbalance, q_scores, total_distance
+from groundwire_flea.lower_bound import unavoidable_unfairness
+from groundwire_flea.selection import clean_count, select
 
 
 def matrices(n):

@@ -1,4 +1,4 @@
-"""From any inputs to a table of bounded width."""
+"""Embedding of any inputs: features in a table of bounded width."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
-
-from groundwire_flea.functional import Array
 
 #: Width to which embeddings, and inputs that are no tables, are reduced.
 WIDTH = 30
 
 
-def resolve(embed: Any, module: Any) -> Callable[[Any], Any] | None:
+def resolve_embed(embed: Any, module: Any) -> Callable[[Any], Any] | None:
     """``embed`` as a callable: itself, or the part of ``module`` that a dotted name means.
 
     Raises:
@@ -41,7 +41,7 @@ def resolve(embed: Any, module: Any) -> Callable[[Any], Any] | None:
 
 @contextmanager
 def evaluating(embed: Any) -> Iterator[None]:
-    """Modules in evaluation mode, without gradients; their modes come back."""
+    """Context manager for evaluation mode without gradients; the modes of modules come back."""
     owner = embed if isinstance(embed, nn.Module) else getattr(embed, "__self__", None)
     modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
     modes = [m.training for m in modules]
@@ -55,8 +55,8 @@ def evaluating(embed: Any) -> Iterator[None]:
             m.training = mode
 
 
-def features(inputs: Any, embed: Callable[[Any], Any] | None) -> Array:
-    """(B, d) float64 of a batch's inputs: embedded, or flattened.
+def features(inputs: Any, embed: Callable[[Any], Any] | None) -> NDArray[Any]:
+    """Features (B, d) float64 of a batch's inputs: embedded, or flattened.
 
     Raises:
         ValueError: There is nothing with one row for each input.
@@ -81,14 +81,14 @@ def features(inputs: Any, embed: Callable[[Any], Any] | None) -> Array:
     return array.reshape(len(array), -1)
 
 
-def reduced(x: Array, width: int = WIDTH) -> Array:
+def principal_components(x: NDArray[Any], width: int = WIDTH) -> NDArray[Any]:
     """The first ``width`` principal components of x (R, d), in float64; x itself if it is not wider.
 
     Raises:
         ValueError: A number is missing or infinite.
 
     Example:
-        >>> reduced(np.random.default_rng(0).normal(size=(100, 50)), 30).shape
+        >>> principal_components(np.random.default_rng(0).normal(size=(100, 50)), 30).shape
         (100, 30)
     """
     if x.shape[1] <= width:
@@ -99,9 +99,7 @@ def reduced(x: Array, width: int = WIDTH) -> Array:
             f"the features of {int(wrong.sum())} rows have missing or infinite numbers, the first in row "
             f"{int(wrong.argmax())} -> fill them in, or leave these rows out"
         )
-    from sklearn.decomposition import PCA
-
-    components: Array = PCA(
+    components: NDArray[Any] = PCA(
         min(width, *x.shape), svd_solver="full" if x.shape[1] <= 500 else "auto", random_state=0
     ).fit_transform(x)
     return components

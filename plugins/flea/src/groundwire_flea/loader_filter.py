@@ -1,4 +1,4 @@
-"""Coming to a decision about a training loader: read, compare, remember, and tell all ranks."""
+"""Filter of a training loader: read, compare on rank 0, remember, and tell all ranks."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from groundwire import Fields, PluginError, TrainData
-from groundwire_flea.decision import Decision, source_hash
-from groundwire_flea.embedding import resolve
-from groundwire_flea.filtering import filter_sources
-from groundwire_flea.functional import clean_count
-from groundwire_flea.reading import Reader
-from groundwire_flea.result import FLEAWarning
+from groundwire_flea.inputs.dataset import DatasetReader
+from groundwire_flea.inputs.embedding import resolve_embed
+from groundwire_flea.result import FLEAWarning, SavedResult, source_hash
+from groundwire_flea.selection import clean_count
+from groundwire_flea.selector import filter_sources
 
 
 @dataclass(frozen=True)
-class Deciding:
-    """How to decide.
+class LoaderFilter:
+    """Filter of the rows of a training loader.
 
     Attributes:
         source: See :class:`groundwire_flea.FLEA`.
         groups: See there.
         embed: See there.
-        most: Rows of a source to compare at most.
+        max_rows: Rows of a source to compare at most.
         options: Arguments of :func:`groundwire_flea.filter_sources`.
     """
 
     source: Any = None
     groups: Any = None
     embed: Any = None
-    most: int | None = 2000
+    max_rows: int | None = 2000
     options: dict[str, Any] = field(default_factory=dict)
 
-    def agree(
-        self, trainer: Any, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any
-    ) -> tuple[Decision, list[Any]]:
-        """The decision, made on rank 0 or ``known`` before, and the source of every row; alike on all ranks.
+    def decide(
+        self, trainer: Any, loader: Any, saved: SavedResult | None, fields: Callable[[Any], Fields], module: Any
+    ) -> tuple[SavedResult, list[Any]]:
+        """The result, computed on rank 0 or ``saved`` before, and the source of every row; alike on all ranks.
 
         Raises:
-            PluginError: On all ranks: the data cannot be read, compared, or do not fit the decision.
+            PluginError: On all ranks: the data cannot be read, compared, or do not fit the saved result.
             What the user's own code raised is raised as it is on rank 0.
         """
         answer: tuple[Any, ...] = ()
@@ -51,7 +50,7 @@ class Deciding:
         if trainer is None or trainer.is_global_zero:
             progress = trainer is not None and trainer.progress_bar_callback is not None
             try:
-                answer = self._answer(loader, known, fields, module, progress)
+                answer = self._on_rank_zero(loader, saved, fields, module, progress)
             except Exception as raised:  # the other ranks must hear of it first
                 failure, answer = raised, (None, None, f"flea: rank 0 failed: {type(raised).__name__}: {raised}")
         if trainer is not None:
@@ -61,35 +60,26 @@ class Deciding:
         state, rows, error = answer
         if error is not None:
             raise PluginError(error)
-        return Decision.from_state(state), rows
+        return SavedResult.from_state(state), rows
 
-    def _answer(
-        self, loader: Any, known: Decision | None, fields: Callable[[Any], Fields], module: Any, progress: bool
+    def _on_rank_zero(
+        self, loader: Any, saved: SavedResult | None, fields: Callable[[Any], Fields], module: Any, progress: bool
     ) -> tuple[Any, Any, str | None]:
-        """Decision and rows, or an error as text: raised on rank 0 alone, it would leave the others waiting."""
+        """State and rows, or an error as text: raised on rank 0 alone, it would leave the others waiting."""
         try:
             refuse_unreadable(loader)
-            reader = Reader(self.source, self.groups, fields, resolve(self.embed, module))
-            if known is None:
-                decision, rows = self._compared(reader, loader, progress)
+            reader = DatasetReader(self.source, self.groups, fields, resolve_embed(self.embed, module))
+            if saved is None:
+                result, rows = self._compare(reader, loader, progress)
             else:
-                decision, rows = known, remembered(reader, loader, known)
-                self._warn_if_k_differs(known)
+                result, rows = saved, known_sources(reader, loader, saved)
+                self._warn_if_k_differs(saved)
         except (ValueError, TypeError, PluginError) as error:
             return None, None, f"flea: {str(error).removeprefix('flea: ')}"
-        return decision.state(), rows, None
+        return result.state(), rows, None
 
-    def _warn_if_k_differs(self, decision: Decision) -> None:
-        now = clean_count(self.options.get("n_clean"), len(decision.sources))
-        if now != decision.n_clean:
-            text = (
-                f"flea: n_clean now means {now} sources, but the decision was made for {decision.n_clean} and stays -> "
-                "start a new fit from the weights alone to decide again"
-            )
-            warnings.warn(text, FLEAWarning, stacklevel=2)
-
-    def _compared(self, reader: Reader, loader: DataLoader[Any], progress: bool) -> tuple[Decision, list[Any]]:
-        read, rows = reader.read(loader, self.most, self.options.get("random_state", 0))
+    def _compare(self, reader: DatasetReader, loader: DataLoader[Any], progress: bool) -> tuple[SavedResult, list[Any]]:
+        read, rows = reader.read(loader, self.max_rows, self.options.get("random_state", 0))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = filter_sources(
@@ -97,13 +87,22 @@ class Deciding:
                 read.y,
                 sensitive_features=read.groups,
                 sources=read.sources,
-                max_rows_per_source=self.most,
+                max_rows_per_source=self.max_rows,
                 progress=progress,
                 **self.options,
             )
         for warning in caught:
             warnings.warn(f"flea: {warning.message}", FLEAWarning, stacklevel=2)
-        return Decision.of(result, rows), rows
+        return SavedResult.of(result, rows), rows
+
+    def _warn_if_k_differs(self, saved: SavedResult) -> None:
+        now = clean_count(self.options.get("n_clean"), len(saved.sources))
+        if now != saved.n_clean:
+            text = (
+                f"flea: n_clean now means {now} sources, but the decision was made for {saved.n_clean} and stays -> "
+                "start a new fit from the weights alone to decide again"
+            )
+            warnings.warn(text, FLEAWarning, stacklevel=2)
 
 
 def refuse_unreadable(loader: Any) -> None:
@@ -126,31 +125,31 @@ def refuse_unreadable(loader: Any) -> None:
     )
 
 
-def remembered(reader: Reader, loader: DataLoader[Any], decision: Decision) -> list[Any]:
-    """Sources of all rows, for which the decision was made before.
+def known_sources(reader: DatasetReader, loader: DataLoader[Any], saved: SavedResult) -> list[Any]:
+    """Return the sources of all rows, which the saved result must know.
 
     Raises:
         PluginError: A source is new.
     """
     rows = reader.sources(loader)
-    unseen = decision.unseen(rows)
+    unseen = saved.unseen(rows)
     if unseen:
         raise PluginError(
             f"the training data have sources that the checkpoint's decision does not know: "
-            f"{', '.join(map(repr, unseen[:5]))}; it knows {', '.join(map(repr, decision.sources))} -> resume with the "
+            f"{', '.join(map(repr, unseen[:5]))}; it knows {', '.join(map(repr, saved.sources))} -> resume with the "
             "same sources, or start a new fit from the weights alone"
         )
-    if source_hash(rows) != decision.hash:
+    if source_hash(rows) != saved.hash:
         text = "flea: the rows are not those of the checkpoint's decision, which is used for their sources all the same"
         warnings.warn(text, FLEAWarning, stacklevel=2)
     return rows
 
 
-def apply(decision: Decision, rows: list[Any], mode: str, data: TrainData) -> None:
+def apply_result(result: SavedResult, rows: list[Any], mode: str, data: TrainData) -> None:
     """Choose or weight the rows, unless that changes nothing."""
-    if mode == "report" or all(decision.kept):
+    if mode == "report" or all(result.kept):
         return
     if mode == "filter":
-        data.keep(np.flatnonzero(decision.keeps(rows)).tolist())
+        data.keep(np.flatnonzero(result.keeps(rows)).tolist())
     else:
-        data.weights(decision.weights(rows).tolist())
+        data.weights(result.weights(rows).tolist())
