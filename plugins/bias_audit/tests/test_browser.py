@@ -103,8 +103,8 @@ def test_the_browser_complains_about_nothing_and_shows_everything(page, tmp_path
     assert "could not be drawn" not in done.stdout
     text = unescape(re.sub(r"<[^>]*>", "", done.stdout))
     for expected in (
-        "Versions of the model", "Gated gaps", "Groups of writer", "Confusion by confidence", HOSTILE, "$bob_{",
-        "Changes in version 0.95", "susceptible", "Flipped in version 0.95", "accuracy of each group",
+        "Variants of the model", "Gated gaps", "Groups of writer", "Confusion by confidence", HOSTILE, "$bob_{",
+        "Changes in variant 0.95", "susceptible", "Flipped in variant 0.95", "accuracy of each group",
     ):  # fmt: skip
         assert expected in text, expected
 

@@ -45,7 +45,7 @@ class Dumping(BiasAudit):
     def on_validation_end(self, trainer, pl_module):
         if trainer.is_global_zero:
             found = {
-                name: (r.evidence.histogram.counts, r.evidence.histogram.mass, r.comparison and r.comparison.pairs)
+                name: (r.counts.histogram.counts, r.counts.histogram.mass, r.comparison and r.comparison.pairs)
                 for name, r in self.results["validate"].items()
             }
             torch.save(found, f"{trainer.default_root_dir}/found.pt")

@@ -218,10 +218,10 @@ def test_two_processes_train_on_the_rows_that_rank_0_chose(kit, bad):
         name = "flea"
 
         @property
-        def deciding(self):
+        def loader_filter(self):
             if torch.distributed.get_rank() != 0:
                 assert self.seed == 0
-            return super().deciding
+            return super().loader_filter
 
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
     fit(kit, Rows(bad), [OnRankZero(permutations=0), Write()], strategy=strategy, devices=2)

@@ -1,4 +1,4 @@
-"""What the callback refuses before anything is trained."""
+"""Refusals of the callback before anything is trained."""
 
 import time
 

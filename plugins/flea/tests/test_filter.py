@@ -170,16 +170,15 @@ def test_several_groups_and_several_labels(table):
 @quietly
 def test_three_groups_of_which_one_is_empty_of_meaning_equal_two(table):
     """One group against the rest, both ways, is what two groups are."""
-    from groundwire_flea.distances import distances
-    from groundwire_flea.rows import Rows
-    from groundwire_flea.settings import Settings
+    from groundwire_flea.distances.pairwise import DistanceOptions, distances
+    from groundwire_flea.distances.sources import Sources
 
     data = table(3, (1,))
     order = np.argsort(data.source, kind="stable")
     parts = (data.X - data.X.mean(0))[order] / data.X.std(0), data.y[order], data.a[order]
     sizes = np.unique(data.source, return_counts=True)[1]
-    two = distances(Rows(*parts, sizes, 2, 2), Settings(components=("disc",)))
-    three = distances(Rows(*parts, sizes, 3, 2), Settings(components=("disc",)))
+    two = distances(Sources(*parts, sizes, 2, 2), DistanceOptions(components=("disc",)))
+    three = distances(Sources(*parts, sizes, 3, 2), DistanceOptions(components=("disc",)))
     np.testing.assert_allclose(three.disc, two.disc, atol=0.02)
 
 

@@ -19,15 +19,15 @@ class Counting(FLEA):
     compared = 0
 
     @property
-    def deciding(self):
-        deciding = super().deciding
+    def loader_filter(self):
+        loader_filter = super().loader_filter
 
-        class Counted(type(deciding)):
-            def _compared(this, *arguments):
+        class Counted(type(loader_filter)):
+            def _compare(this, *arguments):
                 Counting.compared += 1
-                return super()._compared(*arguments)
+                return super()._compare(*arguments)
 
-        return Counted(**vars(deciding))
+        return Counted(**vars(loader_filter))
 
 
 def test_a_resumed_run_neither_compares_again_nor_changes_the_data(kit, bad):
