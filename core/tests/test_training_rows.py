@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from groundwire import Plugin, PluginError, hookimpl
-from groundwire.services.rows import ChosenRows
+from groundwire import Plugin, PluginError, TrainData, hookimpl
 
 
 class Ids(Plugin):
@@ -109,7 +108,7 @@ def test_weights_choose_rows_in_proportion(kit):
 
 
 def test_keeping_and_weighting_compose():
-    data = ChosenRows(DataLoader(TensorDataset(torch.arange(10.0)), 2))
+    data = TrainData(DataLoader(TensorDataset(torch.arange(10.0)), 2))
     data.weights([1.0] * 5 + [0.0] * 5)
     data.keep([4, 5, 6])
     assert {float(v) for (batch,) in data.result() for v in batch} == {4.0}

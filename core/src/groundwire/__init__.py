@@ -24,12 +24,12 @@ if TYPE_CHECKING:
         MicroBatch,
         Section,
         Table,
-        TrainData,
         Variant,
     )
     from groundwire.services.checkpoint.export import export
     from groundwire.services.checkpoint.load import load
     from groundwire.services.report.report import Report
+    from groundwire.train_data import TrainData
 
 #: Where each public name lives. Imported when first used, so that the command line and tools stay fast.
 _HOME = {
@@ -48,7 +48,7 @@ _HOME = {
     "SPEC_VERSION": "hooks.markers",
     "Section": "records",
     "Table": "records",
-    "TrainData": "records",
+    "TrainData": "train_data",
     "Variant": "records",
     "default_fields": "batch",
     "export": "services.checkpoint.export",

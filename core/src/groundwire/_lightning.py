@@ -22,7 +22,7 @@ from groundwire.modules import overrides
 
 
 class Trainer(Protocol):
-    """The parts of a Trainer that core uses, of either Lightning package."""
+    """The parts of a Trainer, of either Lightning package, that core uses and that plugins usually ask for."""
 
     callbacks: list[Any]
     loggers: list[Any]
@@ -32,6 +32,7 @@ class Trainer(Protocol):
     state: Any
     accumulate_grad_batches: int
     fast_dev_run: Any
+    should_stop: bool
 
     @property
     def strategy(self) -> Any: ...
@@ -43,6 +44,18 @@ class Trainer(Protocol):
     def datamodule(self) -> Any: ...
     @property
     def optimizers(self) -> list[Any]: ...
+    @property
+    def precision(self) -> Any: ...
+    @property
+    def ckpt_path(self) -> Any: ...
+    @property
+    def logger(self) -> Any: ...
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]: ...
+    @property
+    def estimated_stepping_batches(self) -> int | float: ...
+    @property
+    def global_rank(self) -> int: ...
     @property
     def global_step(self) -> int: ...
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -69,7 +69,7 @@ class Plugin(Callback):
     needs_features: bool = False
     needs_ids: bool = False
     head: str | None = None
-    changes: Literal["shift"] | None = None
+    changes: Any = None
     opens_run: ClassVar[bool] = True
     loss_fn: Callable[[Any, Any], Any] | None = None
 

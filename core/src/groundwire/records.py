@@ -235,35 +235,6 @@ class GradientStep(Protocol):
         """
 
 
-class TrainData(Protocol):
-    """The training data of a run, as ``gw_train_data`` sees it.
-
-    Attributes:
-        loader: The user's loader.
-        dataset: Its data set.
-    """
-
-    loader: Any
-    dataset: Any
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Train on the rows ``indices`` of :attr:`dataset` only; several calls keep what all of them keep.
-
-        Raises:
-            PluginError: An index is out of range, nothing would remain, or the rows cannot be chosen.
-        """
-
-    def weights(self, values: Sequence[float]) -> None:
-        """Draw row i with probability proportional to ``values[i]``, with replacement, as many rows as there are.
-
-        Raises:
-            PluginError: Wrong length, a negative or non-finite weight, or all zero.
-        """
-
-    def reload(self) -> None:
-        """Ask for the training data again at the next epoch."""
-
-
 class Report(Protocol):
     """All findings of a run, as ``gw_report`` sees them; :class:`groundwire.Report` reads and writes them.
 

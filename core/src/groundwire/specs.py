@@ -24,9 +24,9 @@ from groundwire.records import (
     Report,
     Section,
     Stage,
-    TrainData,
     Variant,
 )
+from groundwire.train_data import TrainData
 
 
 @hookspec
