@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from groundwire import Finding
-from groundwire.seeds import derive_seed
+from groundwire.undo.random_states import derive_seed
 from groundwire_cram.functional import check_sparsity
 from groundwire_cram.gradient import Gradients, Move, compression_aware_gradient
 from groundwire_cram.kernels import Kernels, select

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire import Finding, GradientStep, RunContext, hookimpl
-from groundwire.guard import unseen
+from groundwire.finite import all_finite
 from groundwire.optimizers import in_a_run
-from groundwire.replay import all_finite
+from groundwire.undo.without_trace import without_trace
 from groundwire_cram.method import Method
 from groundwire_cram.operators import Operator
 from groundwire_cram.selection import Skip
@@ -259,7 +259,7 @@ class CrAMOptimizer(Optimizer):
                     weights[name].copy_(copy)
 
     def _module_unseen(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.module is None else unseen(self.module)
+        return nullcontext() if self.module is None else without_trace(self.module)
 
     def _skip(self, loss: Any) -> Any:
         self.skipped_steps += 1

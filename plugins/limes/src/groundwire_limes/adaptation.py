@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from groundwire import PluginError, RunContext
-from groundwire.guard import unseen
-from groundwire.offset import outputs_of
+from groundwire.modules import outputs_of
+from groundwire.undo.without_trace import without_trace
 from groundwire_limes.clock import Steps
 from groundwire_limes.functional import LIMIT, log_offset
 from groundwire_limes.labels import class_scores, two_columns
@@ -51,7 +51,12 @@ def raw_scores(run: RunContext, batch: Any) -> np.ndarray[Any, Any]:
     handle = head.module.register_forward_hook(lambda _, __, output: found.append(output.detach()), prepend=True)
     inputs = run.fields(batch).inputs
     try:
-        with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+        with (
+            run.extra_pass(),
+            without_trace(module, run.trainer),
+            run.trainer.precision_plugin.forward_context(),
+            torch.no_grad(),
+        ):
             module.eval()
             module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     except Exception as error:

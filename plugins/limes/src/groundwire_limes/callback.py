@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groundwire import Fields, PluginError, Problem, RunContext, hookimpl
-from groundwire.offset import outputs_of
+from groundwire.modules import outputs_of
 from groundwire_limes import inspection
 from groundwire_limes.arguments import one_of, whole
 from groundwire_limes.clock import DAY, Clock, Steps

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groundwire import RunContext
-from groundwire.offset import outputs_of
+from groundwire.modules import outputs_of
 from groundwire_limes.adaptation import adapted_offsets
 from groundwire_limes.clock import Steps
 from groundwire_limes.distributed import Ranks

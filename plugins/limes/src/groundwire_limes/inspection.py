@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from groundwire import Fields, PluginError, RunContext
-from groundwire.guard import unseen
-from groundwire.offset import is_compiled
-from groundwire.window import tensors_in
+from groundwire.batch import tensors_in
+from groundwire.modules import is_compiled
+from groundwire.undo.without_trace import without_trace
 
 NO_HISTORY = (
     "LIMES has no history, so scores stay as they are; if the weights were trained with LIMES, load it with them: pass "
@@ -122,7 +122,12 @@ def refuse_probabilities(run: RunContext, batch: Any) -> None:
         return
     given: list[Tensor] = []
     inputs = run.fields(batch).inputs
-    with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
+    with (
+        run.extra_pass(),
+        without_trace(module, run.trainer),
+        run.trainer.precision_plugin.forward_context(),
+        torch.no_grad(),
+    ):
         module.eval()
         handle = head.module.register_forward_hook(lambda _, __, output: given.append(output.detach()))
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from groundwire import Head, PluginError
-from groundwire.offset import outputs_of
+from groundwire.modules import outputs_of
 from groundwire_limes.extrapolator import PriorExtrapolator
 from groundwire_limes.timeline import Timeline
 from groundwire_limes.unlabelled import Memory
