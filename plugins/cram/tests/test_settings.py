@@ -81,7 +81,7 @@ def test_backend_is_deprecated_and_still_works(kit):
     kit.fit(kit.Net(), cram, max_epochs=1, logger=pl.loggers.CSVLogger(kit.path, name="", version=""))
     assert [f.value for f in Report.read(kit.path).findings if f.code == "backend"] == ["aten"]
     layer = nn.Linear(4, 2)
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.warns(DeprecationWarning, match="backend="), pytest.raises(ValueError, match="backend must be one of"):
         CrAMOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), backend="cuda")
 
 

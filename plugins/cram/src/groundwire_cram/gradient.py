@@ -36,7 +36,7 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Move:
-    """How one step moves and compresses.
+    """Plan of one step: how it moves and compresses.
 
     Attributes:
         operator: What compresses.

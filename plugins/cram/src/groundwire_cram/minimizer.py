@@ -39,7 +39,7 @@ class Minimizer:
 
     @property
     def neutral(self) -> bool:
-        """Whether these settings ask for ordinary training."""
+        """True if these settings ask for ordinary training."""
         dense = all(isinstance(o, Magnitude) and o.sparsity == 0 for o in self.operators)
         return not self.settings.plus and self.settings.rho == 0 and dense
 

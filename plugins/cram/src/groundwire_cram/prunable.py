@@ -1,4 +1,4 @@
-"""Which parameters are compressed: all matrices and filters, less what the user's ``skip`` names."""
+"""Prunable parameters: all matrices and filters, less what the user's ``skip`` names."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclass(eq=False, repr=False)
 class Settings:
-    """How a step moves and compresses, and what is drawn for it.
+    """Settings of a step: how it moves and compresses, and what is drawn for it.
 
     Args:
         sparsities: Fractions of weights to prune, each in [0, 1); (0.5, 0.7, 0.9) when left out.

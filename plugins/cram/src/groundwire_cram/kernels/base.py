@@ -1,4 +1,4 @@
-r"""What a kernel backend computes.
+r"""Interface of the kernel backends, and the record of what one call works on.
 
 Everything is about moved weights :math:`v = w + s\,g`, where the product is rounded to the parameter's dtype before the
 sum, as in the published code: a fused multiply-add would differ in the last bit. No backend stores ``v`` or a mask;

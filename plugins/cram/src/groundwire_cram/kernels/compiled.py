@@ -1,4 +1,4 @@
-"""What backends with loops of their own have in common: which tensors the loops take, and what becomes of others.
+"""Base of the backends with compiled loops, Numba and Triton: which tensors the loops take, and the way of others.
 
 Tensors that they cannot take (another dtype or device, no gradient, a layout with gaps or one that differs between a
 weight and its gradient, a subclass) go through stock ATen, with the same result entry by entry.

@@ -1,4 +1,4 @@
-"""Which layers can be replaced at all, and if not, why: said from the outside, before anything runs."""
+"""Layers that can be replaced at all, and the obstacles of others: said from the outside, before anything runs."""
 
 from __future__ import annotations
 

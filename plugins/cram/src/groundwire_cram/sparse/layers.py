@@ -48,7 +48,7 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a dense copy: reading is right though slow, writing has no effect."""
+        """Weight as a dense copy: reading is right though slow, writing has no effect."""
         return decode(self._csr(), self.shape[1]).reshape(self.shape)
 
     @property
@@ -86,11 +86,11 @@ class SparseLayer(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the layer takes the compiled kernels, wherever there are some, and not the product of MKL."""
+        """True if the layer takes the Numba kernels, wherever there are some, and not the product of MKL."""
         return self.columns.dtype == torch.int16
 
     def _matrix(self) -> Tensor:
-        """The sparse matrix of the buffers that there are now; something may have exchanged them."""
+        """Return the sparse matrix of the buffers that there are now; something may have exchanged them."""
         buffers = self._csr()
         if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers, strict=True)):
             self._made = (buffers, matrix(buffers, self.shape[1]))
