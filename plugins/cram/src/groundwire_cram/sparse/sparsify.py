@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from groundwire_cram.sparse import compiled, fitness, semi_structured, timing, watch
-from groundwire_cram.sparse.choice import choose
+from groundwire_cram.sparse import eligibility, observer, semi_structured
+from groundwire_cram.sparse.autotune import Measure, choose
+from groundwire_cram.sparse.autotune import measure as measure_in_turn
 from groundwire_cram.sparse.layers import SparseConv, SparseLayer
+from groundwire_cram.sparse.products import load_numba
 from groundwire_cram.sparse.report import LayerRow, SparsityReport
 
 _REPORT = "_sparsity_report"
@@ -29,7 +31,7 @@ def sparsify(
     min_speedup: float = 1.0,
     inplace: bool = False,
     progress: bool = True,
-    measure: timing.Measure = timing.measure,
+    measure: Measure = measure_in_turn,
 ) -> nn.Module:
     """Make pruned layers sparse where that is measured to be faster on this machine, and leave all others dense.
 
@@ -69,19 +71,19 @@ def sparsify(
     """
     _check(module, min_speedup, inplace)
     module = densify(module, inplace=inplace)
-    layers, obstacles = fitness.layers(module), fitness.obstacles(module)
+    layers, obstacles = eligibility.layers(module), eligibility.obstacles(module)
     fit = {name: layer for name, layer in layers.items() if name not in obstacles}
-    met = watch.observe(module, fit.values(), example_input)
+    observed = observer.observe(module, fit.values(), example_input)
     rows: dict[str, LayerRow] = {name: _row(name, layer, obstacles.get(name)) for name, layer in layers.items()}
     new: dict[int, nn.Module] = {}
     bar = Console(stderr=True)
     for name, layer in track(
         fit.items(), "sparsify", console=bar, transient=True, disable=not (progress and bar.is_terminal)
     ):
-        rows[name], sparse = choose(rows[name], layer, met[id(layer)], min_speedup, measure)
+        rows[name], sparse = choose(rows[name], layer, observed[id(layer)], min_speedup, measure)
         if sparse is not None:
             new[id(layer)] = sparse
-    kernels = compiled.load() if any(layer.weight.device.type == "cpu" for layer in fit.values()) else None
+    kernels = load_numba() if any(layer.weight.device.type == "cpu" for layer in fit.values()) else None
     note = kernels if isinstance(kernels, str) else ""
     report = SparsityReport(tuple(rows.values()), torch.get_num_threads(), note)
     _tell(module, report, fit)
@@ -91,7 +93,7 @@ def sparsify(
 
 
 def densify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Ordinary layers again in place of sparse ones: to train, export, change dtype or move to another device.
+    """Put ordinary layers in place of sparse ones: to train, export, change dtype or move to another device.
 
     Args:
         module: A module, sparsified or not.
@@ -117,7 +119,7 @@ def densify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def sparsity_report(module: nn.Module) -> SparsityReport:
-    """What :func:`sparsify` measured and decided for each layer; before it, their densities only.
+    """Return what :func:`sparsify` measured and decided for each layer; before it, their densities only.
 
     Example:
         >>> print(sparsity_report(nn.Linear(2, 3))[""].density)
@@ -126,7 +128,7 @@ def sparsity_report(module: nn.Module) -> SparsityReport:
     report = getattr(module, _REPORT, None)
     if isinstance(report, SparsityReport):
         return report
-    layers, obstacles = fitness.layers(module), fitness.obstacles(module)
+    layers, obstacles = eligibility.layers(module), eligibility.obstacles(module)
     rows = tuple(_row(name, layer, obstacles.get(name)) for name, layer in layers.items())
     return SparsityReport(rows, torch.get_num_threads())
 
@@ -137,17 +139,17 @@ def _check(module: Any, min_speedup: Any, inplace: bool) -> None:
     if not isinstance(min_speedup, Real) or not 1 <= float(min_speedup) < math.inf:
         raise ValueError(f"min_speedup must be a number of at least 1, got {min_speedup!r}")
     name = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule) or fitness.is_compiled(module):
+    if isinstance(module, torch.jit.ScriptModule) or eligibility.is_compiled(module):
         raise ValueError(f"{name} is compiled, its layers cannot be replaced -> sparsify first, then compile")
     if module.training:
         raise ValueError(f"{name} is in training mode, sparse layers are for inference -> call module.eval() first")
-    if inplace and isinstance(module, (*fitness.KINDS, SparseLayer)):
+    if inplace and isinstance(module, (*eligibility.KINDS, SparseLayer)):
         raise ValueError(f"{name} is itself the layer, it cannot be replaced in place -> use what sparsify returns")
 
 
-def _row(name: str, layer: fitness.Dense, reason: str | None) -> LayerRow:
+def _row(name: str, layer: eligibility.Dense, reason: str | None) -> LayerRow:
     size = layer.weight.numel() * layer.weight.element_size()
-    density = fitness.density(layer)
+    density = eligibility.density(layer)
     row = LayerRow(name, type(layer).__name__, tuple(layer.weight.shape), density, size, size)
     return row if reason is None else LayerRow(**{**vars(row), "reason": reason})
 

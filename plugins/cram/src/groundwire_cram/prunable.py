@@ -1,4 +1,4 @@
-"""Which parameters are compressed: all matrices and filters, less what the user's ``skip`` names."""
+"""Prunable parameters: all matrices and filters, less what the user's ``skip`` names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Skip = str | Callable[[str, Tensor], bool] | Sequence[str | Callable[[str, Tenso
 
 
 def prunable(parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of what is pruned: floating-point tensors of more than one dimension, so never biases or norm layers.
+    """Return the names of floating-point tensors of more than one dimension, so never of biases or norm layers.
 
     Example:
         >>> import torch
@@ -24,7 +24,7 @@ def prunable(parameters: Mapping[str, Tensor]) -> list[str]:
 
 
 def selected(parameters: Mapping[str, Tensor], skip: Skip = ()) -> list[str]:
-    """The prunable names that ``skip`` does not name.
+    """Return the prunable names that ``skip`` does not name.
 
     Args:
         parameters: Tensors by name, as in ``module.named_parameters()``.
@@ -42,7 +42,7 @@ def selected(parameters: Mapping[str, Tensor], skip: Skip = ()) -> list[str]:
 
 
 def check_selection(parameters: Mapping[str, Tensor], skip: Skip = ()) -> list[str]:
-    """:func:`selected`, after looking whether it makes sense.
+    """Return :func:`selected`, after looking whether it makes sense.
 
     Raises:
         ValueError: Nothing is selected, a pattern of ``skip`` names nothing prunable, or a selected layer is

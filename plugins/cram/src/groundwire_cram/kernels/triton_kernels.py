@@ -1,7 +1,7 @@
 # Triton reads the annotations of parameters, so there are only its own.
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: ANN001, ANN201, ANN202, N803
-"""The programs of the triton backend, over dense tensors of one dtype.
+"""The kernels in Triton, over dense tensors of one dtype.
 
 Products are rounded to the tensors' dtype before they are added; launch with ``enable_fp_fusion=False``, without which
 the compiler would fuse the two in f32. A program works on BLOCK entries (or groups) from its number times BLOCK on.
@@ -23,7 +23,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @jit
 def _rounded(v, like):
-    """An f32 as one of those that the type of ``like`` has, the nearest, ties to even."""
+    """Return an f32 as one of those that the type of ``like`` has, the nearest, ties to even."""
     if like.dtype == tl.bfloat16:  # Triton's interpreter truncates to bf16.
         bits = v.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -33,19 +33,19 @@ def _rounded(v, like):
 
 @jit
 def _moved(w, g, scale):
-    """``w + scale * g`` as f32, product and sum each rounded to the type of ``w``."""
+    """Return ``w + scale * g`` as f32, product and sum each rounded to the type of ``w``."""
     return _rounded(w.to(tl.float32) + _rounded(g.to(tl.float32) * scale, w), w)
 
 
 @jit
 def _bits(v):
-    """The bits of the magnitude of an f32."""
+    """Return the bits of the magnitude of an f32."""
     return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
 def perturb(w_at, g_at, saved_at, size, scale, threshold, BLOCK: tl.constexpr):
-    """``saved <- w``, ``w <- v if |v| > threshold else 0``."""
+    """Set ``saved <- w``, ``w <- v if |v| > threshold else 0``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     w = tl.load(w_at + i, inside)
@@ -56,7 +56,7 @@ def perturb(w_at, g_at, saved_at, size, scale, threshold, BLOCK: tl.constexpr):
 
 @jit
 def combine(w_at, saved_at, first_at, second_at, size, scale, threshold, PLUS: tl.constexpr, BLOCK: tl.constexpr):
-    """``w <- saved``, ``second <- second * mask (+ first)``."""
+    """Set ``w <- saved``, ``second <- second * mask (+ first)``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     saved, first = tl.load(saved_at + i, inside), tl.load(first_at + i, inside)
@@ -92,7 +92,7 @@ def mask_groups(
     v_at, target_at, groups, channels, positions, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zeros in a target at all but the N largest magnitudes of each group of M of ``v``.
+    """Set zeros in a target at all but the N largest magnitudes of each group of M of ``v``.
 
     Groups are counted in the order (output, position, input channel), memory is (output, input channel, position).
     PADDED is the next power of two from M.

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 
-class Copies:
+class Buffers:
     """Uninitialised tensors like the weights, by name: the one copy of the parameters that a step needs.
 
     They are parts of one block for each kind of tensor. On a CPU it comes from NumPy, which asks for huge pages:
     walking through 25 million weights then misses fewer of them.
 
     Example:
-        >>> copies = Copies()
-        >>> copies.like({"w": torch.ones(2, 3)})["w"].shape
+        >>> buffers = Buffers()
+        >>> buffers.like({"w": torch.ones(2, 3)})["w"].shape
         torch.Size([2, 3])
     """
 
@@ -25,7 +25,7 @@ class Copies:
         self._known: dict[str, Tensor] = {}
 
     def like(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One tensor for each of ``weights``, of its shape, dtype and device; the same ones as long as these stay."""
+        """Return a tensor for each weight, of its shape, dtype and device; the same ones as long as these stay."""
         if any(not _alike(self._known.get(name), weight) for name, weight in weights.items()):
             self._known = {**self._known, **_allocated(weights)}
         return {name: self._known[name] for name in weights}
@@ -58,6 +58,6 @@ def _block(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _laid_out_like(part: Tensor, weight: Tensor) -> Tensor:
-    """With the strides of a weight that has no gaps, so that a kernel walks through both in one order."""
+    """Give ``part`` the strides of a weight that has no gaps, so that a kernel walks through both in one order."""
     strides = torch.empty_like(weight, device="meta").stride()
     return part.as_strided(weight.shape, strides)

@@ -1,4 +1,4 @@
-"""The loops of the numba backend. They release the GIL and never call Python.
+"""The kernels in Numba. They release the GIL and never call Python.
 
 Tensors come as a table, so that one call works on hundreds of small ones: each row has the addresses of the tensors
 that belong together and, last, how many entries they have. ``like`` tells the type of the entries: float32, or uint16
@@ -8,16 +8,16 @@ rounded before it is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import extending, types
+from numba import types
+
+from groundwire_cram.kernels.jit import intrinsic, jit, overload
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
-_njit: Any = numba.njit
 
 #: Entries in a block that stays in the innermost cache between two loops over it.
 BLOCK = 1024
@@ -27,40 +27,21 @@ GLANCE = 64
 _NAN = 0x7F800001
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compile when first called; keep what was compiled on disk where there is a place to."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return _njit(cache=True, **options)(function)
-    except RuntimeError:  # Neither the package's folder nor the user's cache folder can be written to.
-        return _njit(**options)(function)
-
-
-def intrinsic(generator: Callable[..., Any]) -> Any:
-    """A function of compiled code, which calls it otherwise than Numba's type hints of its generator say."""
-    return extending.intrinsic(generator)
-
-
-def overload(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """What compiled code calls for ``function``, by the types of its arguments."""
-    return extending.overload(function, strict=False)
-
-
 @intrinsic
 def _bits(typing_context: Any, value: Any) -> Any:
-    """The bits of an f32."""
+    """Reinterpret an f32 as its bits."""
     return types.uint32(types.float32), lambda _context, builder, _type, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @intrinsic
 def _f32(typing_context: Any, bits: Any) -> Any:
-    """The f32 with these bits."""
+    """Reinterpret bits as an f32."""
     return types.float32(types.uint32), lambda _context, builder, _type, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
 def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """``address`` as the place of an entry of the type of ``like``."""
+    """Return ``address`` as the place of an entry of the type of ``like``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -75,11 +56,11 @@ def _tensor(row: Any, index: int, like: Any) -> Any:
 
 
 def _number(entry: Any) -> Any:
-    """An entry as f32."""
+    """Return an entry as f32."""
 
 
 def _entry(number: Any, like: Any) -> Any:
-    """An f32 as an entry of the type of ``like``, rounded to nearest, ties to even."""
+    """Return an f32 as an entry of the type of ``like``, rounded to nearest, ties to even."""
 
 
 @overload(_number)
@@ -110,7 +91,7 @@ def _sum(a: Any, b: Any) -> Any:
 
 @jit
 def _moved(w: Any, g: Any, scale: Any) -> Any:
-    """An entry of ``w + scale * g``, product and sum each rounded to the type of the entries."""
+    """Return an entry of ``w + scale * g``, product and sum each rounded to the type of the entries."""
     return _sum(w, _entry(_number(g) * scale, g))
 
 
@@ -121,13 +102,13 @@ def _magnitude(v: Any) -> Any:
 
 @jit
 def _masked(entry: Any, v: Any, threshold: Any) -> Any:
-    """``entry``, or zero where ``|v| <= threshold``, so not where v is NaN."""
+    """Return ``entry``, or zero where ``|v| <= threshold``, so not where v is NaN."""
     return _entry(np.float32(0), entry) if abs(_number(v)) <= threshold else entry
 
 
 @jit
 def perturb(table: Any, like: Any, scale: Any, threshold: Any) -> None:
-    """``saved <- w``, ``w <- v if |v| > threshold else 0``; rows are w, g, saved."""
+    """Set ``saved <- w``, ``w <- v if |v| > threshold else 0``; rows are w, g, saved."""
     for row in table:
         w, g, saved = _tensor(row, 0, like), _tensor(row, 1, like), _tensor(row, 2, like)
         for i in range(len(w)):
@@ -138,7 +119,7 @@ def perturb(table: Any, like: Any, scale: Any, threshold: Any) -> None:
 
 @jit
 def combine(table: Any, like: Any, scale: Any, threshold: Any, plus: bool) -> None:
-    """``w <- saved``, ``second <- second * mask (+ first)``; rows are w, saved, first, second."""
+    """Set ``w <- saved``, ``second <- second * mask (+ first)``; rows are w, saved, first, second."""
     for row in table:
         w, saved = _tensor(row, 0, like), _tensor(row, 1, like)
         first, second = _tensor(row, 2, like), _tensor(row, 3, like)
@@ -195,7 +176,7 @@ def _count_rare(magnitudes: Any, upper: Any, counts: Any) -> None:
 
 @jit
 def mask_groups(table: Any, like: Any, n: int, m: int) -> None:
-    """Zeros in a target at all but the n largest magnitudes of some groups of ``v``.
+    """Set zeros in a target at all but the n largest magnitudes of some groups of ``v``.
 
     Rows are v, target, input channels, positions, first group, number of groups. Groups are counted in the order
     (output, position, input channel), memory is (output, input channel, position). Ranks come from comparing each

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Layout(NamedTuple):
-    """What there is to know of an input without its values."""
+class InputLayout(NamedTuple):
+    """Shape, strides, type and place of an input: all there is to know of it without its values."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -20,36 +20,36 @@ class Layout(NamedTuple):
     device: torch.device
 
     def random(self) -> Tensor:
-        """An input like it, without a draw from the generator that the user seeded."""
+        """Return an input like it, without a draw from the generator that the user seeded."""
         generator = torch.Generator(self.device).manual_seed(0)
         empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return empty.normal_(generator=generator)
 
 
 @dataclass
-class Watched:
-    """What one layer met: the layouts of its inputs, and whether its weight was read outside its forward."""
+class Observed:
+    """Record of what one layer met: the layouts of its inputs, and whether its weight was read outside its forward."""
 
-    inputs: list[Layout] = field(default_factory=list)
+    inputs: list[InputLayout] = field(default_factory=list)
     read: bool = False
     inside: bool = False
 
 
-class _Watching:
-    """Goes before a layer's own class; ``weight`` is a property here, so reads of the parameter come by."""
+class _Observing:
+    """Class that goes before a layer's own class; ``weight`` is a property here, so reads of the parameter come by."""
 
     __dict__: dict[str, Any]
 
     @property
     def weight(self) -> Tensor:
-        record: Watched = self.__dict__["_watched"]
+        record: Observed = self.__dict__["_observed"]
         record.read |= not record.inside
         weight: Tensor = self.__dict__["_parameters"]["weight"]
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        record: Watched = self.__dict__["_watched"]
-        layout = Layout(tuple(x.shape), x.stride(), x.dtype, x.device)
+        record: Observed = self.__dict__["_observed"]
+        layout = InputLayout(tuple(x.shape), x.stride(), x.dtype, x.device)
         if layout not in record.inputs:
             record.inputs.append(layout)
         record.inside = True
@@ -61,7 +61,7 @@ class _Watching:
 
 
 def run(module: nn.Module, example_input: Any) -> Any:
-    """``module`` on the example: a tensor, a tuple of positional arguments, or a mapping of arguments by name.
+    """Run ``module`` on the example: a tensor, a tuple of positional arguments, or a mapping of arguments by name.
 
     Raises:
         TypeError: It is none of these.
@@ -80,26 +80,29 @@ def run(module: nn.Module, example_input: Any) -> Any:
         raise ValueError(f"{type(module).__name__} cannot run on example_input: {error}") from error
 
 
-def observe(module: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[int, Watched]:
-    """What each of ``layers`` met while ``module`` ran on the example, by ``id``."""
-    with _watching(layers) as records:
+def observe(module: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[int, Observed]:
+    """Return what each of ``layers`` met while ``module`` ran on the example, by ``id``."""
+    with _observing(layers) as records:
         run(module, example_input)
     return records
 
 
 @contextmanager
-def _watching(layers: Iterable[nn.Module]) -> Iterator[dict[int, Watched]]:
-    """Hooks would not see reads of a weight, and torch's own fast paths shun modules that have hooks."""
+def _observing(layers: Iterable[nn.Module]) -> Iterator[dict[int, Observed]]:
+    """Context manager that gives layers an observing class.
+
+    Hooks would not see reads of a weight, and torch's own fast paths shun modules that have hooks.
+    """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    records: dict[int, Watched] = {}
+    records: dict[int, Observed] = {}
     try:
         for layer in layers:
             own = type(layer)
-            records[id(layer)] = layer.__dict__["_watched"] = Watched()
-            layer.__class__ = type(own.__name__, (_Watching, own), {})
+            records[id(layer)] = layer.__dict__["_observed"] = Observed()
+            layer.__class__ = type(own.__name__, (_Observing, own), {})
             changed.append((layer, own))
         yield records
     finally:
         for layer, own in changed:
             layer.__class__ = own
-            layer.__dict__.pop("_watched", None)
+            layer.__dict__.pop("_observed", None)

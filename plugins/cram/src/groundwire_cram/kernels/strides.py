@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def flat(tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """One-dimensional views in which entry i is the same entry in each tensor; None where that cannot be.
+    """Return one-dimensional views in which entry i is the same entry in each tensor; None where that cannot be.
 
     It can if all have the same shape and strides and leave no gaps: contiguous, channels_last, transposed.
 
@@ -32,7 +32,7 @@ def flat(tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
 
 
 def pieces(tensors: Sequence[Tensor | None], size: int) -> list[tuple[Tensor | None, ...]]:
-    """``tensors`` cut alike into flat pieces of at most ``size`` entries; uncut where they are not flat together.
+    """Cut ``tensors`` alike into flat pieces of at most ``size`` entries; uncut where they are not flat together.
 
     Example:
         >>> [p for p, _ in pieces([torch.ones(3), None], 2)]
@@ -49,7 +49,7 @@ def pieces(tensors: Sequence[Tensor | None], size: int) -> list[tuple[Tensor | N
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """``t`` with dimension 1, the input channels, moved to the end: the order in which N:M groups are counted.
+    """Return ``t`` with dimension 1, the input channels, moved to the end: the order in which N:M groups are counted.
 
     Example:
         >>> channels_last(torch.empty(8, 4, 3, 2)).shape
@@ -59,7 +59,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def groups_in_memory(t: Tensor) -> tuple[int, int] | None:
-    """Input channels and positions, if memory is in the order (output, input channel, position); else None.
+    """Return input channels and positions, if memory is in the order (output, input channel, position); else None.
 
     A tensor in channels_last format counts as one of a single position: there, groups are consecutive in memory.
 

@@ -1,4 +1,4 @@
-"""Which layers can be replaced at all, and if not, why: said from the outside, before anything runs."""
+"""Layers that can be replaced at all, and the obstacles of others: said from the outside, before anything runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def layers(module: nn.Module) -> dict[str, Dense]:
-    """All Linear layers and convolutions by name, each once.
+    """Return all Linear layers and convolutions by name, each once.
 
     Example:
         >>> list(layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(2, 2, 1))))
@@ -28,7 +28,7 @@ def layers(module: nn.Module) -> dict[str, Dense]:
 
 
 def density(layer: Dense) -> float:
-    """Nonzero weights divided by all.
+    """Return nonzero weights divided by all.
 
     Example:
         >>> density(nn.Linear(4, 4))
@@ -38,7 +38,7 @@ def density(layer: Dense) -> float:
 
 
 def obstacles(module: nn.Module) -> dict[str, str]:
-    """Why a layer must stay as it is, by name; layers that may be replaced are left out.
+    """Say why a layer must stay as it is, by name; layers that may be replaced are left out.
 
     Example:
         >>> obstacles(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)).eval())
@@ -108,7 +108,7 @@ def _compiled(module: nn.Module) -> Iterator[int]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` went through ``torch.compile``, as a function or a method.
+    """Return whether ``module`` went through ``torch.compile``, as a function or a method.
 
     Example:
         >>> is_compiled(nn.Linear(2, 2))
