@@ -225,18 +225,14 @@ def test_a_plugin_that_cannot_tell_its_facts_leaves_no_run_open(kit):
     with pytest.raises(RuntimeError, match="no facts"):
         trainer.fit(kit.Net(), kit.loader())
     assert [type(c).__name__ for c in trainer.callbacks] == ["Broken"]
-    assert "on_train_batch_start" not in vars(trainer.strategy)
+    assert "_build_kwargs" not in vars(trainer.fit_loop.epoch_loop)
 
 
-def test_an_offset_is_remembered_as_changed_scores(kit):
-    from groundwire import Plugins
-
+def test_a_shift_is_remembered_as_changed_scores(kit):
     class Moves(Plugin):
-        @hookimpl
-        def gw_check(self, run):
-            return run.offset("moves", torch.ones(3)) if run.ready else None
+        changes = "shift"
 
-    path, checkpoint = saved(kit, kit.fit(kit.Net(), Plugins([Moves()], head="net.3")))
+    path, checkpoint = saved(kit, kit.fit(kit.Net(), Moves()))
     assert checkpoint[KEY]["plugins"][0]["changes"] == "scores"
     with pytest.warns(UserWarning, match="'moves'.*scores will differ"):
         kit.trainer(kit.SAM()).validate(kit.Net(), kit.loader(), ckpt_path=path, verbose=False)

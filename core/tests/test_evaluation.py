@@ -7,7 +7,7 @@ import torch
 import torchmetrics
 from torch.utils.data import DataLoader, IterableDataset
 
-from groundwire import Fields, Plugin, PluginError, Plugins, Variant, hookimpl
+from groundwire import Fields, Plugin, PluginError, Variant, hookimpl
 
 
 class Scaled(Plugin):
@@ -186,28 +186,6 @@ def test_something_else_than_a_variant_is_refused(kit):
 
     with pytest.raises(PluginError, match=r"takes a Variant or None, got '0\.5'"):
         kit.trainer(Wrong()).validate(kit.Net(), kit.loader(), verbose=False)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_a_head_that_is_corrected_otherwise_in_each_batch_is_so_in_an_evaluation_too(kit, several):
-    class Moves(Scaled):
-        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-            self.run.offset(self.name, torch.arange(3.0) * (1 + batch_idx + 10 * dataloader_idx))
-
-        @hookimpl
-        def gw_check(self, run):
-            self.run = run
-
-    class Module(kit.Net):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            self.log("score", self(batch[0])[:, 1].mean())
-
-    plugin, trainer = Moves(), kit.trainer()
-    trainer.callbacks.append(Plugins([plugin], head="net.3"))
-    trainer.validate(Module(), [kit.loader()] * 2 if several else kit.loader(), verbose=False)
-    own = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert dict(plugin.results[0].metrics) == pytest.approx(own)
-    assert dict(plugin.results[1].metrics) != pytest.approx(own)
 
 
 def test_the_modules_own_hooks_around_a_batch_run_in_an_evaluation_too(kit):

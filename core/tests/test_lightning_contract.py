@@ -59,7 +59,7 @@ def test_closure_loss_is_lightnings_rule():
     assert _lightning.closure_loss(None) is None
 
 
-def test_the_strategy_hook_is_called_right_before_the_step(kit):
+def test_the_action_before_a_step_is_called_right_before_it(kit):
     calls = []
 
     class Module(kit.Net):
@@ -68,14 +68,14 @@ def test_the_strategy_hook_is_called_right_before_the_step(kit):
 
         def training_step(self, batch, batch_idx):
             calls.append("step")
+            assert len(_lightning.step_arguments(trainer, batch, batch_idx)) == 2
             return super().training_step(batch, batch_idx)
 
     trainer = kit.trainer(max_steps=1)
-    hook = lambda batch, batch_idx: calls.append("strategy")  # noqa: E731
-    with _lightning.instance_attribute(trainer.strategy, "on_train_batch_start", hook):
+    with _lightning.before_training_step(trainer, lambda batch, batch_idx: calls.append("action")):
         trainer.fit(Module(), kit.loader())
-    assert calls == ["module", "strategy", "step"]
-    assert "on_train_batch_start" not in vars(trainer.strategy)
+    assert calls == ["module", "action", "step"]
+    assert "_build_kwargs" not in vars(trainer.fit_loop.epoch_loop)
 
 
 def test_loggers_can_be_replaced_and_come_back(kit):
@@ -253,18 +253,3 @@ def test_a_trainers_optimizer_step_is_known_by_its_closure(kit):
     assert found == [True]
     assert not _lightning.is_lightnings_step({"closure": lambda: None})
     assert not _lightning.is_lightnings_step({})
-
-
-def test_ddp_looks_at_each_forward_which_buffers_not_to_broadcast(kit):
-    class Look(pl.Callback):
-        @torch.no_grad()
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            wrapped = trainer.strategy.model
-            before = len(wrapped.modules_buffers)
-            with _lightning.kept_from_broadcast(trainer, "net.1.running_mean"):
-                wrapped(batch[0])
-                assert len(wrapped.modules_buffers) == before - 1
-            assert not wrapped.parameters_to_ignore
-
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    kit.trainer(Look(), strategy=strategy, devices=1, limit_train_batches=1, max_epochs=1).fit(kit.Net(), kit.loader())

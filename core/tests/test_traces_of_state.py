@@ -97,7 +97,7 @@ def test_an_exception_inside_the_replay_restores_everything(kit, error):
         trainer.fit(module, kit.loader())
     assert kit.difference(state, module.state_dict()) == 0.0
     assert not {"log", "log_dict", "training_step", "configure_model"} & set(vars(module))
-    assert "on_train_batch_start" not in vars(trainer.strategy)
+    assert "_build_kwargs" not in vars(trainer.fit_loop.epoch_loop)
     assert [type(c).__name__ for c in trainer.callbacks] == ["Shaky"]
     assert before[0] <= set(vars(module)) <= before[0] | {"_hparams"}
 

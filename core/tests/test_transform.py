@@ -4,9 +4,9 @@ import copy
 
 import lightning.pytorch as pl
 import pytest
-from core_model_plugins import Observer, Offset, Surgery
+from core_model_plugins import Observer, Surgery
 
-from groundwire import PluginError, Plugins
+from groundwire import PluginError
 
 
 def late(kit, where):
@@ -64,10 +64,8 @@ def test_a_transform_in_child_processes_only_is_refused(kit):
         kit.fit(kit.Net(), Surgery(), strategy="ddp_fork", devices=1, accelerator="cpu")
 
 
-def test_averaging_is_refused_for_offsets_and_checked_in_fit_only(kit):
+def test_averaging_is_checked_in_fit_only(kit):
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    with pytest.raises(PluginError, match="EMAWeightAveraging copied the model before 'offset'"):
-        kit.fit(kit.Net(), Plugins([Offset()], head="net.3"), EMAWeightAveraging())
     kit.trainer(EMAWeightAveraging(), Surgery()).validate(kit.Net(), kit.loader(), verbose=False)
     kit.fit(kit.Net(), Surgery(), EMAWeightAveraging(), Observer())

@@ -42,9 +42,31 @@ def set_rng_states(states: dict[str, Any]) -> None:
 def step_arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
     """Arguments of the user's ``training_step``: ``batch_idx`` is optional and may have any name.
 
-    ``fit_loop.epoch_loop._build_kwargs``: only the loop knows the rule.
+    ``fit_loop.epoch_loop._build_kwargs``: only the loop knows the rule. Not the one that :func:`before_training_step`
+    put in its place.
     """
-    return tuple(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, batch_idx).values())
+    build = trainer.fit_loop.epoch_loop._build_kwargs
+    return tuple(getattr(build, "original", build)({}, batch, batch_idx).values())
+
+
+@contextmanager
+def before_training_step(trainer: Any, action: Callable[[Any, int], None]) -> Iterator[None]:
+    """While open, call ``action(batch, batch_idx)`` before each training step, after every ``on_train_batch_start``.
+
+    ``fit_loop.epoch_loop._build_kwargs``: it is called once for each batch, the last thing before the step. Callbacks
+    and the strategy's ``on_train_batch_start`` see a batch that the module or a later callback may still replace, and
+    also one that the module then skips.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    original = loop._build_kwargs
+
+    def build(kwargs: Any, batch: Any, batch_idx: int) -> Any:
+        action(batch, batch_idx)
+        return original(kwargs, batch, batch_idx)
+
+    build.original = original  # type: ignore[attr-defined]
+    with instance_attribute(loop, "_build_kwargs", build):
+        yield
 
 
 def evaluation_arguments(trainer: Any, loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
@@ -131,21 +153,6 @@ def gradients_are_views(trainer: Any) -> bool:
     ``strategy.model`` is the wrapped module.
     """
     return bool(getattr(trainer.strategy.model, "gradient_as_bucket_view", False))
-
-
-@contextmanager
-def kept_from_broadcast(trainer: Any, name: str) -> Iterator[None]:
-    """While open, DDP does not give all ranks the first one's values of the buffer ``name`` at each forward.
-
-    It does so in models that have buffers of their own, for all buffers that are not in ``parameters_to_ignore``, at
-    which it looks each time.
-    """
-    ignored: set[str] = getattr(trainer.strategy.model, "parameters_to_ignore", set())
-    ignored.add(name)
-    try:
-        yield
-    finally:
-        ignored.discard(name)
 
 
 def without_sync(trainer: Any, block: bool) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from groundwire._lightning import before_restoring
 from groundwire.discovery import Installed, installed, load_plugin
 from groundwire.errors import PluginError
 from groundwire.hooks import Hooks, implementations
-from groundwire.offset import without_offset
+from groundwire.modules import SHIFT, without_shifts
 from groundwire.order import name_of
 from groundwire.transform import plugins_of, remember
 from groundwire.version import __version__
@@ -119,9 +119,6 @@ def provenance(host: Host, identities: Sequence[Mapping[str, Any]]) -> dict[str,
     """The entry that goes into a checkpoint, in plain types."""
     facts = host.hooks.by_owner("gw_provenance", Mapping)  # type: ignore[type-abstract]
     plugins = [{**known, "facts": to_plain(facts.get(known["name"], {}))} for known in identities]
-    for plugin in plugins:
-        if plugin["name"] == host.scores.offset_owner:
-            plugin["changes"] = plugin["changes"] or "scores"
     return {"version": __version__, "spec_version": specs.SPEC_VERSION, "plugins": plugins}
 
 
@@ -135,8 +132,14 @@ def _identity(plugin: Any, rows: Sequence[Installed]) -> dict[str, Any]:
         "dist": row.dist if row is not None else None,
         "version": row.version if row is not None else None,
         "init": init_arguments(plugin),
-        "changes": "structure" if "gw_transform_model" in implementations(plugin) else None,
+        "changes": _changes(plugin),
     }
+
+
+def _changes(plugin: Any) -> str | None:
+    if "gw_transform_model" in implementations(plugin):
+        return "structure"
+    return "scores" if getattr(plugin, "changes", None) == SHIFT else None
 
 
 def _is_of(row: Installed, cls: type[Any]) -> bool:
@@ -279,7 +282,7 @@ def export(module: _Module, plugins: Sequence[Any] | None = None) -> _Module:
                 f"{name_of(plugin)} changed the model and has no gw_export, so it cannot be taken out again"
             )
     plain = copy.deepcopy(module)
-    without_offset(plain)
+    without_shifts(plain)
     _separate_classes(plain)
     _hooks_of(plugins).call("gw_export", module=plain)
     left = {part for key in plain.state_dict() for part in key.split(".") if part.startswith(BUFFER_PREFIX)}

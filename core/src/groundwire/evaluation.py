@@ -119,18 +119,18 @@ def evaluate(host: Host, variant: Variant | None, stage: str) -> Evaluation:
 def _step(host: Host, log: LogMeans, batch: Any, batch_idx: int, dataloader_idx: int, variant: str | None) -> None:
     trainer = host.trainer
     batch = move_batch(trainer, batch, dataloader_idx)
-    host.before_batch(batch, host.stage, dataloader_idx)
+    host.before_batch(batch, host.stage, dataloader_idx, variant)
     log.suffix = f"/dataloader_idx_{dataloader_idx}" if len(host.ids.loaders(host.stage)) > 1 else ""
     log.rows = next((len(t) for t in tensors_in(batch) if t.ndim), 1)
     loop = evaluation_loop(trainer)
     around = evaluation_hook_arguments(loop, batch, batch_idx, dataloader_idx)
-    host.correct_again(f"on_{_stage(host)}_batch_start", *around)
     _hook(host, "batch_start", *around)
     output = getattr(trainer.strategy, f"{_stage(host)}_step")(
         *evaluation_arguments(trainer, loop, batch, batch_idx, dataloader_idx)
     )
     if variant is not None:  # the model's own scores were handed out when it was evaluated
         host.scores.after_batch(batch, host.stage, variant)
+    host.scores.stop()
     _hook(host, "batch_end", output, *around)
 
 

@@ -29,6 +29,7 @@ class GradientService:
         self._owners: list[str] = []
         self._editors: list[str] = []
         self._done = False
+        self._recording = False
         self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
         self._backwards = self._steps = 0
         self.nonfinite = {"gradients": 0, "steps": 0, "replays": 0}
@@ -68,11 +69,26 @@ class GradientService:
     def attach(self) -> None:
         """Record batches from now on, if somebody may replay them."""
         if self._owners and self._host.fn == "fit":
-            self._host.stack.enter_context(self._window.recording(self._host.trainer))
+            self._recording = True
             self._host.stack.callback(self._window.close)
             if not self._host.module.automatic_optimization:
                 for optimizer, face in optimizer_faces(self._host.trainer):
                     self._host.stack.enter_context(self._window.watching(optimizer, face))
+
+    def before_step(self, batch: Any, batch_idx: int) -> None:
+        """Record the batch, which somebody may replay."""
+        if self._recording:
+            self._window.record(batch, batch_idx, self._host.module)
+
+    def started(self, first_results: Mapping[str, Any]) -> None:
+        """Keep what ``gw_batch_start`` returned for that batch."""
+        if self._recording:
+            self._window.started(first_results)
+
+    @property
+    def recording(self) -> bool:
+        """Whether batches are recorded."""
+        return self._recording
 
     def before_zero_grad(self, optimizer: Optimizer) -> None:
         """A new window begins."""
@@ -107,6 +123,7 @@ class GradientService:
             self._parameters(optimizer),
             window,
             self._host.seed,
+            self._replay_start,
             self._replay_done,
             getattr(self._host.by_name[self._owners[0]], "loss_fn", None) if self._owners else None,
         )
@@ -142,6 +159,9 @@ class GradientService:
             parameter.grad = None
         step.grads.clear()
         return {}
+
+    def _replay_start(self, recorded: Recorded) -> None:
+        self._host.batch_start(recorded.micro_batch.batch, "train", None, recorded.first_results)
 
     def _replay_done(self) -> None:
         if self._done:

@@ -118,11 +118,6 @@ class Hooks:
         caller = getattr(self._manager.hook, hook)
         return [impl.plugin_name for impl in reversed(caller.get_hookimpls())]
 
-    def takers(self, hook: str, argument: str) -> list[str]:
-        """Names of those whose implementation of ``hook`` takes ``argument``, in call order."""
-        impls = reversed(getattr(self._manager.hook, hook).get_hookimpls())
-        return [impl.plugin_name for impl in impls if argument in impl.argnames]
-
     def call(self, hook: str, *, only: Sequence[str] | None = None, **arguments: Any) -> Any:
         """Call ``hook``; with ``only``, only the implementations of these names."""
         caller = getattr(self._manager.hook, hook) if only is None else self._caller(hook, tuple(only))

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from groundwire import checkpoint, transform
-from groundwire._lightning import is_averaging, is_misconfiguration, rest, resting
+from groundwire._lightning import (
+    before_training_step,
+    is_averaging,
+    is_misconfiguration,
+    rest,
+    resting,
+    takes_dataloader_iter,
+)
 from groundwire.errors import PluginError, problems_error
 from groundwire.evaluation import evaluate
 from groundwire.fields import DefaultFields, GivenFields, unknown_batch
 from groundwire.gradient import GradientService
+from groundwire.guard import unseen
 from groundwire.hooks import Hooks, implementations, mistakes
 from groundwire.ids import IdsService
 from groundwire.keeping import FindingsService
+from groundwire.modules import evaluating
 from groundwire.optimizers import in_a_run
 from groundwire.order import name_of
 from groundwire.run import RunContext
 from groundwire.scores import ScoreService
 from groundwire.seating import Seating
 from groundwire.train_data import TrainDataService
-from groundwire.types import Evaluation, Fields, Problem, Variant
+from groundwire.types import BatchStage, Evaluation, Fields, Problem, Variant
 
 
 def host_of(trainer: Any) -> Host | None:
@@ -68,6 +78,8 @@ class Host(Callback):
         self.ids = IdsService(self)
         self.train_data = TrainDataService(self)
         self._late_build = ExitStack()
+        self._starters: list[str] = []
+        self._takes_iterator = False
 
     # Opening and closing
 
@@ -122,13 +134,25 @@ class Host(Callback):
             return
         self._late_build.close()
         self.ready = True
+        self._takes_iterator = self.fn == "fit" and takes_dataloader_iter(self.module)
         problems = [p for optimizer in self.trainer.optimizers for p in mistakes(optimizer, is_plugin=False)]
         if not problems:
             self._register_optimizers()
-        self._check(problems + self.gradient.refresh() + self.scores.ready())
+        self._check(problems + self.gradient.refresh() + self.scores.ready() + self._unreadable())
         self.gradient.attach()
+        self._starters = self.hooks.owners("gw_batch_start")
+        if self.fn == "fit" and (self._starters or self.gradient.recording or self.scores.wanted("train")):
+            self.stack.enter_context(before_training_step(self.trainer, self._before_training_step))
         self.findings.ready()
         self._rest()
+
+    def _unreadable(self) -> list[Problem]:
+        """Batches that are not known before the step takes them."""
+        starters = self.hooks.owners("gw_batch_start")
+        if not (starters and self._takes_iterator):
+            return []
+        text = "training_step takes dataloader_iter, so no batch is known before its forward pass"
+        return [Problem(name, text, "take batch") for name in starters]
 
     def _register_optimizers(self) -> None:
         for optimizer in self.trainer.optimizers:
@@ -142,8 +166,9 @@ class Host(Callback):
         rest(self, "on_after_backward")
         if self.gradient.idle:
             rest(self, "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step")
+        if not (self.ids.wanted or (self._takes_iterator and self.scores.wanted("train"))):
+            rest(self, "on_train_batch_start")
         if not self.scores.wanted("train"):
-            # Not on_train_batch_start: an offset that comes later is probed there.
             rest(self, "on_train_batch_end")
         for callback in [*self.plugins, *self.seating.bundles]:
             self.stack.enter_context(resting(callback))
@@ -161,17 +186,6 @@ class Host(Callback):
             for callback in self.seating.before_plugins()
             if is_averaging(callback)
         ]
-
-    def refuse_early_averaging(self, owner: str) -> None:
-        """Raise if an averaging callback copied the model before ``owner`` adds a buffer to it.
-
-        The head is known only after every ``setup``, so no order helps.
-        """
-        early = [type(c).__qualname__ for c in self.trainer.callbacks if is_averaging(c)]
-        if early and self.fn == "fit":
-            raise PluginError(
-                f"{early[0]} copied the model before {owner!r} corrects its head -> train without {early[0]}"
-            )
 
     # What plugins ask for
 
@@ -198,11 +212,28 @@ class Host(Callback):
         """See :meth:`RunContext.evaluate`."""
         return evaluate(self, variant, stage)
 
-    def correct_again(self, hook: str, *arguments: Any) -> None:
-        """Call Lightning's ``hook`` of whoever corrects the head: a correction may differ from batch to batch."""
-        for plugin in self.plugins:
-            if name_of(plugin) == self.scores.offset_owner:
-                getattr(plugin, hook)(self.trainer, self.module, *arguments)
+    def forward(self, batch: Any) -> Any:
+        """See :meth:`RunContext.forward`."""
+        inputs, module = self.fields(batch).inputs, self.module
+        without_trace = unseen(module, self.trainer)
+        precision = self.trainer.precision_plugin.forward_context()
+        with self.scores.aside(), without_trace, evaluating(module), torch.no_grad(), precision:
+            return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+
+    def batch_start(
+        self, batch: Any, stage: BatchStage, variant: str | None = None, first: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Call ``gw_batch_start``; ``first`` is what it returned when a replayed batch came first.
+
+        Returns:
+            What each implementation returned, by its name.
+        """
+        found = {}
+        for name in self._starters:
+            result = None if first is None else first.get(name)
+            arguments = {"batch": batch, "stage": stage, "variant": variant, "first_result": result}
+            found[name] = next(iter(self.hooks.call("gw_batch_start", only=(name,), **arguments)), None)
+        return found
 
     def log(self, key: str, value: Any, **kwargs: Any) -> None:
         """See :meth:`RunContext.log`. The class's own ``log``: an instance may be muted at the moment."""
@@ -234,8 +265,19 @@ class Host(Callback):
         self.gradient.before_optimizer_step(optimizer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Ids, and capturing where a plugin wants training scores."""
-        self.before_batch(batch, "train", 0)
+        """Ids; and capturing, where the step takes its batches by itself."""
+        self.ids.before_batch("train", 0)
+        if self._takes_iterator:
+            self.scores.before_batch("train")
+
+    def _before_training_step(self, batch: Any, batch_idx: int) -> None:
+        """The batch as the step gets it. Tuners take all callbacks out of the Trainer while they try steps."""
+        if self not in self.trainer.callbacks:
+            return
+        self.gradient.before_step(batch, batch_idx)
+        self.scores.find(batch, "train")
+        self.gradient.started(self.batch_start(batch, "train"))
+        self.scores.before_batch("train")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Training scores."""
@@ -245,7 +287,7 @@ class Host(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Ids and capturing."""
-        self.before_batch(batch, self.stage, dataloader_idx)
+        self.before_batch(batch, "sanity" if trainer.sanity_checking else self.stage, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
@@ -258,20 +300,20 @@ class Host(Callback):
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def before_batch(self, batch: Any, stage: str, dataloader_idx: int) -> None:
-        """What every stage does before a batch."""
-        self.ids.before_batch(stage, dataloader_idx)
-        self.scores.before_batch(batch, stage)
+    def before_batch(self, batch: Any, stage: Any, dataloader_idx: int, variant: str | None = None) -> None:
+        """What every stage but training does before a batch."""
+        self.ids.before_batch(self.stage, dataloader_idx)
+        self.scores.find(batch, self.stage)
+        self.batch_start(batch, stage, variant)
+        self.scores.before_batch(stage)  # nobody gets scores of the sanity check
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Findings of the validation; variants are evaluated here."""
-        self.scores.after_epoch()
         if not trainer.sanity_checking:
             self.findings.collect()
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Findings of the test."""
-        self.scores.after_epoch()
         self.findings.collect()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

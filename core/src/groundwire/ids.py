@@ -53,6 +53,11 @@ class IdsService:
         self._wanted = False
         self.current: list[int] | None = None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a plugin needs ids."""
+        return self._wanted
+
     def open(self) -> None:
         """Listen to every loader that Lightning prepares from now on."""
         self._wanted = any(getattr(plugin, "needs_ids", False) for plugin in self._host.plugins)

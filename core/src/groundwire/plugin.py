@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -54,6 +54,8 @@ class Plugin(Callback):
         needs_features: Set True to have ``run.features``, the head's input.
         needs_ids: Set True to have ``run.ids``, the dataset indices of the batch.
         head: Name of the layer that produces the scores, if the user told this plugin; found by itself when None.
+        changes: ``"shift"`` for a plugin that adds to the scores a vector which no input of the batch moves; None when
+            unknown. Its forward hook on the head says the same by an attribute of this name.
         loss_fn: ``loss_fn(module, batch) -> loss`` for gradient owners under manual optimization, or None.
 
     Example:
@@ -74,6 +76,7 @@ class Plugin(Callback):
     needs_features: bool = False
     needs_ids: bool = False
     head: str | None = None
+    changes: Literal["shift"] | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

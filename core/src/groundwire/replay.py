@@ -53,11 +53,13 @@ class GradientStep:
         parameters: Mapping[str, nn.Parameter],
         window: Iterable[Recorded],
         seed: int,
+        start: Callable[[Recorded], None],
         done: Callable[[], None],
         loss_fn: LossFn | None = None,
     ) -> None:
         self._loss_fn = loss_fn
-        self._trainer, self._module, self._seed, self._done = trainer, module, seed, done
+        self._trainer, self._module, self._seed = trainer, module, seed
+        self._start, self._done = start, done
         self._saved: list[nn.Parameter] = []
         self._window = tuple(window)
         self._edited = self._window[0].edited() if self._window else []
@@ -160,11 +162,11 @@ class GradientStep:
         last = len(self._window) - 1
         with torch.enable_grad():
             for number, recorded in enumerate(self._window):
+                self._start(recorded)  # before seeding: it may draw
                 if same_rng:
                     set_rng_states(recorded.rng_states)
                 else:
                     seed_globals(derive_seed(self._seed, self._trainer.global_step, number))
-                recorded.correct()
                 with without_sync(self._trainer, block=number < last):
                     self._backward_once(recorded.micro_batch, loss_fn)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class RunContext:
 
     @property
     def raw_scores(self) -> Tensor | None:
-        """Scores of the current batch before the offset, float32, detached."""
+        """Scores of the current batch before any forward hook of a plugin on the head, float32, detached."""
         return self._host.scores.raw
 
     @property
@@ -100,8 +100,8 @@ class RunContext:
         """Evaluate ``variant`` (the model itself when None) on the running stage's loaders, with the Trainer's limits.
 
         Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
-        data; ``gw_scores`` is called with the variant's name, and nothing else of the run changes. The plugin that
-        corrects the head is told of each batch by its ``on_validation_batch_start`` or ``on_test_batch_start``.
+        data; ``gw_batch_start`` and ``gw_scores`` are called with the variant's name, and nothing else of the run
+        changes.
 
         Raises:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
@@ -126,20 +126,22 @@ class RunContext:
         """
         self._host.findings.send({f"{self.owner}/{name}": value for name, value in values.items()})
 
-    def offset(self, owner: str, vector: Tensor) -> None:
-        """Add ``vector`` to the head's scores from now on, until the run ends. Calling again writes the new values.
+    def forward(self, batch: Any) -> Any:
+        """Return what the module's ``forward`` gives for the inputs of ``batch``: one extra pass that leaves no trace.
 
-        A vector that differs from batch to batch is set in the owner's ``on_validation_batch_start`` and its like:
-        :meth:`evaluate` calls that too.
-
-        Args:
-            owner: Name of the plugin that corrects this head. A head takes one correction.
-            vector: Shape (K,), added along the score dimension (last of a Linear, channels of a Conv); or (B, K), a
-                vector for each row of the coming forward passes, until the next call or the end of the evaluation.
-                A replay corrects each batch of the window by what corrected it first.
+        In evaluation mode, under the Trainer's precision, without gradients; its scores are not the batch's. A plugin
+        whose forward hook moves the scores can so see whether a compiled module reaches it: two passes with different
+        shifts must differ.
 
         Raises:
-            PluginError: The head is unknown, ``vector`` does not fit it or is not finite, or another plugin corrects it
-                already.
+            PluginError: Nobody can read the batch.
         """
-        self._host.scores.set_offset(owner, vector)
+        return self._host.forward(batch)
+
+    def on_close(self, callback: Callable[[], Any]) -> None:
+        """Call ``callback()`` when the run closes, also after an exception; those given last are called first.
+
+        It is called before the plugin's own ``teardown`` or ``on_exception``. What it raises does not keep the rest
+        from being undone.
+        """
+        self._host.stack.callback(callback)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from groundwire._lightning import kept_from_broadcast
+from groundwire._lightning import takes_dataloader_iter
 from groundwire.errors import PluginError
 from groundwire.guard import unseen
 from groundwire.head import find_head, named_head
-from groundwire.offset import BUFFER, forget_rows, is_compiled, moves_scores, offset_of, offset_on, write_offset
 from groundwire.order import name_of
 from groundwire.types import Fields, Head, Problem
-from groundwire.window import tensors_in
 
 if TYPE_CHECKING:
     from groundwire.host import Host
@@ -26,14 +24,23 @@ STAGES = ("train", "validate", "test", "predict")
 
 
 class Capture:
-    """A forward hook that keeps what a layer got and gave. A copy of it keeps nothing."""
+    """A forward hook that keeps what a layer got and gave while it listens. A copy of it keeps nothing.
+
+    Attributes:
+        listening: Whether outputs are kept.
+        outputs: Output of each forward pass, detached.
+        features: Input of each forward pass, detached, if asked for.
+    """
 
     def __init__(self, features: bool) -> None:
         self._wants_features = features
+        self.listening = False
         self.clear()
 
     def __call__(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        """Keep ``output`` (before any offset, which is added by a later hook)."""
+        """Keep ``output``."""
+        if not self.listening:
+            return
         self.outputs.append(output.detach())
         if self._wants_features:
             self.features.append(arguments[0].detach())
@@ -85,12 +92,11 @@ class ScoreService:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._capture: Capture | None = None
-        self.offset_owner: str | None = None
-        self._probed = False
+        self._raw: Capture | None = None
+        self._final: Capture | None = None
+        self._ends: tuple[int, int] = (0, 0)
         self._seen: set[str] = set()
         self._receivers: dict[str, list[str]] = {}
-        self._corrected: set[str] = set()
         self.head: Head | None = None
         self.raw: Tensor | None = None
         self.features: Tensor | None = None
@@ -104,12 +110,9 @@ class ScoreService:
     def open(self) -> None:
         """Note who wants the scores of which stage."""
         by_name = self._host.by_name
-        takers = self._host.hooks.takers("gw_scores", "scores")
         for name in self._host.hooks.owners("gw_scores"):
             for stage in getattr(by_name.get(name), "score_stages", ("validate", "test")):
                 self._receivers.setdefault(stage, []).append(name)
-                if name in takers:
-                    self._corrected.add(stage)
 
     def wanted(self, stage: str) -> bool:
         """Whether somebody wants the scores of ``stage``."""
@@ -127,103 +130,85 @@ class ScoreService:
         except PluginError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem("Plugins", message, hint)]
-        return []
+        if self._host.fn != "fit" or not self.wanted("train") or not takes_dataloader_iter(self._host.module):
+            return []
+        if self.head is not None:  # no batch is known before its step
+            self._attach(self.head.module)
+            return []
+        text = "training_step takes dataloader_iter, so the head of training scores cannot be found"
+        return [Problem("Plugins", text, "name it with Plugins(head=...)")]
 
-    def before_batch(self, batch: Any, stage: str) -> None:
-        """Start capturing if somebody wants this stage's scores; see that an offset is not bypassed."""
-        if self.offset_owner is not None and not self._probed:
-            self._probe(batch)
-        if stage not in self._receivers:
+    def find(self, batch: Any, stage: str) -> None:
+        """Find the head and attach to it, if somebody wants this stage's scores."""
+        if stage not in self._receivers or self._raw is not None:
             return
-        if self._capture is None:
-            self._attach(batch)
-        assert self._capture is not None
-        self._capture.clear()
+        if self.head is None:
+            with unseen(self._host.module, self._host.trainer), self._host.trainer.precision_plugin.forward_context():
+                self.head = find_head(self._host.module, self._host.fields(batch).inputs)
+        self._attach(self.head.module)
+
+    def before_batch(self, stage: str) -> None:
+        """Capture the forward passes of this batch from now on, if somebody wants its scores."""
+        self.stop()
+        if stage not in self._receivers or self._raw is None or self._final is None or self.head is None:
+            return
+        self._raw.listening = self._final.listening = True
+        hooks = self.head.module._forward_hooks
+        if (next(iter(hooks)), next(reversed(hooks))) != self._ends:
+            # Hooks that came later stand outside: raw scores would hold a plugin's shift, and final ones would not.
+            hooks.move_to_end(self._ends[0], last=False)
+            hooks.move_to_end(self._ends[1])
 
     def after_batch(self, batch: Any, stage: str, variant: str | None = None) -> None:
         """Hand the captured scores out."""
-        if stage not in self._receivers or self._capture is None:
+        if stage not in self._receivers or self._raw is None or self._final is None:
             return
+        try:
+            self._hand_out(self._raw, self._final, batch, stage, variant)
+        finally:
+            self.stop()
+
+    def _hand_out(self, first: Capture, last: Capture, batch: Any, stage: str, variant: str | None) -> None:
         fields = self._host.fields(batch)
         rows = _rows(fields)
-        raw = combine(self._capture.outputs, rows)
+        raw, scores = combine(first.outputs, rows), combine(last.outputs, rows)
         if raw is None and stage in self._seen:
             return  # a step that the module skipped
-        if raw is None:
+        if raw is None or scores is None:
             raise PluginError(self._bypassed())
         self._seen.add(stage)
         self.raw = raw.float()
-        self.features = combine(self._capture.features, rows)
-        # To add the offset again costs as much as the hook that added it: only for who takes the sum.
-        scores = self._offset(self.raw) if stage in self._corrected else self.raw
-        arguments = {"scores": scores, "fields": fields, "stage": stage, "variant": variant}
+        self.features = combine(first.features, rows)
+        arguments = {"scores": scores.float(), "fields": fields, "stage": stage, "variant": variant}
         self._host.hooks.call("gw_scores", only=self._receivers[stage], **arguments)
-        self._capture.clear()
+
+    def stop(self) -> None:
+        """Forget what was captured, and capture nothing until the next batch."""
+        for capture in (self._raw, self._final):
+            if capture is not None:
+                capture.listening = False
+                capture.clear()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Forward passes that happen meanwhile are not the step's own, so they are not its scores."""
-        capture = self._capture
-        before = (capture.outputs, capture.features) if capture is not None else None
-        if capture is not None:
-            capture.clear()
+        captures = [c for c in (self._raw, self._final) if c is not None and c.listening]
+        for capture in captures:
+            capture.listening = False
         try:
             yield
         finally:
-            if capture is not None and before is not None:
-                capture.outputs, capture.features = before
+            for capture in captures:
+                capture.listening = True
 
-    def set_offset(self, owner: str, vector: Tensor) -> None:
-        """See :meth:`RunContext.offset`."""
-        if self.head is None:
-            raise PluginError("an offset needs the head, which is not known yet -> pass Plugins(head=...)")
-        if self.offset_owner is None:
-            self._host.refuse_early_averaging(owner)
-            self._host.stack.enter_context(offset_on(self.head.module))
-            name = f"{self.head.name}.{BUFFER}"
-            self._host.stack.enter_context(kept_from_broadcast(self._host.trainer, name))
-            self.offset_owner = owner
-        if self.offset_owner != owner:
-            raise PluginError(
-                f"{owner!r} and {self.offset_owner!r} both correct the head {self.head.name!r} -> keep one of them"
-            )
-        write_offset(self.head.module, vector)
-
-    def after_epoch(self) -> None:
-        """Whoever runs the module now has another number of rows than the last batch."""
-        if self.head is not None:
-            forget_rows(self.head.module)
-
-    def _probe(self, batch: Any) -> None:
-        """A module compiled and called before the run ignores new hooks, without a message."""
-        self._probed = True
-        module, head = self._host.module, self.head
-        if head is None or not is_compiled(module):
-            return
-
-        def forward() -> Tensor:
-            inputs = self._host.fields(batch).inputs
-            output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-            return next(tensors_in(list(output.values()) if isinstance(output, Mapping) else output))
-
-        with unseen(module, self._host.trainer), self._host.trainer.precision_plugin.forward_context():
-            module.eval()
-            if not moves_scores(head.module, forward):
-                raise PluginError(f"{self.offset_owner!r} cannot correct the scores: {self._bypassed()}")
-
-    def _offset(self, raw: Tensor) -> Tensor:
-        if self.offset_owner is None or self.head is None:
-            return raw
-        return raw + offset_of(self.head.module, raw)
-
-    def _attach(self, batch: Any) -> None:
-        if self.head is None:
-            with unseen(self._host.module, self._host.trainer), self._host.trainer.precision_plugin.forward_context():
-                self.head = find_head(self._host.module, self._host.fields(batch).inputs)
-        self._capture = Capture(any(getattr(p, "needs_features", False) for p in self._host.plugins))
-        # First of the layer's hooks, so that it sees the scores before an offset is added.
-        handle = self.head.module.register_forward_hook(self._capture, prepend=True)
-        self._host.stack.callback(handle.remove)
+    def _attach(self, layer: nn.Module) -> None:
+        """Listen as the first and the last of the layer's forward hooks."""
+        self._raw = Capture(any(getattr(p, "needs_features", False) for p in self._host.plugins))
+        self._final = Capture(features=False)
+        handles = [layer.register_forward_hook(capture) for capture in (self._raw, self._final)]
+        self._ends = (handles[0].id, handles[1].id)
+        for handle in handles:
+            self._host.stack.callback(handle.remove)
 
     def _bypassed(self) -> str:
         name = self.head.name if self.head else "?"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from groundwire.types import Fields, Finding, Problem, Section, Stage, Variant
+from groundwire.types import BatchStage, Fields, Finding, Problem, Section, Stage, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROJECT = "groundwire"
 #: Version of this set of hooks. A hook or argument that is added raises it; none is ever renamed.
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -114,6 +114,22 @@ def gw_backward_done(phase: str, run: RunContext) -> None:
     May change: gradients, for layers that postpone a part of their backward.
 
     .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def gw_batch_start(batch: Any, stage: BatchStage, variant: str | None, first_result: Any, run: RunContext) -> Any:
+    """Prepare for the forward passes of one batch.
+
+    When: before the forward passes of every batch, on the device: of training (after every ``on_train_batch_start``),
+    of the sanity check, of validation, test and prediction, of ``run.evaluate`` (with the variant's name), and of each
+    micro-batch that a replay runs again. ``stage`` is "sanity" in the sanity check and "train" in a replay.
+    ``first_result`` is, in a replay, what this implementation returned when the batch came for the first time, and
+    None otherwise: state that has moved on since need not be computed again.
+    May change: what a forward hook of the plugin's own adds, never the batch.
+    Returns: anything; it is kept with the batch for replays.
+
+    .. versionadded:: 0.2
     """
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 Severity: TypeAlias = Literal["info", "warn", "fail"]
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
+#: Stages of batches: the sanity check is one of its own for ``gw_batch_start``.
+BatchStage: TypeAlias = Literal["train", "sanity", "validate", "test", "predict"]
 Scalar: TypeAlias = bool | int | float | str | None
 
 
@@ -99,7 +101,7 @@ class Variant:
     Attributes:
         name: How reports call it, for example ``"90 % sparse"``.
         apply: Returns a context manager that edits the tensors of ``module.named_parameters()`` in place, or what
-            corrects the head, and undoes it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized
+            shifts the scores, and undoes it on exit, whatever happens. Never edit ``layer.weight`` of a parametrized
             layer: it is recomputed from the originals and the edit is lost without a message.
 
     Example:

@@ -1,15 +1,14 @@
 """Recording the batches of one accumulation window, so that they can be run again.
 
-Recorded in the strategy's ``on_train_batch_start``, the last thing before the step: a callback would see the batch
-before the module and later callbacks edit it. Committed when the backward starts, forgotten when gradients are
-zeroed.
+Recorded right before the step: a callback would see the batch before the module and later callbacks edit it. Committed
+when the backward starts, forgotten when gradients are zeroed.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.optim import Optimizer
 
 from groundwire._lightning import collect_rng_states, instance_attribute
 from groundwire.errors import PluginError
-from groundwire.offset import offsets_in, write_offset
 from groundwire.types import MicroBatch
 
 
@@ -73,20 +71,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in([getattr(value, f.name, None) for f in dataclasses.fields(value)])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Recorded:
-    """A micro-batch with what tells whether, and how, it can be replayed."""
+    """A micro-batch with what tells whether, and how, it can be replayed.
+
+    Attributes:
+        micro_batch: The batch, its containers copied.
+        rng_states: The global random states with which its step began.
+        versions: Each tensor of the batch with its version.
+        parameters: Each parameter of the module with its version.
+        first_results: What each implementation of ``gw_batch_start`` returned for it, by name.
+    """
 
     micro_batch: MicroBatch
     rng_states: dict[str, Any]
     versions: tuple[tuple[Tensor, int], ...]
     parameters: tuple[tuple[nn.Parameter, int], ...] = ()
-    offsets: tuple[tuple[nn.Module, Tensor], ...] = ()
-
-    def correct(self) -> None:
-        """Write the offsets that corrected the micro-batch; those of the window's last one are there now."""
-        for layer, offset in self.offsets:
-            write_offset(layer, offset)
+    first_results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def edited(self) -> list[nn.Parameter]:
         """Parameters that changed in place since: by the training step itself, as no optimizer stepped yet."""
@@ -103,11 +104,11 @@ class Recorded:
 
 
 def record(batch: Any, batch_idx: int, module: nn.Module) -> Recorded:
-    """Remember ``batch`` as it is now, with the random states, the parameters' versions and the offsets of now."""
+    """Remember ``batch`` as it is now, with the random states and the parameters' versions of now."""
     twin = copy_containers(batch)
     versions = tuple((t, t._version) for t in tensors_in(twin) if not t.is_inference())
     parameters = tuple((p, p._version) for p in module.parameters())
-    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters, tuple(offsets_in(module)))
+    return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters)
 
 
 class Window:
@@ -118,15 +119,14 @@ class Window:
         self._committed: list[Recorded] = []
         self._starts: dict[int, int] = {}
 
-    def recording(self, trainer: Any) -> AbstractContextManager[None]:
-        """While open, each training batch of ``trainer`` becomes the pending one."""
-        original = trainer.strategy.on_train_batch_start
+    def record(self, batch: Any, batch_idx: int, module: nn.Module) -> None:
+        """Make ``batch`` the pending one."""
+        self._pending = record(batch, batch_idx, module)
 
-        def on_train_batch_start(batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
-            self._pending = record(batch, batch_idx, trainer.lightning_module)
-            return original(batch, batch_idx, *args, **kwargs)
-
-        return instance_attribute(trainer.strategy, "on_train_batch_start", on_train_batch_start)
+    def started(self, first_results: Mapping[str, Any]) -> None:
+        """Note what ``gw_batch_start`` returned for the pending batch; it may have drawn random numbers."""
+        if self._pending is not None and first_results:
+            self._pending.first_results, self._pending.rng_states = first_results, collect_rng_states()
 
     def watching(self, optimizer: Optimizer, face: Any) -> AbstractContextManager[None]:
         """While open, ``face.zero_grad()`` begins the window of ``optimizer`` anew.

@@ -1,4 +1,4 @@
-"""The forecasters that "auto" hedges. Each sees the past and says what the prior of a later step will be."""
+"""Forecasters of the class prior, alone or as the experts of "auto": each is ``forecaster(past, step) -> prior``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from groundwire_limes.history import horizon
 
 #: Weight of a row of the same slot, one season older than another.
 FADING = 0.6
-#: How many past rows, and how many similar places, the analogue forecast looks at.
+#: How many past rows, and how many similar places, the analogue forecaster looks at.
 CONTEXT, ANALOGUES = 3, 5
 
 
 @dataclass(frozen=True)
 class Past:
-    """The rows before a step.
+    """The rows before a step, as forecasters see them.
 
     Attributes:
         steps: Of the rows, ascending.
@@ -35,27 +35,27 @@ class Past:
     gap: int
     priors: Array
     pooled: Array
-    filter: kalman.Filter
+    filter: kalman.KalmanFilter
     period: int | None
     distances: Callable[[int], Array]
 
     def ahead(self, step: int) -> int:
-        """How many observed steps ``step`` is after the last row."""
+        """Return how many observed steps ``step`` is after the last row."""
         return horizon(self.steps[-1], step, self.gap)
 
 
 def persistence(past: Past, step: int) -> Array:
-    """The last row."""
+    """Return the last row."""
     return np.asarray(past.priors[-1])
 
 
 def long_run(past: Past, step: int) -> Array:
-    """All labels together."""
+    """Return the frequencies of all labels together."""
     return past.pooled
 
 
 def nearest_successor(past: Past, step: int) -> Array:
-    """What followed the past row that is most like the last one: the published rule."""
+    """Return what followed the past row that is most like the last one: the published rule."""
     ahead, last = past.ahead(step), len(past.priors) - 1
     if last < ahead:
         return np.asarray(past.priors[-1])
@@ -63,7 +63,7 @@ def nearest_successor(past: Past, step: int) -> Array:
 
 
 def seasonal(past: Past, step: int) -> Array:
-    """Rows of the same slot of the season, newer ones counting more; all labels together while there is none."""
+    """Return the mean of the same slot in earlier seasons, newer ones counting more; all labels while there is none."""
     assert past.period is not None
     same = np.flatnonzero((np.asarray(past.steps) - step) % past.period == 0)[::-1][:8]
     if not len(same):
@@ -73,13 +73,13 @@ def seasonal(past: Past, step: int) -> Array:
     return mean
 
 
-def filtered(past: Past, step: int) -> Array:
-    """The Kalman filter's expectation."""
-    return kalman.predicted(past.filter, step, past.period)
+def kalman_filter(past: Past, step: int) -> Array:
+    """Return what the Kalman filter expects."""
+    return kalman.predict(past.filter, step, past.period)
 
 
 def analogue(past: Past, step: int) -> Array:
-    """Mean of what followed the places in the past whose last few rows are most like the last few rows now."""
+    """Return the mean of what followed the places in the past whose last few rows are most like those of now."""
     ahead, rows = past.ahead(step), past.priors
     context = min(CONTEXT, len(rows) - ahead)
     if context < 1:
@@ -91,22 +91,22 @@ def analogue(past: Past, step: int) -> Array:
     return mean
 
 
-Member = Callable[[Past, int], Array]
-MEMBERS: dict[str, Member] = {
+Forecaster = Callable[[Past, int], Array]
+FORECASTERS: dict[str, Forecaster] = {
     "nearest": nearest_successor,
     "persistence": persistence,
     "seasonal": seasonal,
-    "kalman": filtered,
+    "kalman": kalman_filter,
     "long_run": long_run,
     "analogue": analogue,
 }
 
 
-def members(period: int | None) -> dict[str, Member]:
-    """The members that can say something; the seasonal one only if the period is known.
+def experts(period: int | None) -> dict[str, Forecaster]:
+    """Return the forecasters that "auto" mixes: all, but the seasonal one only if the period is known.
 
     Example:
-        >>> "seasonal" in members(None), "seasonal" in members(24)
+        >>> "seasonal" in experts(None), "seasonal" in experts(24)
         (False, True)
     """
-    return {name: member for name, member in MEMBERS.items() if name != "seasonal" or period is not None}
+    return {name: forecaster for name, forecaster in FORECASTERS.items() if name != "seasonal" or period is not None}

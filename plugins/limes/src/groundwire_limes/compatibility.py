@@ -1,54 +1,29 @@
-"""Looking at the user's model and data for what a prior correction does not go together with."""
+"""Parts of the user's model and data that a prior correction does not go together with."""
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groundwire import Fields, PluginError, RunContext
-from groundwire.guard import unseen
-from groundwire.offset import is_compiled
+from groundwire import PluginError, RunContext
+from groundwire.modules import is_compiled
 from groundwire.window import tensors_in
 
-NO_HISTORY = (
-    "LIMES has no history, so scores stay as they are; if the weights were trained with LIMES, load it with them: pass "
-    "ckpt_path= to the Trainer, or use the LIMES object of the fit"
-)
-NO_LABELS = (
-    "no labels are found in a training batch, so nothing is counted of it and forecasts do not learn from it -> tell "
-    "where they are: Plugins(fields=lambda batch: Fields(inputs, targets=...))"
-)
 
-
-def rows_of(fields: Fields) -> int:
-    """Number of rows of a batch.
-
-    Raises:
-        PluginError: Neither targets nor inputs tell.
-    """
-    for value in (fields.targets, fields.inputs):
-        for tensor in tensors_in(value):
-            if tensor.dim():
-                return len(tensor)
-    raise PluginError("limes: cannot tell how many rows this batch has -> Plugins(fields=...) with tensor targets")
-
-
-def interactions(module: nn.Module, trainer: Any) -> list[tuple[str, str]]:
-    """What gives the batches another prior than the stream's: (code, text) pairs."""
+def prior_changes(module: nn.Module, trainer: Any) -> list[tuple[str, str]]:
+    """Return what gives the batches another class prior than the stream's: (code, text) pairs."""
     found = [
         (code, f"{name or type(layer).__name__}: {text}")
         for name, layer in module.named_modules()
-        for code, text in _loss(layer)
+        for code, text in _in_loss(layer)
     ]
-    return found + _sampler(trainer)
+    return found + _in_sampler(trainer)
 
 
-def _loss(layer: nn.Module) -> list[tuple[str, str]]:
+def _in_loss(layer: nn.Module) -> list[tuple[str, str]]:
     notes = []
     kind = type(layer).__name__
     weights = [getattr(layer, name, None) for name in ("weight", "pos_weight")]
@@ -80,7 +55,7 @@ def _loss(layer: nn.Module) -> list[tuple[str, str]]:
     return notes
 
 
-def _sampler(trainer: Any) -> list[tuple[str, str]]:
+def _in_sampler(trainer: Any) -> list[tuple[str, str]]:
     loader = getattr(trainer, "train_dataloader", None)
     sampler = getattr(loader, "sampler", None)
     names = {type(sampler).__name__, type(getattr(loader, "batch_sampler", None)).__name__}
@@ -95,18 +70,8 @@ def _sampler(trainer: Any) -> list[tuple[str, str]]:
     ]
 
 
-def knows_labels_first(trainer: Any) -> bool:
-    """Whether all labels of a step can be had before the step is learned from; only a fit needs them."""
-    return trainer.state.fn != "fit" or hasattr(trainer.datamodule, "step_counts")
-
-
-def say(text: str) -> None:
-    """Where nothing is wrong with the program, but the user should know."""
-    logging.getLogger("groundwire.limes").warning(text)
-
-
 def warn(notes: list[tuple[str, str]]) -> None:
-    """Say each thing once."""
+    """Warn of each (code, text) once."""
     for _, text in notes:
         warnings.warn(f"limes: {text}", UserWarning, stacklevel=3)
 
@@ -117,21 +82,17 @@ def refuse_probabilities(run: RunContext, batch: Any) -> None:
     Raises:
         PluginError: The outputs are the softmax or sigmoid of the head.
     """
-    head, module = run.head, run.module
-    if head is None or is_compiled(module):
+    head = run.head
+    if head is None or is_compiled(run.module):
         return
     given: list[Tensor] = []
-    inputs = run.fields(batch).inputs
-    with run.aside(), unseen(module, run.trainer), run.trainer.precision_plugin.forward_context(), torch.no_grad():
-        module.eval()
-        handle = head.module.register_forward_hook(lambda _, __, output: given.append(output.detach()))
-        try:
-            output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-        except Exception:  # a module without a usable forward is not asked
-            return
-        finally:
-            handle.remove()
-    returned = list(tensors_in(list(output.values()) if isinstance(output, Mapping) else output))
+    handle = head.module.register_forward_hook(lambda _, __, output: given.append(output.detach()))
+    try:
+        returned = list(tensors_in(run.forward(batch)))
+    except Exception:  # a module without a usable forward is not asked
+        return
+    finally:
+        handle.remove()
     if given and any(_is_squashed(tensor, given[-1], hasattr(head.module, "kernel_size")) for tensor in returned):
         raise PluginError(
             f"limes: {type(run.module).__name__} returns probabilities, the softmax or sigmoid of {head.name!r}; an "

@@ -1,4 +1,4 @@
-"""One ``fit`` over a stream: rows in the order of time, in batches that never span two steps."""
+"""A DataModule for one ``fit`` over a stream: rows in the order of time, in batches that never span two steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
 from groundwire.fields import default_fields
-from groundwire_limes.arguments import whole
 from groundwire_limes.functional import Array
 from groundwire_limes.labels import labels_of
-from groundwire_limes.steps import seconds, step_keys, unix_seconds
+from groundwire_limes.time_steps import period_seconds, time_steps, unix_seconds
+from groundwire_limes.validation import check_whole_number
 
 
 class StreamLoader:
@@ -63,10 +63,10 @@ class StreamLoader:
         )
         for rows, batch in zip(left, loader, strict=True):
             self._next += 1
-            yield timed(batch, self.times[rows])
+            yield with_timestamps(batch, self.times[rows])
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch comes next."""
+        """Return which batch comes next."""
         return {"next": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -74,8 +74,8 @@ class StreamLoader:
         self._next, self._restored = state["next"], True
 
 
-def timed(batch: Any, times: Array) -> Any:
-    """``batch`` with the Unix seconds of its rows, int64 because mixed precision casts what floats.
+def with_timestamps(batch: Any, times: Array) -> Any:
+    """Return ``batch`` with the Unix seconds of its rows, int64 because mixed precision casts what floats.
 
     A dict gets the key; of a list, the dict at its end, or a new one.
 
@@ -83,9 +83,9 @@ def timed(batch: Any, times: Array) -> Any:
         ValueError: It is neither.
 
     Example:
-        >>> timed({"x": 0}, np.array([7.5]))
+        >>> with_timestamps({"x": 0}, np.array([7.5]))
         {'x': 0, 'timestamp': tensor([7])}
-        >>> timed((1, 2), np.array([7.5]))
+        >>> with_timestamps((1, 2), np.array([7.5]))
         [1, 2, {'timestamp': tensor([7])}]
     """
     known = {"timestamp": torch.as_tensor(np.floor(times).astype(np.int64))}
@@ -97,7 +97,7 @@ def timed(batch: Any, times: Array) -> Any:
 
 
 def portions(rows: np.ndarray[Any, Any], size: int, ranks: int) -> list[np.ndarray[Any, Any]]:
-    """``rows`` in order, ``size`` for each of ``ranks`` at a time, so that none goes without in the last portion.
+    """Return ``rows`` in order, ``size`` for each of ``ranks`` at a time; none goes without in the last portion.
 
     Its rows go to the portion before if they are too few; if there is none, they are repeated.
 
@@ -156,30 +156,30 @@ class StreamDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        whole("batch_size", batch_size, 1)
-        whole("num_workers", num_workers, 0)
+        check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("num_workers", num_workers, 0)
         self._times = unix_seconds(timestamps)
         if len(self._times) != len(dataset):
             raise ValueError(f"{len(self._times)} timestamps for {len(dataset)} rows -> one for each row")
         self._dataset, self._collate, self._workers = dataset, collate_fn, num_workers
-        self._keys = step_keys(self._times, seconds(period))
+        self._keys = time_steps(self._times, period_seconds(period))
         order = np.argsort(self._times, kind="stable")
         bounds = np.flatnonzero(np.diff(self._keys[order])) + 1
         self._steps = np.split(order, bounds) if len(order) else []
         self._batch_size = batch_size
 
     def batches(self) -> list[np.ndarray[Any, Any]]:
-        """Row indices of each batch of this process, in the order of time."""
+        """Return row indices of each batch of this process, in the order of time."""
         shared = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         ranks, rank = shared.get("num_replicas", 1), shared.get("rank", 0)
         return [part[rank::ranks] for rows in self._steps for part in portions(rows, self._batch_size, ranks)]
 
     def train_dataloader(self) -> StreamLoader:
-        """All rows once, in the order of time."""
+        """Return a loader of all rows once, in the order of time."""
         return StreamLoader(self._dataset, self.batches(), self._times, self._collate, self._workers)
 
     def step_counts(self, step: int, num_classes: int) -> Array:
-        """How often each label occurs in ``step``, for ``training_prior="realised"``; shape (K,)."""
+        """Return how often each label occurs in ``step``, for ``training_prior="realised"``; shape (K,)."""
         counts = np.zeros(num_classes)
         rows = np.flatnonzero(self._keys == step)
         for part in np.split(rows, range(self._batch_size, len(rows), self._batch_size)):
@@ -187,7 +187,7 @@ class StreamDataModule(LightningDataModule):
         return counts
 
     def _counted(self, rows: np.ndarray[Any, Any], classes: int) -> Array:
-        batch = timed(self._collate([self._dataset[int(i)] for i in rows]), self._times[rows])
+        batch = with_timestamps(self._collate([self._dataset[int(i)] for i in rows]), self._times[rows])
         fields = default_fields(batch)
         if fields is None or fields.targets is None:
             raise ValueError("the labels of the rows are not found -> make rows (x, y), or override step_counts()")
