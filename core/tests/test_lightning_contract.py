@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from groundwire import _lightning
+from groundwire.modules import overrides
+from groundwire.undo.loggers import MutedLogger
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_the_action_before_a_step_is_called_right_before_it(kit):
 def test_loggers_can_be_replaced_and_come_back(kit):
     logger = pl.loggers.CSVLogger(kit.path)
     trainer = kit.trainer(logger=logger)
-    with _lightning.silent_loggers(trainer):
+    with _lightning.loggers_replaced(trainer, MutedLogger):
         [mute] = trainer.loggers
         assert list(mute.experiment.config.update({"a": 1})) == []
         assert mute.log_metrics({"a": 1.0}) is None
@@ -155,8 +157,8 @@ def test_the_precision_plugin_has_a_scaler_in_fp16_only(kit):
 def test_overrides_are_told_from_both_packages_own_methods(package):
     base = import_module(package).LightningModule
     own = type("Own", (base,), {"setup": lambda self, stage: None})()
-    assert _lightning.overrides(own, "setup")
-    assert not _lightning.overrides(own, "configure_model")
+    assert overrides(own, "setup")
+    assert not overrides(own, "configure_model")
 
 
 def test_weights_are_loaded_after_on_load_checkpoint(kit):
@@ -176,7 +178,7 @@ def test_weights_are_loaded_after_on_load_checkpoint(kit):
 
 
 def test_users_reach_their_optimizers_through_lightnings_wrapper(kit, running):
-    pairs = running(lambda t, m, b, i: [(raw, face, m, m.optimizers()) for raw, face in _lightning.optimizer_faces(t)])
+    pairs = running(lambda t, m, b, i: [(raw, face, m, m.optimizers()) for raw, face in _lightning.zeroing_objects(t)])
     raw, _, module, wrapper = pairs[0]
     assert [face for _, face, _, _ in pairs] == [raw, wrapper, module]
     assert wrapper is not raw

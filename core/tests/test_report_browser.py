@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from groundwire.report import Report
-from groundwire.types import Finding, Section, Table
+from groundwire.records import Finding, Section, Table
+from groundwire.services.report.report import Report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

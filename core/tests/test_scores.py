@@ -6,7 +6,7 @@ from core_model_plugins import Observer
 from torch.utils.data import DataLoader
 
 from groundwire import Plugin, PluginError, hookimpl
-from groundwire.scores import combine
+from groundwire.services.scores.capture import combine
 
 
 def test_scores_are_those_of_the_forward_that_happens_anyway(kit):

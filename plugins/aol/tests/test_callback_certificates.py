@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import groundwire
 from groundwire import Fields, Report
-from groundwire.offset import offset_on, write_offset
+from groundwire.modules import offset_on, write_offset
 from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz, lipschitz_bound
 from groundwire_aol.evaluation import CertifiedPass
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groundwire.seeds import derive_seed
+from groundwire.undo.random_states import derive_seed
 from groundwire_cram import NM, Chain, CrAM, CrAMOptimizer, Magnitude, Quantize
 from groundwire_cram.kernels import forced
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from groundwire.testing import Classifier, check_plugin
-from groundwire.testing.loaders import Rows
+from groundwire.testing import Rows
 from groundwire_flea import FLEA
 
 

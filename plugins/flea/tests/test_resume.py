@@ -6,7 +6,7 @@ from flea_clinics_of_tests import GOOD, Net, Rows, fit
 from torch.utils.data import DataLoader
 
 from groundwire import PluginError
-from groundwire.checkpoint import plugins_in
+from groundwire.services.checkpoint.provenance import plugins_in
 from groundwire_flea import FLEA, FLEAWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
-from groundwire.offset import outputs_of
+from groundwire.modules import outputs_of
 from groundwire_aol.certificates import RADII, check_radii, smallest_std
 from groundwire_aol.constraint import bake
 from groundwire_aol.conversion import lipschitz

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
-from groundwire.offset import is_corrected
+from groundwire.modules import shift_hooks
 from groundwire_aol.bound import Bound, lipschitz_bound
 from groundwire_aol.certificates import smallest_std, total_lipschitz
 from groundwire_aol.errors import UnsoundError
@@ -117,7 +117,7 @@ class CertifiedPass:
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
         reason = bound.rounding.unknown or not_standard(scores.device)
-        if not reason and any(map(is_corrected, module.modules())):
+        if not reason and any(map(shift_hooks, module.modules())):
             reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
             reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from groundwire.offset import without_offset
+from groundwire.modules import without_shifts
 from groundwire_aol.constraint import bake
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 
@@ -101,7 +101,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """
     refuse_weights(module)
     twin = copy.deepcopy(module).eval()
-    without_offset(twin)  # A run's correction of the scores: a constant, which moves no distance.
+    without_shifts(twin)  # A run's correction of the scores: a constant, which moves no distance.
     bake(twin)
     for layer in list(twin.modules()):
         if parametrize.is_parametrized(layer):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from groundwire import Fields, Finding, Plugin, Problem, RunContext, Section, Variant, hookimpl
-from groundwire.ranks import gathered
+from groundwire.distributed import gathered
 from groundwire_bias_audit.attribution.flip_attributions import (
     FlipAttributions,
     Method,

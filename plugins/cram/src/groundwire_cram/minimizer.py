@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from groundwire import Finding
-from groundwire.seeds import derive_seed
+from groundwire.undo.random_states import derive_seed
 from groundwire_cram.gradient import Gradients, Move, compression_aware_gradient
 from groundwire_cram.kernels.backends import select
 from groundwire_cram.kernels.base import Kernels

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire import Finding, GradientStep, RunContext, hookimpl
-from groundwire.guard import unseen
+from groundwire.undo.without_trace import without_trace
 from groundwire.optimizers import in_a_run
-from groundwire.replay import all_finite
+from groundwire.finite import all_finite
 from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.settings import Settings, with_settings
 
@@ -232,7 +232,7 @@ class CrAMOptimizer(Settings, Delegating):
                     weights[name].copy_(copy)
 
     def _module_unseen(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.module is None else unseen(self.module)
+        return nullcontext() if self.module is None else without_trace(self.module)
 
     def _skip(self, loss: Any) -> Any:
         self.skipped_steps += 1

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from groundwire.errors import PluginError
-from groundwire.fields import default_fields, unknown_batch
-from groundwire.guard import unseen
+from groundwire.batch import default_fields, unknown_batch
+from groundwire.undo.without_trace import without_trace
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -76,7 +76,7 @@ def recalibrate_batchnorm(module: _Module, loader: Iterable[Any], batches: int =
 
 def _collect(module: nn.Module, layers: list[_BatchNorm], loader: Iterable[Any], batches: int) -> list[dict[str, Any]]:
     """Return the new statistics; the module itself is as before when this returns."""
-    with unseen(module), torch.no_grad():
+    with without_trace(module), torch.no_grad():
         module.eval()
         for layer in layers:
             layer.reset_running_stats()

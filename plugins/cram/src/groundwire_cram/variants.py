@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from groundwire import Variant
-from groundwire.window import copy_containers
+from groundwire.batch import copy_containers
 from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.operators import Magnitude, Operator
 from groundwire_cram.prunable import Skip

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Fields, PluginError, TrainData
-from groundwire.fields import default_fields, unknown_batch
+from groundwire.batch import default_fields, unknown_batch
 from groundwire_flea.callback import FLEA
 from groundwire_flea.inputs.dataset import SourceDatasets
 from groundwire_flea.loader_filter import LoaderFilter, apply_result

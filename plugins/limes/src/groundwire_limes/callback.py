@@ -179,7 +179,7 @@ class LIMES(Plugin):
     def _restore_from(self, trainer: Any) -> None:
         """Lightning restores callbacks in ``fit`` only: a checkpoint would be predicted with uncorrected."""
         if self._tracker is None and trainer.ckpt_path:
-            from groundwire.checkpoint import read
+            from groundwire.services.checkpoint.load import read
 
             self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
         self._absorb()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groundwire import PluginError, RunContext
 from groundwire.modules import is_compiled
-from groundwire.window import tensors_in
+from groundwire.batch import tensors_in
 
 
 def prior_changes(module: nn.Module, trainer: Any) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from groundwire import PluginError, RunContext
 from groundwire.modules import is_compiled, outputs_of
-from groundwire.window import tensors_in
+from groundwire.batch import tensors_in
 from groundwire_limes.time_steps import BatchSteps
 
 

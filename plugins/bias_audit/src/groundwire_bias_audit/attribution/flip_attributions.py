@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from groundwire import PluginError, Problem, RunContext, Variant
-from groundwire.ranks import gathered
-from groundwire.seeds import preserve_rng
+from groundwire.distributed import gathered
+from groundwire.undo.random_states import preserve_rng
 from groundwire_bias_audit.attribution.maps import METHODS, Maps
 from groundwire_bias_audit.attribution.shift import AttributionShift, ModelVariant, attribution_shift
 from groundwire_bias_audit.audit.groups import with_groups

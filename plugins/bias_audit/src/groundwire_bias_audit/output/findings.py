@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from groundwire import Finding
-from groundwire.types import Severity
+from groundwire.records import Severity
 from groundwire_bias_audit.attribution.flip_attributions import NO_FLIP, FlipAttributions
 from groundwire_bias_audit.attribution.shift import AttributionShift
 from groundwire_bias_audit.audit.association import bias_amplification, interdependence, rare_value_ratio

@@ -118,7 +118,7 @@ def frame_table(caption: str, frame: pd.DataFrame) -> Table:
 
 def to_html(result: AuditRecord, path: str | Path | None = None) -> str:
     """See :meth:`groundwire_bias_audit.AuditResult.to_html`."""
-    from groundwire.report.page import render
+    from groundwire.services.report.page import render
 
     reasons = "; ".join(describe(test) for test in result.disparities)
     message = f"Bias audit of {int(result.counts.size.sum())} rows: {result.verdict}{': ' if reasons else ''}{reasons}."

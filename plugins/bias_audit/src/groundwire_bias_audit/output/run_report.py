@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from groundwire import RunContext, Section
-from groundwire.ranks import gathered
+from groundwire.distributed import gathered
 from groundwire_bias_audit.attribution.flip_attributions import FlipAttributions
 from groundwire_bias_audit.audit.record import AuditRecord
 from groundwire_bias_audit.output import figures

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from groundwire.ranks import gathered
+from groundwire.distributed import gathered
 from groundwire_bias_audit.audit.susceptibility import rank_susceptible
 from groundwire_bias_audit.stream.scored_rows import LOADER_STEP, ScoredRows
 

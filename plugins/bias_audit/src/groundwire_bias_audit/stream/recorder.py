@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groundwire import Fields, RunContext, Variant
-from groundwire.ranks import gathered
+from groundwire.distributed import gathered
 from groundwire_bias_audit.audit.groups import joined
 from groundwire_bias_audit.stream.logits import read_logits
 from groundwire_bias_audit.stream.samples import Examples

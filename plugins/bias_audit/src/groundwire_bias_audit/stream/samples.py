@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from groundwire import PluginError, RunContext
-from groundwire.seeds import preserve_rng
+from groundwire.undo.random_states import preserve_rng
 from groundwire_bias_audit.audit.groups import joined
 from groundwire_bias_audit.audit.predictions import Outputs
 from groundwire_bias_audit.audit.score_metrics import BAND

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from groundwire import PluginError, RunContext, Variant
-from groundwire.ranks import gathered
+from groundwire.distributed import gathered
 from groundwire_bias_audit.audit.change import Comparison
 from groundwire_bias_audit.audit.gate import Gate
 from groundwire_bias_audit.audit.predictions import read_outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from groundwire import Fields, PluginError
-from groundwire.seeds import preserve_rng
+from groundwire.undo.random_states import preserve_rng
 from groundwire_flea.inputs.embedding import evaluating, features, principal_components
 
 #: Rows that are read together.
