@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 from torch.utils.data import DataLoader
 
-from groundwire.testing import Classifier, check_plugin
-from groundwire.testing import Rows
+from groundwire.testing import Classifier, Rows, check_plugin
 from groundwire_flea import FLEA
 
 

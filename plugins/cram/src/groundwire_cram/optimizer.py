@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire import Finding, GradientStep, RunContext, hookimpl
-from groundwire.undo.without_trace import without_trace
-from groundwire.optimizers import in_a_run
 from groundwire.finite import all_finite
+from groundwire.optimizers import in_a_run, require_run
+from groundwire.undo.without_trace import without_trace
 from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.settings import Settings, with_settings
 
@@ -140,6 +140,7 @@ class CrAMOptimizer(Settings, Delegating):
         self.minimizer = Minimizer(self)
         self.steps = self.skipped_steps = 0
         self.minimizer.check(self._named())
+        require_run(self)
 
     def __repr__(self) -> str:
         return f"CrAMOptimizer({', '.join(map(str, self.operators))}; {self.base_optimizer!r})"

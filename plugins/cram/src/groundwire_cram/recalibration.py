@@ -18,8 +18,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from groundwire.errors import PluginError
 from groundwire.batch import default_fields, unknown_batch
+from groundwire.errors import PluginError
 from groundwire.undo.without_trace import without_trace
 
 _Module = TypeVar("_Module", bound=nn.Module)
