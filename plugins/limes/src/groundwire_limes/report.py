@@ -65,7 +65,7 @@ def findings(tracker: PriorTracker, season: int | None, notes: list[tuple[str, s
 
 
 def _harmful_correction(tracker: PriorTracker) -> list[Finding]:
-    """Return warnings if the correction makes predictions worse: something else moves, or the model is not there yet."""
+    """Return warnings if the correction makes predictions worse: something else moves, or the model is too young."""
     last = [tracker.class_counts.quality(step) for step in sorted(tracker.class_counts.known)][-24:]
     last = [q for q in last if "loss" in q]
     found = []
