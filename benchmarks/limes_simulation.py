@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from groundwire_limes.timeline import STRENGTH
+from groundwire_limes.unlabelled import Memory
 from limes_data import Task
 from limes_streams import HOURS, priors
 
 from groundwire_limes import PriorExtrapolator
 from groundwire_limes.functional import log_offset, shrunk
-from groundwire_limes.timeline import STRENGTH
-from groundwire_limes.unlabelled import Memory
 
 ROWS, BATCH, RATE = 1000, 100, 2e-3
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 import groundwire
 from groundwire import Plugin, PluginError, Report, hookimpl
 from groundwire_aol import AOL
-from groundwire_aol.functional import rescale
-from groundwire_aol.parametrization import aol_of, parametrizations
+from groundwire_aol.layers.parametrization import aol_of, parametrizations
+from groundwire_aol.layers.rescale import rescale
 
 
 @pytest.mark.parametrize(

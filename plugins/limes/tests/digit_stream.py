@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from groundwire.modules import shift_hooks
 from groundwire_limes import StreamDataModule
 
 HOUR = 3600
@@ -66,6 +67,12 @@ class Digits(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 2e-3)
 
 
+def offset_on(layer):
+    """What LIMES adds to the scores of ``layer`` now."""
+    [hook] = shift_hooks(layer)
+    return (hook.vector if hook.rows is None else hook.rows).detach().clone()
+
+
 class Spy(pl.Callback):
     """What corrects each training batch."""
 
@@ -73,9 +80,7 @@ class Spy(pl.Callback):
         self.offsets = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        layer = pl_module.get_submodule("net.2")
-        rows = layer.gw_offset_rows
-        self.offsets.append((layer.gw_offset if rows is None else rows).detach().clone())
+        self.offsets.append(offset_on(pl_module.get_submodule("net.2")))
 
 
 def fit(kit, limes, datamodule=None, module=None, **options):

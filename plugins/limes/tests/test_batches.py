@@ -10,8 +10,8 @@ from torch import nn
 
 from groundwire import PluginError
 from groundwire_limes import LIMES, PriorExtrapolator
-from groundwire_limes.functional import divergence
-from groundwire_limes.labels import class_indices
+from groundwire_limes.functional import kl_divergence
+from groundwire_limes.labels import check_class_indices
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_a_label_that_the_head_does_not_have_is_named_before_the_loss_sees_it(ki
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_a_label_that_the_head_does_not_have_is_named_whatever_its_dtype(dtype):
     with pytest.raises(PluginError, match="label 2 is in a training batch, and the head has 2 classes"):
-        class_indices(torch.tensor([0, 2, 1]).to(dtype), 2)
+        check_class_indices(torch.tensor([0, 2, 1]).to(dtype), 2)
 
 
 def test_targets_of_a_regression_are_called_that():
     with pytest.raises(PluginError, match="have fractions"):
-        class_indices(torch.tensor([0.5, 3.2]), 2)
+        check_class_indices(torch.tensor([0.5, 3.2]), 2)
 
 
 def test_a_missing_binary_label_that_is_nan_is_masked(kit):
@@ -63,7 +63,7 @@ def test_a_missing_binary_label_that_is_nan_is_masked(kit):
     batches = [(torch.zeros(4, 64), labels, {"timestamp": HOUR * h}) for h in (0.0, 1.0)]
     kit.trainer(limes).fit(Binary(1), Listed(batches))
     assert limes.extrapolator.state_dict()["counts"] == [[1.0, 2.0], [1.0, 2.0]]
-    assert limes._line.tally.quality(0)["labels"] == 3
+    assert limes._tracker.class_counts.quality(0)["labels"] == 3
 
 
 def test_labels_that_are_not_found_are_said(kit):
@@ -110,7 +110,7 @@ def test_a_loader_may_use_the_same_tensors_for_every_batch(kit):
     for loader in (Listed(batches), Reusing(batches)):
         limes = LIMES()
         kit.trainer(limes).fit(Digits(), loader)
-        found.append(limes._line.tally.quality(0))
+        found.append(limes._tracker.class_counts.quality(0))
     assert found[0] == found[1]
 
 
@@ -125,7 +125,7 @@ def test_labels_that_the_training_step_edits_are_counted_as_it_left_them(kit, vi
     limes = LIMES()
     kit.trainer(limes).fit(Relabelling(), Listed(rows_at([0.0], [3])))
     assert limes.extrapolator.state_dict()["counts"][0] == [0.0] * 7 + [3.0, 0.0, 0.0]
-    assert limes._line.tally.quality(0)["labels"] == 3
+    assert limes._tracker.class_counts.quality(0)["labels"] == 3
 
 
 def test_weighted_rows_count_by_their_weights(kit):
@@ -185,14 +185,14 @@ def test_a_forecast_is_judged_by_what_was_known_when_its_step_began_also_where_b
     limes = LIMES(season="4h")
     kit.trainer(limes).fit(Digits(), datamodule=across_hours(module_of()))
     twin, counts = PriorExtrapolator(10, period=4), labels_by_hour(module_of())
-    for closed in limes._line.closed:
+    for closed in limes._tracker.finished:
         realised = counts[closed.step] / counts[closed.step].sum()
-        assert closed.divergence == divergence(realised, twin.forecast(closed.step))
+        assert closed.divergence == kl_divergence(realised, twin.forecast(closed.step))
         twin.update(closed.step, counts[closed.step])
-    assert [closed.step for closed in limes._line.closed] == list(range(11))
+    assert [closed.step for closed in limes._tracker.finished] == list(range(11))
 
 
 def test_a_step_to_which_late_rows_come_is_judged_once(kit):
     limes = LIMES(lateness=2)
     kit.trainer(limes).fit(Digits(), Listed(rows_at([HOUR * h for h in (0, 1, 2, 1, 3, 4)])))
-    assert [closed.step for closed in limes._line.closed] == [0, 1, 2, 3]
+    assert [closed.step for closed in limes._tracker.finished] == [0, 1, 2, 3]

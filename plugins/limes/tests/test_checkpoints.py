@@ -77,7 +77,7 @@ def test_saving_and_validating_change_no_offset_of_training_and_neither_does_res
         resumed = kit.path / f"{at}.ckpt"
         rest = run(val_check_interval=3)
         assert rest[0].extrapolator.state_dict() == limes.extrapolator.state_dict()
-        assert rest[0]._line.closed == saved[0]._line.closed == limes._line.closed
+        assert rest[0]._tracker.finished == saved[0]._tracker.finished == limes._tracker.finished
         for found, expected in ((saved[1], offsets), (rest[1], offsets[at:])):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

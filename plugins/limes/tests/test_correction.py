@@ -124,7 +124,7 @@ def test_the_model_gets_better_than_without_correction_on_a_moving_mix(kit):
     accuracies = []
     for limes in (LIMES(season="4h"), LIMES(season="4h", method="long_run", training_prior="forecast")):
         fit(kit, limes, module_of(60, rows=100), Fast())
-        by_step = [limes._line.tally.quality(s)["accuracy"] for s in range(20, 60)]
+        by_step = [limes._tracker.class_counts.quality(s)["accuracy"] for s in range(20, 60)]
         accuracies.append(np.mean(by_step))
     assert accuracies[0] > accuracies[1] + 0.02
 

@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 import lightning.pytorch as pl
 import pytest
 import torch
-from limes_digit_stream import HOUR, Digits, Listed, fit, module_of
+from limes_digit_stream import HOUR, Digits, Listed, fit, module_of, offset_on
 from torch import nn
 
 import groundwire
+from groundwire.modules import shift_hooks
 from groundwire_limes import LIMES
 from groundwire_limes.functional import log_offset
 
@@ -25,19 +26,19 @@ def test_export_folds_the_forecast_for_the_next_step_into_the_bias(fitted):
     assert not torch.equal(plain.net[2].bias, module.net[2].bias)
 
 
-def test_export_during_the_run_leaves_no_hook_and_no_buffer(kit):
+def test_export_during_the_run_leaves_no_hook(kit):
     found = []
 
     class Exports(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 10:
-                offsets = limes._line.offset(limes.next_step), pl_module.net[2].gw_offset.clone()
+                offsets = limes._tracker.offset(limes.next_step), offset_on(pl_module.net[2])
                 found.append((groundwire.export(pl_module), pl_module(batch[0]), batch[0], *offsets))
 
     limes = LIMES()
     kit.trainer(limes, Exports()).fit(Digits(), datamodule=module_of())
     [(plain, corrected, x, offset, current)] = found
-    assert not hasattr(plain.net[2], "gw_offset")
+    assert not shift_hooks(plain.net[2])
     assert torch.allclose(plain(x), corrected - current + offset, atol=1e-5)
 
 

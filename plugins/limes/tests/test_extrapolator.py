@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import groundwire_limes
 from groundwire_limes import PriorExtrapolator
 from groundwire_limes.extrapolator import METHODS
-from groundwire_limes.functional import divergence, log_odds
+from groundwire_limes.functional import kl_divergence, log_odds
 
 CLASSES = 4
 COUNTS = st.lists(st.integers(0, 6), min_size=CLASSES, max_size=CLASSES)
@@ -180,7 +180,7 @@ def mean_divergence(truth, counts, **options):
     found = []
     for step, (prior, row) in enumerate(zip(truth, counts, strict=True)):
         if step >= 2:
-            found.append(divergence(prior, extrapolator.forecast(step)))
+            found.append(kl_divergence(prior, extrapolator.forecast(step)))
         extrapolator.update(step, row)
     return float(np.mean(found))
 

@@ -11,7 +11,7 @@ from limes_digit_stream import HOUR, Digits, Listed, fit, module_of, stream
 from torch import nn
 from torch.utils.data import DataLoader
 
-from groundwire import Plugin, PluginError, Plugins, hookimpl
+from groundwire import Plugin, PluginError, Plugins
 from groundwire_limes import LIMES
 
 
@@ -33,7 +33,7 @@ def test_a_single_logit_is_corrected_by_the_log_odds(kit, flat):
     assert limes.extrapolator.num_classes == 2
     prior = limes.extrapolator.forecast(11)
     assert spy.offsets[-1].tolist() == pytest.approx([math.log(prior[1] / prior[0])], abs=1e-5)
-    assert limes._line.tally.quality(11)["accuracy"] > 0.5
+    assert limes._tracker.class_counts.quality(11)["accuracy"] > 0.5
 
 
 class Segmenter(pl.LightningModule):
@@ -100,7 +100,7 @@ def test_a_step_of_two_forward_passes_with_half_the_rows_each_is_counted_from_it
     for kind in (Halves, Digits):
         limes = LIMES()
         kit.trainer(limes).fit(kind(), datamodule=module_of(3))
-        found.append(limes._line.tally.known)
+        found.append(limes._tracker.class_counts.known)
     assert all(np.allclose(found[0][step], found[1][step]) for step in found[1])
 
 
@@ -191,12 +191,7 @@ def test_an_ambiguous_head_is_refused_with_the_candidates(kit):
 
 
 class Other(Plugin):
-    name = "other"
-
-    @hookimpl
-    def gw_check(self, run):
-        if run.ready:
-            run.offset("other", torch.zeros(10))
+    name, changes = "other", "shift"
 
 
 def test_a_second_correction_of_the_head_is_an_error_that_names_both(kit):

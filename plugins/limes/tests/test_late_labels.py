@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from groundwire_limes import PriorExtrapolator
-from groundwire_limes.functional import divergence
+from groundwire_limes.functional import kl_divergence
 
 
 def test_labels_that_are_a_day_late_are_answered_with_the_hour_not_with_yesterday():
@@ -46,7 +46,7 @@ def day_late(truth, counts, extrapolator):
     """Divergence by hour of forecasts whose labels come 24 hours late."""
     found = []
     for hour, prior in enumerate(truth):
-        found.append(divergence(prior, extrapolator.forecast(hour)))
+        found.append(kl_divergence(prior, extrapolator.forecast(hour)))
         if hour >= 24:
             extrapolator.update(hour - 24, counts[hour - 24])
     return np.array(found)

@@ -10,31 +10,30 @@ from hypothesis import strategies as st
 
 from groundwire import PluginError
 from groundwire_limes import PriorExtrapolator, StreamDataModule
-from groundwire_limes.em import map_em
+from groundwire_limes.class_counts import ClassCounts, Predictions
+from groundwire_limes.expectation_maximization import LabelledScores, map_em
 from groundwire_limes.functional import softmax
 from groundwire_limes.labels import labels_of
-from groundwire_limes.steps import seconds, step_keys, steps_in
-from groundwire_limes.tally import Scored, Tally
-from groundwire_limes.unlabelled import Memory
+from groundwire_limes.time_steps import period_seconds, season_steps, time_steps
 
 
 def test_steps_are_in_utc_whatever_the_zone_and_before_1970_too():
     east = timezone(timedelta(hours=5, minutes=30))
     same = [datetime(2026, 3, 29, 12, tzinfo=UTC), datetime(2026, 3, 29, 17, 30, tzinfo=east)]
-    assert len(set(step_keys(same, 3600).tolist())) == 1
-    assert step_keys([-1, -3600, -3601], 3600).tolist() == [-1, -1, -2]
-    assert step_keys(torch.tensor([7200]), 3600).tolist() == [2]
+    assert len(set(time_steps(same, 3600).tolist())) == 1
+    assert time_steps([-1, -3600, -3601], 3600).tolist() == [-1, -1, -2]
+    assert time_steps(torch.tensor([7200]), 3600).tolist() == [2]
 
 
 def test_naive_times_are_refused():
     for naive in (datetime(2026, 1, 1), [datetime(2026, 1, 1)], np.array(["2026-01-01"], "datetime64[s]")):
         with pytest.raises(ValueError, match="time zone"):
-            step_keys(naive, 3600)
+            time_steps(naive, 3600)
 
 
 def test_periods_and_seasons():
-    assert (seconds("2w"), seconds(timedelta(minutes=3)), seconds("1.5h")) == (1209600, 180, 5400)
-    assert (steps_in("1w", 3600), steps_in("1d", 7 * 3600), steps_in("1h", 3600)) == (168, None, None)
+    assert (period_seconds("2w"), period_seconds(timedelta(minutes=3)), period_seconds("1.5h")) == (1209600, 180, 5400)
+    assert (season_steps("1w", 3600), season_steps("1d", 7 * 3600), season_steps("1h", 3600)) == (168, None, None)
 
 
 def test_masked_soft_and_binary_labels():
@@ -61,20 +60,20 @@ def test_class_indices_and_their_one_hot_shares_count_alike(seed):
     for labels in (one, other):
         hits = ((scores + offset).argmax(dim=1) == hard).double() @ weights
         loss = -((scores + offset).log_softmax(dim=1)[range(7), hard]).double() @ weights
-        found = Scored(scores, offset, labels, weights).quality()
+        found = Predictions(scores, offset, labels, weights).quality()
         assert torch.allclose(found[[0, 1, 3]], torch.stack([weights.sum(), hits, loss]), atol=1e-5)
 
 
 def test_batches_that_waited_together_are_judged_as_an_independent_loop_judges_each():
     generator = torch.Generator().manual_seed(0)
-    tally, expected = Tally(4), torch.zeros(4, 9, dtype=torch.float64)
+    tally, expected = ClassCounts(4), torch.zeros(4, 9, dtype=torch.float64)
     offsets = torch.randn(4, 4, generator=generator).log_softmax(dim=1)
     for batch in range(20):
         step = batch // 7
         scores, hard = torch.randn(6, 4, generator=generator), torch.randint(4, (6,), generator=generator)
         targets = [hard, torch.where(hard == 0, -1, hard), torch.eye(4)[hard]][batch % 3]
         labels = labels_of(targets, 4, 6, indices=batch % 3 == 0)
-        tally.add(step, Scored(scores, offsets[step], labels, labels.weights()))
+        tally.add(step, Predictions(scores, offsets[step], labels, labels.weights()))
         for row, label in zip(scores, hard.tolist(), strict=True):
             if batch % 3 != 1 or label != 0:
                 moved = row + offsets[step]
@@ -82,7 +81,7 @@ def test_batches_that_waited_together_are_judged_as_an_independent_loop_judges_e
                 found += [-moved.log_softmax(0)[label], -row.log_softmax(0)[label]]
                 expected[step, label] += 1
                 expected[step, 4:] += torch.tensor([1.0, *map(float, found)])
-    tally.drain(lambda own: [own])
+    tally.gather(lambda own: [own])
     for step in range(3):
         assert torch.allclose(torch.from_numpy(tally.known[step]), expected[step], atol=1e-5)
 
@@ -92,7 +91,7 @@ def test_losses_of_scores_far_apart_are_those_of_a_cross_entropy():
     offset, labels = torch.tensor([0.999, 0.001]).log(), labels_of(torch.tensor([0, 1, 1]), 2, 3)
     for row in range(3):
         one = torch.tensor([row])
-        found = Scored(scores[one], offset, labels.rows(one), torch.ones(1, dtype=torch.float64)).quality()
+        found = Predictions(scores[one], offset, labels.rows(one), torch.ones(1, dtype=torch.float64)).quality()
         losses = [-(scores[row] + c).log_softmax(0)[labels.hard[row]].double() for c in (offset, 0)]
         assert torch.allclose(found[3:], torch.stack(losses))
 
@@ -135,11 +134,11 @@ def rows(rng, prior, size, temperature, noise=0.0):
 @pytest.mark.parametrize(("noise", "tells"), [(0.0, True), (8.0, False)])
 def test_the_gate_lets_scores_that_tell_the_mix_move_the_prior_and_others_not(noise, tells):
     rng = np.random.default_rng(0)
-    memory, extrapolator = Memory(), PriorExtrapolator(3)
+    memory, extrapolator = LabelledScores(), PriorExtrapolator(3)
     for step in range(24):
         prior = rng.dirichlet(np.ones(3))  # nothing foretells it, only the batch itself
         scores, labels = rows(rng, prior, 256, temperature=3.0, noise=noise)
-        memory.learn(step, scores, labels)
+        memory.add(step, scores, labels)
         extrapolator.update(step, np.bincount(labels, minlength=3))
     gate = memory.gate(extrapolator, 1)
     truth = np.array([0.9, 0.05, 0.05])
@@ -155,15 +154,15 @@ def test_the_gate_lets_scores_that_tell_the_mix_move_the_prior_and_others_not(no
 
 def test_the_gate_is_shut_while_few_labelled_steps_are_known_and_its_memory_comes_back():
     rng = np.random.default_rng(1)
-    memory, extrapolator = Memory(), PriorExtrapolator(3)
+    memory, extrapolator = LabelledScores(), PriorExtrapolator(3)
     assert memory.gate(extrapolator, 1) is None
     for step in range(12):
         if step == 7:
             assert memory.gate(extrapolator, 1) is None
         scores, labels = rows(rng, np.ones(3) / 3, 64, 1.0)
-        memory.learn(step, scores, labels)
+        memory.add(step, scores, labels)
         extrapolator.update(step, np.bincount(labels, minlength=3))
-    twin = Memory()
+    twin = LabelledScores()
     twin.load_state_dict(memory.state_dict())
     one, other = memory.gate(extrapolator, 2), twin.gate(extrapolator, 2)
     assert (one.gain, one.strength, one.calibration.temperature) == (
@@ -171,7 +170,7 @@ def test_the_gate_is_shut_while_few_labelled_steps_are_known_and_its_memory_come
         other.strength,
         other.calibration.temperature,
     )
-    memory.learn(12, *rows(rng, np.ones(3) / 3, 64, 1.0))
+    memory.add(12, *rows(rng, np.ones(3) / 3, 64, 1.0))
     twin.load_state_dict(memory.state_dict())
     assert memory.gate(extrapolator, 2).gain == twin.gate(extrapolator, 2).gain != one.gain
 
@@ -189,7 +188,7 @@ def test_many_classes_keep_few_states_and_forecast_the_same():
         one.forecast(step + 1)
     for step in reversed(range(16)):
         other.update(step, rows[step])
-    held = sum(state.filter.cov.nbytes for state in one._recursion._states.values())
+    held = sum(state.filter.cov.nbytes for state in one._states._by_rows.values())
     assert held <= 8 * 2**24
     assert np.array_equal(one.forecast(3), other.forecast(3))
     assert np.array_equal(one.forecast(16), other.forecast(16))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from limes_digit_stream import HOUR, Digits, Listed, Spy, stream
+from limes_digit_stream import HOUR, Digits, Listed, Spy, offset_on, stream
 from torch.utils.data import DataLoader
 
 from groundwire_limes import LIMES
@@ -27,9 +27,8 @@ def test_two_processes_agree_on_steps_counts_and_offsets(kit, training_prior):
     class Seen(Spy):
         def on_train_batch_end(self, trainer, pl_module, *args):
             super().on_train_batch_end(trainer, pl_module, *args)
-            line = limes._line
-            steps = {s: f.prior.tolist() for s, f in line._made.items()}
-            kept.append((line.current, steps))
+            steps = {s: f.prior.tolist() for s, f in limes._tracker._awaiting_labels.items()}
+            kept.append((limes._tracker.current, steps))
 
         def on_train_end(self, trainer, pl_module):
             state = {"kept": kept, "state": limes.extrapolator.state_dict(), "weights": dict(pl_module.state_dict())}
@@ -63,6 +62,10 @@ def test_each_process_has_the_offset_of_its_own_hour_in_a_model_with_buffers_too
         def forward(self, x):
             return super().forward(self.norm(x))
 
+        def training_step(self, batch, batch_idx):
+            written.append(offset_on(self.net[2]))
+            return super().training_step(batch, batch_idx)
+
     class Apart(pl.LightningDataModule):
         """The second process is an hour ahead."""
 
@@ -73,9 +76,6 @@ def test_each_process_has_the_offset_of_its_own_hour_in_a_model_with_buffers_too
             )
 
     class Seen(Spy):
-        def on_train_batch_start(self, trainer, pl_module, *args):
-            written.append(pl_module.net[2].gw_offset.clone())
-
         def on_train_end(self, trainer, pl_module):
             torch.save((written, self.offsets), kit.path / f"rank{trainer.global_rank}.pt")
 

@@ -52,7 +52,7 @@ def test_the_report_has_prequential_accuracy_worst_hours_divergence_and_pictures
     fit(kit, limes, report=True, logger=logger)
     report = Report.read(kit.path)
     found = {f.code: f.value for f in report.findings}
-    qualities = [limes._line.tally.quality(s)["accuracy"] for s in range(12)]
+    qualities = [limes._tracker.class_counts.quality(s)["accuracy"] for s in range(12)]
     assert found["mean_accuracy"] == pytest.approx(np.mean(qualities))
     worst = [min(qualities[i : i + 4]) for i in (0, 4, 8)]
     assert found["worst_step_accuracy"] == pytest.approx(np.mean(worst))
@@ -74,23 +74,26 @@ def test_a_checkpoint_can_monitor_the_last_complete_step(kit):
     limes = LIMES()
     best = pl.callbacks.ModelCheckpoint(kit.path, monitor="limes/accuracy", mode="max")
     kit.trainer(limes, best, enable_checkpointing=True).fit(Digits(), datamodule=module_of())
-    assert float(best.best_model_score) == pytest.approx(limes._line.tally.quality(10)["accuracy"])
+    assert float(best.best_model_score) == pytest.approx(limes._tracker.class_counts.quality(10)["accuracy"])
 
 
 def test_prequential_accuracy_is_that_of_the_forecast_before_the_batch_was_learned_from(kit):
     limes, datamodule = LIMES(training_prior="realised"), module_of()
 
-    class Before(pl.Callback):
+    class Before(Digits):
         hits, rows = 0, 0
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            offset = torch.tensor(log_offset(limes._line.forecast(limes._line.current).prior), dtype=torch.float32)
+        def training_step(self, batch, batch_idx):
+            offset = torch.tensor(
+                log_offset(limes._tracker.forecast(limes._tracker.current).prior), dtype=torch.float32
+            )
             with torch.no_grad():
-                scores = pl_module(batch[0]) - pl_module.net[2].gw_offset + offset
+                scores = self.net[2].forward(self.net[:2](batch[0])) + offset  # no hooks
             self.hits += int((scores.argmax(1) == batch[1]).sum())
             self.rows += len(batch[1])
+            return super().training_step(batch, batch_idx)
 
     before = Before()
-    kit.trainer(limes, before).fit(Digits(), datamodule=datamodule)
-    sums = sum(row[10:] for row in limes._line.tally.known.values())
+    kit.trainer(limes).fit(before, datamodule=datamodule)
+    sums = sum(row[10:] for row in limes._tracker.class_counts.known.values())
     assert (sums[0], sums[1]) == (before.rows, before.hits)

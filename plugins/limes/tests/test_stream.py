@@ -11,7 +11,7 @@ from limes_digit_stream import Digits, labels_by_hour, module_of, stream
 from torch.utils.data import TensorDataset
 
 from groundwire_limes import LIMES, StreamDataModule
-from groundwire_limes.stream import portions
+from groundwire_limes.datamodule import portions
 
 
 class Rows:

@@ -25,7 +25,7 @@ def offset_in_a_flood(kit, hours, at):
 
 def test_batches_without_labels_are_adapted_where_past_labels_show_that_it_helps(kit):
     limes, offset = offset_in_a_flood(kit, hours=24, at=44)
-    gate = limes._learned.memory.gate(limes.extrapolator, 21)  # forecasts so far ahead are poor
+    gate = limes._labelled_scores.gate(limes.extrapolator, 21)  # forecasts so far ahead are poor
     assert gate is not None
     assert gate.gain > 0.02
     assert gate.is_open
@@ -35,7 +35,7 @@ def test_batches_without_labels_are_adapted_where_past_labels_show_that_it_helps
 
 def test_batches_without_labels_keep_the_forecast_while_too_few_labelled_steps_are_known(kit):
     limes, offset = offset_in_a_flood(kit, hours=7, at=12)
-    assert limes._learned.memory.gate(limes.extrapolator, 6) is None
+    assert limes._labelled_scores.gate(limes.extrapolator, 6) is None
     assert offset == pytest.approx(log_offset(limes.prior(12 * HOUR)), abs=1e-5)
 
 

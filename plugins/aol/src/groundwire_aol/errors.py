@@ -1,4 +1,4 @@
-"""What is raised when a certificate would not hold. Both are ``ValueError``; nothing is ever assumed instead."""
+"""Errors raised when a certificate would not hold. Both are ``ValueError``; nothing is ever assumed instead."""
 
 from __future__ import annotations
 

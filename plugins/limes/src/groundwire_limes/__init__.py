@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from groundwire_limes.callback import LIMES
+    from groundwire_limes.datamodule import StreamDataModule
     from groundwire_limes.extrapolator import Forecast, PriorExtrapolator
-    from groundwire_limes.stream import StreamDataModule
 
 _HOME = {
     "LIMES": "callback",
     "Forecast": "extrapolator",
     "PriorExtrapolator": "extrapolator",
-    "StreamDataModule": "stream",
+    "StreamDataModule": "datamodule",
 }
 
 __all__ = ["LIMES", "Forecast", "PriorExtrapolator", "StreamDataModule"]

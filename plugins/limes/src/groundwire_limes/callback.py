@@ -1,32 +1,48 @@
-"""LIMES inside Lightning: when what is forecast, counted and written into the head."""
+"""LIMES inside Lightning: when a prior is forecast, labels are counted, and the offset is written into the head."""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from groundwire import Fields, PluginError, Problem, RunContext, hookimpl
+from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire.modules import outputs_of
-from groundwire_limes import inspection
-from groundwire_limes.arguments import one_of, whole
-from groundwire_limes.clock import DAY, Clock, Steps
-from groundwire_limes.correction import Correction, TrainingPrior
-from groundwire_limes.distributed import Ranks
-from groundwire_limes.extrapolator import METHODS, Method
-from groundwire_limes.labelled import Labelled, weights_of
-from groundwire_limes.labels import class_indices
-from groundwire_limes.learned import Learned
-from groundwire_limes.reported import Reported
-from groundwire_limes.steps import seconds
-from groundwire_limes.timeline import Timeline
+from groundwire_limes import compatibility, report
+from groundwire_limes.adaptation import adapted_offset, remember
+from groundwire_limes.batch_fields import row_weights
+from groundwire_limes.class_counts import accumulation_dtype
+from groundwire_limes.distributed import Processes
+from groundwire_limes.expectation_maximization import LabelledScores
+from groundwire_limes.export import BiasTable, bias_table, fold_into_bias
+from groundwire_limes.extrapolator import METHODS, Method, PriorExtrapolator
+from groundwire_limes.functional import Array
+from groundwire_limes.labels import as_two_logits, check_class_indices, class_scores, labels_of
+from groundwire_limes.logit_offset import LogitOffset, by_row, device_of
+from groundwire_limes.prior_tracker import PriorTracker
+from groundwire_limes.time_steps import DAY, BatchSteps, TimeIndex, period_seconds
+from groundwire_limes.validation import check_choice, check_whole_number
+
+TrainingPrior = Literal["running", "forecast", "realised"]
+
+#: Version of what a checkpoint holds.
+FORMAT = 1
+NO_HISTORY = (
+    "LIMES has no history, so scores stay as they are; if the weights were trained with LIMES, load it with them: pass "
+    "ckpt_path= to the Trainer, or use the LIMES object of the fit"
+)
+NO_LABELS = (
+    "no labels are found in a training batch, so nothing is counted of it and forecasts do not learn from it -> tell "
+    "where they are: Plugins(fields=lambda batch: Fields(inputs, targets=...))"
+)
 
 
-class LIMES(Reported):
+class LIMES(Plugin):
     """Keep a classifier right while the class mix moves (Tomaszewska and Lampert, 2022).
 
     At every time step a forecast of the class prior is added to the logits as ``log prior - log(1/K)``, in training
@@ -51,7 +67,7 @@ class LIMES(Reported):
         lateness: Steps that a batch may be older than the newest one, without being an error.
         weights: Key or ``weights(batch)`` of the weight of each row in the counts; 1 when left out.
         unlabelled: Re-estimate the prior of each batch that is predicted from its scores, where past labels show that
-            this helps (:mod:`groundwire_limes.unlabelled`). Costs a second forward pass of those batches.
+            this helps (:mod:`groundwire_limes.expectation_maximization`). Costs a second forward pass of those batches.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -64,6 +80,7 @@ class LIMES(Reported):
     """
 
     name = "limes"
+    changes = "shift"
     score_stages = ("train", "validate", "test", "predict")
 
     def __init__(
@@ -82,48 +99,58 @@ class LIMES(Reported):
         weights: str | Callable[[Any], Any] | None = None,
         unlabelled: bool = False,
     ) -> None:
-        one_of("preset", preset, (None, "icpr2022"))
+        check_choice("preset", preset, (None, "icpr2022"))
         if preset is not None:
             method, training_prior = "nearest", "forecast"
-        one_of("method", method, METHODS)
-        one_of("training_prior", training_prior, ("running", "forecast", "realised"))
-        one_of("on_backward", on_backward, ("raise", "replay"))
-        whole("lateness", lateness, 0)
+        check_choice("method", method, METHODS)
+        check_choice("training_prior", training_prior, ("running", "forecast", "realised"))
+        check_choice("on_backward", on_backward, ("raise", "replay"))
+        check_whole_number("lateness", lateness, 0)
         if batches_per_step is not None:
-            whole("batches_per_step", batches_per_step, 1)
+            check_whole_number("batches_per_step", batches_per_step, 1)
         self.time, self.period, self.method, self.preset = time, period, method, preset
         self.training_prior, self.head, self.on_backward = training_prior, head, on_backward
         self.batches_per_step, self.season, self.lateness = batches_per_step, season, lateness
         self.weights, self.unlabelled = weights, unlabelled
-        self._clock = Clock(time, seconds(period), batches_per_step)
-        self._season_steps = self._clock.season(season)
-        self._learned = Learned()
+        self._time_index = TimeIndex(time, period_seconds(period), batches_per_step)
+        self._season_steps = self._time_index.season(season)
         self._module: weakref.ref[Any] | None = None
+        self._forget_stream()
         self._forget_run()
+
+    def _forget_stream(self) -> None:
+        """Begin with another stream. What is set here goes into checkpoints."""
+        self._tracker: PriorTracker | None = None
+        self._labelled_scores = LabelledScores()
+        self._batches = 0  # training batches so far
+        self._head_name: str | None = None
 
     def _forget_run(self) -> None:
         self._run: RunContext | None = None
-        self._ranks = Ranks()
-        self._inspected, self._told, self._omitted = False, False, False
-        self._correction: Correction | None = None
-        self._steps: Steps | None = None
-        self._asked: Timeline | None = None
+        self._processes = Processes()
+        self._hook: LogitOffset | None = None
+        self._conv = False  # whether classes are in dimension 1 of the scores
+        self._head_is_taken, self._is_inspected, self._warned_of_labels = False, False, False
+        self._steps: BatchSteps | None = None
         self._row_weights: Tensor | None = None
-        self._counted = True
+        self._counts_batch = True
+        self._evaluation_tracker: PriorTracker | None = None
+        self._is_off = False
         self._notes: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take what was learned along, and nothing of a run."""
-        gone = dict.fromkeys(("_run", "_module", "_correction", "_steps", "_asked", "_row_weights"))
-        return {**vars(self), **gone, "_ranks": Ranks()}
+        twin = type(self).__new__(type(self))
+        twin._forget_run()
+        return {**vars(self), **vars(twin), "_module": None}
 
-    # Lightning
+    # A run begins
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Another module is another stream; the same one goes on where it was."""
         self._forget_run()
         if stage == "fit" and self._module is not None and self._module() is not pl_module:
-            self._learned = Learned()
+            self._forget_stream()
         if stage == "fit" or self._module is None:
             self._module = weakref.ref(pl_module)
 
@@ -131,8 +158,11 @@ class LIMES(Reported):
     def gw_check(self, run: RunContext) -> list[Problem]:
         """Take the head if it is known, so that even a first batch is corrected; see what else corrects the classes."""
         if not run.ready:
-            return []
-        self._run, self._ranks = run, Ranks(run.trainer.world_size)
+            others = [c for c in run.trainer.callbacks if c is not self and getattr(c, "changes", None) == self.changes]
+            names = [getattr(other, "name", type(other).__name__) for other in others]
+            text = "{!r} and {!r} both correct the scores of the head"
+            return [Problem(self.name, text.format(self.name, name), "keep one of them") for name in names]
+        self._run, self._processes = run, Processes(run.trainer.world_size)
         if run.trainer.state.fn != "fit":
             self._restore_from(run.trainer)
         if run.head is not None:
@@ -140,108 +170,321 @@ class LIMES(Reported):
                 self._take_head(run)
             except PluginError as error:
                 return [Problem(self.name, *str(error).removeprefix("limes: ").split(" -> ", 1))]
-        if self.training_prior == "realised" and not inspection.knows_labels_first(run.trainer):
+        fits = run.trainer.state.fn == "fit"
+        if self.training_prior == "realised" and fits and not hasattr(run.trainer.datamodule, "step_counts"):
             text = "training_prior='realised' needs all labels of a step first, and the DataModule has no step_counts()"
             return [Problem(self.name, text, "use StreamDataModule, or training_prior='running'")]
         return []
 
+    def _restore_from(self, trainer: Any) -> None:
+        """Lightning restores callbacks in ``fit`` only: a checkpoint would be predicted with uncorrected."""
+        if self._tracker is None and trainer.ckpt_path:
+            from groundwire.services.checkpoint.load import read
+
+            self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
+        self._absorb()
+        if self._tracker is None or not self._tracker.extrapolator.observed:
+            logging.getLogger("groundwire.limes").warning(NO_HISTORY)
+
+    def _take_head(self, run: RunContext) -> PriorTracker:
+        """Attach the offset to the head, and begin a stream of its classes unless there is one."""
+        if run.head is None:
+            raise PluginError("limes: the head is not known -> name it: LIMES(head=...)")
+        layer, outputs = run.head.module, outputs_of(run.head.module)
+        classes = max(2, outputs)
+        if self._tracker is None:
+            self._tracker = PriorTracker(self._new_extrapolator(classes), outputs, self.lateness)
+        known = self._tracker.extrapolator.num_classes
+        if known != classes:
+            raise PluginError(
+                f"limes: what was learned has {known} classes and the head {run.head.name!r} has {classes} -> "
+                "use the model that it was learned with, or a new LIMES()"
+            )
+        self._head_name, self._conv, self._head_is_taken = run.head.name, hasattr(layer, "kernel_size"), True
+        if self._hook is None:
+            self._hook = LogitOffset(torch.zeros(outputs, device=device_of(layer)))
+            run.on_close(layer.register_forward_hook(self._hook).remove)
+        return self._tracker
+
+    def _new_extrapolator(self, classes: int) -> PriorExtrapolator:
+        if self.method == "seasonal" and self._season_steps is None:
+            raise PluginError("limes: method='seasonal' needs a season of two steps or more -> season='1d'")
+        return PriorExtrapolator(classes, method=self.method, period=self._season_steps)
+
+    # The offset of each batch
+
+    @hookimpl
+    def gw_batch_start(self, batch: Any, stage: str, first_result: Tensor | None, run: RunContext) -> Tensor:
+        """Write the offset of this batch into the head; a replayed one gets that which it had at first."""
+        tracker = self._tracker
+        if tracker is None or not self._head_is_taken:
+            tracker = self._take_head(run)
+        assert run.head is not None
+        assert self._hook is not None
+        layer = run.head.module
+        if not self._is_inspected:
+            self._is_inspected = True
+            compatibility.refuse_probabilities(run, batch)
+            self._hook.refuse_bypass(run, batch)
+        if first_result is not None:
+            offset = first_result
+        elif self._is_off:
+            offset = torch.zeros(outputs_of(layer))
+        elif stage == "train":
+            offset = self._training_offset(tracker, batch, run)
+        else:
+            tracker = self._evaluation_tracker or tracker
+            current = tracker.current or 0 if run.trainer.state.fn == "fit" else self.next_step
+            steps = self._time_index.of_evaluation_batch(batch, run.fields(batch), otherwise=current)
+            offset = by_row(steps, lambda step: tracker.offset(step, device_of(layer)))
+            if self.unlabelled:
+                self._hook.write(layer, offset)
+                adapted = adapted_offset(tracker, self._labelled_scores, run, batch, steps)
+                offset = offset if adapted is None else adapted
+        self._hook.write(layer, offset)
+        return offset
+
+    def _training_offset(self, tracker: PriorTracker, batch: Any, run: RunContext) -> Tensor:
+        """Agree on the time step, finish those before it, and return the offset of a training batch."""
+        assert run.head is not None
+        fields, device = run.fields(batch), device_of(run.head.module)
+        if fields.targets is None and not self._warned_of_labels:
+            self._warned_of_labels = True
+            compatibility.warn([("no_labels", NO_LABELS)])
+        check_class_indices(fields.targets, tracker.extrapolator.num_classes)  # the loss would fail without a name
+        steps = self._steps = self._time_index.of_training_batch(batch, fields, self._batches)
+        self._row_weights = row_weights(self.weights, batch, steps.rows)
+        agreed = self._processes.earliest(steps.earliest)
+        self._counts_batch = not tracker.replays(agreed)
+        if not self._counts_batch and self.on_backward == "raise":
+            tracker.refuse(agreed)
+        for finished in tracker.advance(agreed, self._processes.all_gather):
+            run.send(tracker.metrics(finished))
+        if self._counts_batch:
+            tracker.judge_later(agreed)
+        if self._counts_batch and self.training_prior == "realised":
+            counts = run.trainer.datamodule.step_counts
+            classes = tracker.extrapolator.num_classes
+            return by_row(steps, lambda step: tracker.realised_offset(counts(step, classes), device))
+        if self._counts_batch and self.training_prior == "running":
+            # A sum over the ranks, also where a rank has no row of that step.
+            running = tracker.running_offset(agreed, self._processes.total(tracker.new_labels(agreed, device)))
+            return by_row(steps, lambda step: running if step == agreed else tracker.offset(step, device))
+        return by_row(steps, lambda step: tracker.offset(step, device))
+
+    # Training
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """What changes the effective prior of the batches is said, not guessed around."""
-        self._notes = inspection.interactions(pl_module, trainer)
-        inspection.warn(self._notes)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Agree on the step, close those before it, and correct the head for this batch."""
-        correction = self._ready(batch)
-        line, fields = correction.line, correction.run.fields(batch)
-        if fields.targets is None and not self._told:
-            self._told = True
-            inspection.warn([("no_labels", inspection.NO_LABELS)])
-        class_indices(fields.targets, line.extrapolator.num_classes)  # before the loss fails on one, without a name
-        self._steps = self._clock.training(batch, fields, self._learned.batches)
-        self._row_weights = weights_of(self.weights, batch, self._steps.rows)
-        step = self._ranks.earliest(self._steps.earliest)
-        self._counted = not line.replays(step)
-        if not self._counted and self.on_backward == "raise":
-            line.refuse(step)
-        for closed in line.advance(step, self._ranks.gather):
-            correction.run.send(line.measured(closed))
-        if self._counted:
-            line.expect(step)
-        correction.train(self._steps, step, self._counted)
+        self._notes = compatibility.prior_changes(pl_module, trainer)
+        compatibility.warn(self._notes)
 
     @hookimpl
     def gw_scores(self, fields: Fields, stage: str, run: RunContext) -> None:
         """Count the labels of a training batch, now that it was learned from, and how well it had been predicted."""
-        if stage != "train":
-            return
-        line, steps = self._line, self._steps
-        if line is None or steps is None or fields.targets is None or not self._counted:
+        tracker, steps = self._tracker, self._steps
+        if stage != "train" or tracker is None or steps is None or fields.targets is None or not self._counts_batch:
             return
         assert run.raw_scores is not None
-        classes = line.extrapolator.num_classes
-        indices = class_indices(fields.targets, classes)  # once more: the step may have edited them
-        labelled = Labelled.of(steps, run.raw_scores, fields.targets, classes, self._learned.conv, indices)
+        classes = tracker.extrapolator.num_classes
+        scores = as_two_logits(class_scores(run.raw_scores, self._conv))
+        indices = check_class_indices(fields.targets, classes)  # once more: the step may have edited them
+        labels = labels_of(fields.targets, classes, len(scores), self._conv, indices)
         if self.unlabelled:
-            labelled.remember(self._learned.memory)
-        labelled.count(line, self._row_weights)
+            remember(self._labelled_scores, steps, scores, labels)
+        weights = labels.weights(accumulation_dtype(scores.device))
+        if self._row_weights is not None:
+            weights = weights * self._row_weights.to(weights).repeat_interleave(len(scores) // steps.rows)
+        tracker.count(steps, scores, labels, weights)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One batch more."""
-        self._learned.batches += 1
+        self._batches += 1
         self._steps = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last complete step, for whoever monitors it."""
+        self._log_last()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step may be incomplete; what is known of it serves later forecasts."""
         self._absorb()
 
+    def _absorb(self) -> None:
+        if self._tracker is not None:
+            self._tracker.absorb(self._processes.all_gather)
+
+    def _log_last(self) -> None:
+        """Log what checkpoints and schedules can monitor; the loggers have every step already."""
+        if self._run is not None and self._tracker is not None and self._tracker.finished:
+            for name, value in self._tracker.metrics(self._tracker.finished[-1]).items():
+                self._run.log(name, value, logger=False, sync_dist=True)
+
+    # Evaluation
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Forecasts use all labels so far; training goes on as if nobody had asked."""
-        if self._line is not None and not trainer.sanity_checking:
-            self._line.gather(self._ranks.gather)
-            self._asked = self._line.informed()
+        if self._tracker is not None and not trainer.sanity_checking:
+            self._tracker.gather(self._processes.all_gather)
+            self._evaluation_tracker = self._tracker.up_to_date()
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Correct the head for what is expected of this batch."""
-        correction = self._ready(batch)
-        if self._omitted:
-            correction.omit()
-            return
-        if self._asked is not None:
-            correction = replace(correction, line=self._asked)
-        current = correction.line.current or 0 if trainer.state.fn == "fit" else self.next_step
-        steps = self._clock.evaluation(batch, correction.run.fields(batch), otherwise=current)
-        correction.evaluate(steps)
-        if self.unlabelled:
-            correction.adapt(self._learned.memory, batch, steps)
+        """Whoever runs the module next may have another number of rows."""
+        if self._hook is not None:
+            self._hook.rows = None
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As at the end of an epoch: a checkpoint may be decided on here."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log_last()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Training goes on with its own step; the next batch says which."""
-        self._steps, self._asked = None, None
+        self._steps, self._evaluation_tracker = None, None
 
-    # What happens in these places
+    @hookimpl
+    def gw_variants(self) -> list[Variant]:
+        """The model without the correction, so that others can see what it does, and to whom."""
+        return [] if self._hook is None else [Variant("without LIMES", self._off)]
 
-    def _ready(self, batch: Any) -> Correction:
-        """What corrects the head, which is taken and looked at the first time."""
-        if self._correction is not None:
-            return self._correction
-        run = self._run
-        if run is None or run.head is None:
-            raise PluginError("limes: the head is not known -> name it: LIMES(head=...)")
-        line = self._take_head(run)
-        if not self._inspected:
-            self._inspected = True
-            inspection.refuse_probabilities(run, batch)
-        self._correction = Correction(self.name, run, line, self._ranks, self.training_prior)
-        return self._correction
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        assert self._hook is not None
+        with self._hook.off():
+            self._is_off = True
+            try:
+                yield
+            finally:
+                self._is_off = False
 
-    def _take_head(self, run: RunContext) -> Timeline:
-        assert run.head is not None
-        line = self._learned.take_head(run.head, self._extrapolator, self.lateness)
-        if not hasattr(run.head.module, "gw_offset"):
-            run.offset(self.name, torch.zeros(outputs_of(run.head.module)))
-        return line
+    # Reporting
+
+    @hookimpl
+    def gw_findings(self, run: RunContext) -> list[Finding]:
+        """Prequential quality, and what the reader should know."""
+        if run.stage != "train" or self._tracker is None:
+            return []
+        self._absorb()
+        return report.findings(self._tracker, self._season_steps, self._notes)
+
+    @hookimpl
+    def gw_section(self) -> Section | None:
+        """Curves of accuracy, forecast and realised priors, and what the guard did."""
+        return None if self._tracker is None else report.section(self._tracker, self.training_prior, self._season_steps)
+
+    @hookimpl
+    def gw_provenance(self) -> dict[str, Any]:
+        """What the weights need to be read right."""
+        facts: dict[str, Any] = {"head": self._head_name, "method": self.method, "training_prior": self.training_prior}
+        if self._tracker is not None:
+            known = self._tracker.up_to_date().extrapolator
+            facts |= {"observed_steps": known.observed, "last_step": known.last_step}
+        return facts
+
+    # Serving
+
+    @property
+    def extrapolator(self) -> PriorExtrapolator:
+        """The forecaster with all that it observed.
+
+        Raises:
+            PluginError: Nothing was observed yet.
+        """
+        return self._history().extrapolator
+
+    @property
+    def next_step(self) -> int:
+        """The step after the newest one that has labels; 0 if there is none."""
+        last = None if self._tracker is None else self._tracker.up_to_date().extrapolator.last_step
+        return 0 if last is None else last + 1
+
+    def _history(self) -> PriorTracker:
+        if self._tracker is None:
+            raise PluginError("limes: nothing was observed yet -> fit first, or load a checkpoint")
+        return self._tracker.up_to_date()
+
+    def prior(self, timestamp: Any = None) -> Array:
+        """Return the class prior expected at ``timestamp``, or in the step after the last one; (K,), float64."""
+        step = self.next_step if timestamp is None else self._time_index.of_times(timestamp, 1).earliest
+        return self.extrapolator.forecast(step)
+
+    def export_adapted(self, timestamps: Sequence[Any], module: nn.Module | None = None) -> BiasTable:
+        """Return biases for serving without this plugin: what to add to the plain model's scores, step by step.
+
+        Args:
+            timestamps: When the model will be asked; each step in which one falls gives a row of the table. Step
+                numbers with ``batches_per_step``.
+            module: With the model, the table holds complete biases of its head.
+
+        Raises:
+            PluginError: Nothing was observed yet, or a timestamp is wrong.
+        """
+        tracker = self._history()
+        steps, length = self._time_index.distinct(timestamps)
+        head = None if module is None else module.get_submodule(self._head_name or "")
+        return bias_table(tracker, steps, length, head)
+
+    @hookimpl
+    def gw_export(self, module: nn.Module) -> None:
+        """Fold the forecast of the step after the last one into the head's bias."""
+        if self._tracker is not None and self._head_name is not None:
+            offset = self._tracker.up_to_date().offset(self.next_step)
+            fold_into_bias(module.get_submodule(self._head_name), offset)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counts, quality, place in the stream; plain types. Under DDP all ranks call it: they save together."""
+        if self._tracker is None:
+            return {}
+        self._tracker.gather(self._processes.all_gather)
+        return {
+            "format": FORMAT,
+            "arguments": self._forecast_arguments(),
+            "batches": self._batches,
+            "head": self._head_name,
+            "line": self._tracker.state_dict(),
+            "memory": self._labelled_scores.state_dict() if self.unlabelled else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was saved.
+
+        Raises:
+            PluginError: It was saved with other arguments, which are listed, or by a newer version.
+        """
+        if not state_dict:
+            return
+        if state_dict.get("format") != FORMAT:
+            format_ = state_dict.get("format")
+            raise PluginError(f"limes: the checkpoint has format {format_}, this version reads {FORMAT}")
+        saved, here = state_dict["arguments"], self._forecast_arguments()
+        other = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {value!r} here"
+            for name, value in here.items()
+            if saved.get(name) != value
+        ]
+        if other:
+            raise PluginError(f"limes: the checkpoint was saved with other arguments ({'; '.join(other)}) -> use those")
+        tracked = state_dict["line"]
+        extrapolator = self._new_extrapolator(tracked["extrapolator"]["num_classes"])
+        self._forget_stream()
+        self._tracker = PriorTracker.restored(tracked, extrapolator, self.lateness)
+        if state_dict["memory"] is not None:
+            self._labelled_scores.load_state_dict(state_dict["memory"])
+        self._batches, self._head_name = state_dict["batches"], state_dict["head"]
+        self._head_is_taken = False
+
+    def _forecast_arguments(self) -> dict[str, Any]:
+        """Return the arguments that forecasts depend on."""
+        return {
+            "method": self.method,
+            "period": self._time_index.seconds if self.batches_per_step is None else None,
+            "batches_per_step": self.batches_per_step,
+            "season": self._season_steps,
+            "training_prior": self.training_prior,
+        }

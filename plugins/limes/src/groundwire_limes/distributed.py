@@ -1,4 +1,4 @@
-"""Agreement between processes. Each function is called on all ranks, at places that all ranks reach equally often."""
+"""Agreement between processes. Each method is called on all ranks, at places that all ranks reach equally often."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-class Ranks:
-    """The processes of a run; alone, every answer is one's own."""
+class Processes:
+    """The processes of a run; alone, every answer is one's own.
+
+    Args:
+        world_size: How many.
+    """
 
     def __init__(self, world_size: int = 1) -> None:
         self.world_size = world_size if dist.is_available() and dist.is_initialized() else 1
         self._host: Any = None
 
     def earliest(self, step: int) -> int:
-        """The smallest ``step`` of all ranks. It goes through the hosts, so that no device is waited for."""
+        """Return the smallest ``step`` of all ranks. It goes through the hosts, so that no device is waited for."""
         if self.world_size == 1:
             return step
         value = torch.tensor(step, dtype=torch.int64)
@@ -25,15 +29,15 @@ class Ranks:
         return int(value)
 
     def total(self, row: Tensor) -> Tensor:
-        """The sum of ``row`` over all ranks."""
+        """Return the sum of ``row`` over all ranks."""
         if self.world_size == 1:
             return row
         row = row.clone()
         dist.all_reduce(row)
         return row
 
-    def gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in the order of the ranks."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return ``value`` of every rank, in the order of the ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -41,7 +45,7 @@ class Ranks:
         return values
 
     def _host_group(self) -> Any:
-        """The default group if it works on host memory, else one that does."""
+        """Return the default group if it works on host memory, else one that does."""
         if dist.get_backend() == "gloo":
             return None
         if self._host is None:

@@ -1,29 +1,27 @@
-"""Leaving the plugin behind: a bias that holds a forecast, or a table of biases for the hours to come."""
+"""Export without the plugin: a bias that holds a forecast, or a table of biases for the hours to come."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from groundwire_limes.functional import Array
-from groundwire_limes.steps import start_of
-
-if TYPE_CHECKING:
-    from groundwire_limes.timeline import Timeline
+from groundwire_limes.prior_tracker import PriorTracker
+from groundwire_limes.time_steps import start_of_step
 
 
-def fold(layer: nn.Module, offset: Tensor) -> None:
+def fold_into_bias(layer: nn.Module, offset: Tensor) -> None:
     """Add ``offset`` to the bias of ``layer``, in place; a layer without a bias gets one. Exact: ``Wx + (b + c)``.
 
     Example:
         >>> layer = nn.Linear(2, 3, bias=False)
-        >>> fold(layer, torch.ones(3))
+        >>> fold_into_bias(layer, torch.ones(3))
         >>> layer.bias.tolist()
         [1.0, 1.0, 1.0]
     """
@@ -63,7 +61,7 @@ class BiasTable:
         return len(self.steps)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict for each step."""
+        """Return one plain dict for each step."""
         columns = zip(
             self.steps, self.valid_from, self.valid_until, self.prior.tolist(), self.bias.tolist(), strict=True
         )
@@ -75,16 +73,16 @@ class BiasTable:
         Path(path).write_text(json.dumps({"complete": self.complete, "rows": self.rows()}, indent=1) + "\n")
 
 
-def bias_table(line: Timeline, steps: list[int], length: float | None, head: nn.Module | None) -> BiasTable:
-    """The table for ``steps``; ``length`` is that of a step in seconds, ``head`` the layer whose bias is added."""
+def bias_table(tracker: PriorTracker, steps: list[int], length: float | None, head: nn.Module | None) -> BiasTable:
+    """Return the table for ``steps`` of ``length`` seconds, with the bias of ``head`` added where there is one."""
     own = getattr(head, "bias", None)
     base = 0.0 if own is None else own.detach().cpu().double().numpy()
-    empty = np.zeros((0, line.extrapolator.num_classes))
+    empty = np.zeros((0, tracker.extrapolator.num_classes))
     return BiasTable(
         steps,
-        [None if length is None else start_of(s, length).isoformat() for s in steps],
-        [None if length is None else start_of(s + 1, length).isoformat() for s in steps],
-        np.stack([line.forecast(s).prior for s in steps]) if steps else empty,
-        np.stack([line.offset(s).double().numpy() + base for s in steps]) if steps else empty,
+        [None if length is None else start_of_step(s, length).isoformat() for s in steps],
+        [None if length is None else start_of_step(s + 1, length).isoformat() for s in steps],
+        np.stack([tracker.forecast(s).prior for s in steps]) if steps else empty,
+        np.stack([tracker.offset(s).double().numpy() + base for s in steps]) if steps else empty,
         head is not None,
     )

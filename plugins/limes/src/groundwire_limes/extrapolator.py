@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from groundwire_limes.functional import Array, published_forecast, smoothed
-from groundwire_limes.hedge import tracked
-from groundwire_limes.history import History, checked_counts, checked_step, horizon, usual_gap
-from groundwire_limes.members import MEMBERS, members
-from groundwire_limes.recursion import Recursion
+from groundwire_limes.forecaster_state import ForecasterStates
+from groundwire_limes.forecasters import FORECASTERS, experts
+from groundwire_limes.functional import Array, laplace_smoothed, published_forecast
+from groundwire_limes.history import History, horizon, usual_gap
+from groundwire_limes.mixture import mixture_horizon
+from groundwire_limes.validation import as_class_counts, as_time_step, is_number
 
 Method = Literal["auto", "nearest", "persistence", "seasonal", "kalman", "long_run"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -27,7 +28,7 @@ class Forecast:
         step: What it is for.
         prior: Shape (K,), float64, positive, sums to 1.
         ahead: How many observed steps after the last one.
-        weights: Of the members of "auto", by name; empty for the other methods.
+        weights: Of the experts of "auto", by name; empty for the other methods.
         trust: 1 if the guard lets the mixture through, 0 if it holds the long-run prior; 1 for the other methods.
     """
 
@@ -46,20 +47,20 @@ class Forecast:
 class PriorExtrapolator:
     """Forecasts the class prior of a time step from the label counts of earlier ones.
 
-    ``"auto"`` mixes its members by their past log-loss, separately for every horizon, and holds on to the long-run
-    prior while the members do not beat it. ``"nearest"`` is the published rule: rows ``(1 + counts)`` normalised,
-    forecast by the successor of the past row nearest to the last one in L1; uniform until two steps are observed. It
-    knows neither clamp nor guard nor largest move. The others are members alone.
+    ``"auto"`` mixes the other methods, its experts, by their past log-loss, separately for every horizon, and holds on
+    to the long-run prior while they do not beat it. ``"nearest"`` is the published rule: rows ``(1 + counts)``
+    normalised, forecast by the successor of the past row nearest to the last one in L1; uniform until two steps are
+    observed. It knows neither clamp nor guard nor largest move. The others are experts alone.
 
     Whatever the order in which counts arrive, the forecast is a function of the counts by step: labels that come late
     revise history. A forecast for a step uses earlier steps only. A step that was never updated is missing: rules
-    count observed steps. If labels are D steps late, ask for the step D ahead; the members are then judged D ahead.
+    count observed steps. If labels are D steps late, ask for the step D ahead; the experts are then judged D ahead.
 
     Args:
         num_classes: K, at least 2.
         method: ``"auto"``, ``"nearest"``, ``"persistence"`` (last step), ``"seasonal"`` (same slot of earlier
             seasons), ``"kalman"`` (level and harmonics), or ``"long_run"`` (all labels).
-        period: Steps in a season, for example 24 for hours of a day; None if there is none, then the seasonal member
+        period: Steps in a season, for example 24 for hours of a day; None if there is none, then the seasonal expert
             sits out.
         smoothing: Count added to each class of a step. By default 1 for ``"nearest"`` and shrinkage towards the
             long-run prior for the others.
@@ -86,17 +87,17 @@ class PriorExtrapolator:
         smoothing: float | None = None,
         max_move: float | None = None,
     ) -> None:
-        _check(num_classes, method, period, smoothing, max_move)
+        _check_arguments(num_classes, method, period, smoothing, max_move)
         self.num_classes = int(num_classes)
         self.method: Method = method
         self.period = None if period is None else int(period)
         self.smoothing = smoothing
         self.max_move = max_move
-        self._clear(History(self.num_classes))
+        self._start_from(History(self.num_classes))
 
-    def _clear(self, history: History) -> None:
+    def _start_from(self, history: History) -> None:
         self._history = history
-        self._recursion = Recursion(history, self.period, self.smoothing, self.max_move, self.method == "auto")
+        self._states = ForecasterStates(history, self.period, self.smoothing, self.max_move, self.method == "auto")
 
     # What is observed
 
@@ -111,14 +112,14 @@ class PriorExtrapolator:
             TypeError: ``step`` is not a whole number.
             ValueError: ``counts`` does not fit; the class is named.
         """
-        step, row = checked_step(step), checked_counts(counts, self.num_classes)
+        step, row = as_time_step(step), as_class_counts(counts, self.num_classes)
         if self.method != "nearest" and not row.any():
             return  # No label says nothing; the published rule makes a uniform row of it.
-        self._recursion.forget_after(self._history.add(step, row))
+        self._states.forget_after(self._history.add(step, row))
 
     @property
     def observed(self) -> int:
-        """How many steps have counts."""
+        """Number of steps that have counts."""
         return len(self._history)
 
     @property
@@ -129,7 +130,7 @@ class PriorExtrapolator:
     # What is forecast
 
     def forecast(self, step: int, *, known: int | None = None) -> Array:
-        """The class prior expected at ``step``, from earlier steps.
+        """Return the class prior expected at ``step``, from earlier steps.
 
         Args:
             step: Any whole number.
@@ -144,39 +145,40 @@ class PriorExtrapolator:
         return self.explain(step, known=known).prior
 
     def explain(self, step: int, *, known: int | None = None) -> Forecast:
-        """:meth:`forecast` with the members' weights and what the guard did.
+        """Return :meth:`forecast` with the experts' weights and what the guard did.
 
         Example:
             >>> PriorExtrapolator(2).explain(0).prior.tolist()
             [0.5, 0.5]
         """
-        step = checked_step(step)
-        rows = self._history.before(step if known is None else min(step, checked_step(known) + 1))
+        step = as_time_step(step)
+        rows = self._history.before(step if known is None else min(step, as_time_step(known) + 1))
         steps = self._history.steps[:rows]
         ahead = horizon(steps[-1], step, usual_gap(steps)) if steps else 1
         if self.method == "nearest":
             alpha = 1.0 if self.smoothing is None else self.smoothing
-            return Forecast(step, published_forecast(smoothed(self._history.counts[:rows], alpha), ahead), ahead, {})
+            smoothed = laplace_smoothed(self._history.counts[:rows], alpha)
+            return Forecast(step, published_forecast(smoothed, ahead), ahead, {})
         if rows == 0:
             return Forecast(step, np.full(self.num_classes, 1 / self.num_classes), ahead, {})
         if self.method == "auto":
             return self._mixed(step, rows, ahead)
-        past = self._recursion.past(self._recursion.state(rows))
-        return Forecast(step, np.array(MEMBERS[self.method](past, step)), ahead, {})
+        past = self._states.past(self._states.state(rows))
+        return Forecast(step, np.array(FORECASTERS[self.method](past, step)), ahead, {})
 
     def _mixed(self, step: int, rows: int, ahead: int) -> Forecast:
-        known = self._recursion
-        known.follow(at := tracked(ahead, self.period))
-        state = known.state(rows)
-        track = state.tracks[at]
-        prior = known.forecast(state, known.expected(state, step, at), at)
-        weights = dict(zip(members(self.period), track.weights.tolist(), strict=True))
-        return Forecast(step, np.array(prior), ahead, weights, track.trust)
+        states, at = self._states, mixture_horizon(ahead, self.period)
+        states.keep_horizon(at)
+        state = states.state(rows)
+        mixture = state.mixtures[at]
+        prior = states.forecast(state, states.expert_forecasts(state, step, at), at)
+        weights = dict(zip(experts(self.period), mixture.weights.tolist(), strict=True))
+        return Forecast(step, np.array(prior), ahead, weights, mixture.trust)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain types: what was asked for and the counts. Forecasts after loading are bit-identical."""
+        """Return everything in plain types: arguments and counts. Forecasts after loading are bit-identical."""
         return {
             "num_classes": self.num_classes,
             "method": self.method,
@@ -188,7 +190,7 @@ class PriorExtrapolator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
             ValueError: The state is of an extrapolator with other arguments; the differences are listed.
@@ -204,11 +206,11 @@ class PriorExtrapolator:
             raise ValueError(f"the saved state does not fit: {'; '.join(other)} -> make one with the saved arguments")
         history = History(self.num_classes)
         for step, counts in zip(state["steps"], state["counts"], strict=True):
-            history.add(checked_step(step), checked_counts(counts, self.num_classes))
-        self._clear(history)
+            history.add(as_time_step(step), as_class_counts(counts, self.num_classes))
+        self._start_from(history)
 
 
-def _check(classes: Any, method: Any, period: Any, smoothing: Any, max_move: Any) -> None:
+def _check_arguments(classes: Any, method: Any, period: Any, smoothing: Any, max_move: Any) -> None:
     if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, got {classes!r}")
     if method not in METHODS:
@@ -217,13 +219,9 @@ def _check(classes: Any, method: Any, period: Any, smoothing: Any, max_move: Any
         raise ValueError(f"period must be a whole number of at least 2 steps, or None, got {period!r}")
     if method == "seasonal" and period is None:
         raise ValueError("method='seasonal' needs period=, the number of steps in a season")
-    if smoothing is not None and not (_is_number(smoothing) and 0 < smoothing < math.inf):
+    if smoothing is not None and not (is_number(smoothing) and 0 < smoothing < math.inf):
         raise ValueError(f"smoothing must be a positive number or None, got {smoothing!r}")
-    if max_move is not None and not (_is_number(max_move) and max_move > 0):
+    if max_move is not None and not (is_number(max_move) and max_move > 0):
         raise ValueError(f"max_move must be a positive number of nats or None, got {max_move!r}")
     if max_move is not None and method != "auto":
         raise ValueError(f"max_move acts in method='auto' only, and method is {method!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

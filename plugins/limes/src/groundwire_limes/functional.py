@@ -24,11 +24,11 @@ FLOOR = 1e-12
 LIMIT = 12.0
 
 
-def smoothed(counts: Any, smoothing: float = 1.0) -> Array:
-    """Class frequencies with ``smoothing`` added to every count (Laplace); float64, over the last axis.
+def laplace_smoothed(counts: Any, smoothing: float = 1.0) -> Array:
+    """Return class frequencies with ``smoothing`` added to every count (Laplace); float64, over the last axis.
 
     Example:
-        >>> smoothed([3, 0]).tolist()
+        >>> laplace_smoothed([3, 0]).tolist()
         [0.8, 0.2]
     """
     raised = np.asarray(counts, np.float64) + smoothing
@@ -36,19 +36,19 @@ def smoothed(counts: Any, smoothing: float = 1.0) -> Array:
     return normalised
 
 
-def shrunk(counts: Array, center: Array, strength: float) -> Array:
-    """Posterior mean of the class frequencies under a Dirichlet prior of mean ``center`` and size ``strength``.
+def dirichlet_mean(counts: Array, center: Array, strength: float) -> Array:
+    """Return the posterior mean of class frequencies under a Dirichlet prior of mean ``center`` and size ``strength``.
 
     Example:
-        >>> shrunk(np.array([10.0, 0.0]), np.array([0.5, 0.5]), strength=10).tolist()
+        >>> dirichlet_mean(np.array([10.0, 0.0]), np.array([0.5, 0.5]), strength=10).tolist()
         [0.75, 0.25]
     """
     mixed: Array = (counts + strength * center) / (counts.sum() + strength)
     return mixed
 
 
-def nearest(rows: Array, ahead: int = 1) -> int:
-    """Index of the past row that is most like the last one and whose ``ahead``-th successor is known.
+def nearest_row(rows: Array, ahead: int = 1) -> int:
+    """Return the index of the past row that is most like the last one and whose ``ahead``-th successor is known.
 
     The published rule (with ``ahead=1``): smallest L1 distance, the oldest of several.
 
@@ -58,14 +58,14 @@ def nearest(rows: Array, ahead: int = 1) -> int:
 
     Example:
         >>> rows = np.array([[0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.8, 0.2]])
-        >>> nearest(rows)
+        >>> nearest_row(rows)
         0
     """
     return int(np.abs(rows[: len(rows) - ahead] - rows[-1]).sum(axis=1).argmin())
 
 
 def published_forecast(rows: Array, ahead: int = 1) -> Array:
-    """The published rule: the successor of the nearest past row; uniform while fewer than two rows are known.
+    """Return the published forecast: the successor of the nearest past row; uniform while fewer than two are known.
 
     Where no past row has an ``ahead``-th successor yet, the last row.
 
@@ -75,11 +75,11 @@ def published_forecast(rows: Array, ahead: int = 1) -> Array:
     """
     if len(rows) < 2:
         return np.full(rows.shape[1], 1 / rows.shape[1])
-    return np.array(rows[-1] if len(rows) <= ahead else rows[nearest(rows, ahead) + ahead])
+    return np.array(rows[-1] if len(rows) <= ahead else rows[nearest_row(rows, ahead) + ahead])
 
 
 def log_offset(prior: Any, limit: float = np.inf) -> Array:
-    """What to add to the logits: ``log prior - log(1/K)``, between ``-limit`` and ``limit``; float64, shape (K,).
+    """Return the offset of the logits, ``log prior - log(1/K)``, between ``-limit`` and ``limit``; float64, shape (K,).
 
     Example:
         >>> log_offset([0.5, 0.5]).tolist()
@@ -91,16 +91,16 @@ def log_offset(prior: Any, limit: float = np.inf) -> Array:
 
 
 def log_loss(prior: Array, frequencies: Array) -> Array:
-    """Mean negative log-likelihood per label of ``frequencies`` under ``prior``, over the last axis, in nats."""
+    """Return the mean log-loss per label of ``frequencies`` under ``prior``, over the last axis, in nats."""
     loss: Array = -(frequencies * np.log(np.maximum(prior, FLOOR))).sum(axis=-1)
     return loss
 
 
-def divergence(truth: Any, prior: Any) -> float:
-    """Kullback-Leibler divergence of ``prior`` from ``truth``, in nats.
+def kl_divergence(truth: Any, prior: Any) -> float:
+    """Return the Kullback-Leibler divergence of ``prior`` from ``truth``, in nats.
 
     Example:
-        >>> divergence([0.5, 0.5], [0.5, 0.5])
+        >>> kl_divergence([0.5, 0.5], [0.5, 0.5])
         0.0
     """
     truth, prior = np.asarray(truth, np.float64), np.asarray(prior, np.float64)
@@ -108,11 +108,11 @@ def divergence(truth: Any, prior: Any) -> float:
     return float((truth[seen] * np.log(truth[seen] / np.maximum(prior[seen], FLOOR))).sum())
 
 
-def tempered(prior: Array, center: Array, weight: float) -> Array:
-    """``prior ** weight * center ** (1 - weight)``, normalised: from ``center`` (0) to ``prior`` (1).
+def geometric_mixture(prior: Array, center: Array, weight: float) -> Array:
+    """Return ``prior ** weight * center ** (1 - weight)``, normalised: from ``center`` (0) to ``prior`` (1).
 
     Example:
-        >>> tempered(np.array([0.8, 0.2]), np.array([0.5, 0.5]), 0.0).tolist()
+        >>> geometric_mixture(np.array([0.8, 0.2]), np.array([0.5, 0.5]), 0.0).tolist()
         [0.5, 0.5]
     """
     logs = weight * np.log(np.maximum(prior, FLOOR)) + (1 - weight) * np.log(np.maximum(center, FLOOR))
@@ -120,26 +120,27 @@ def tempered(prior: Array, center: Array, weight: float) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """Probabilities along the last axis."""
+    """Return probabilities along the last axis."""
     raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
     normalised: Array = raised / raised.sum(axis=-1, keepdims=True)
     return normalised
 
 
 def log_odds(prior: Array) -> Array:
-    """``log(p / (1 - p))`` of every class."""
+    """Return ``log(p / (1 - p))`` of every class."""
     p = np.clip(prior, FLOOR, 1 - FLOOR)
     odds: Array = np.log(p) - np.log1p(-p)
     return odds
 
 
-def limited_move(prior: Array, before: Array, largest: float) -> Array:
-    """``prior``, or the point on the geometric path from ``before`` to it where no log-odds moves by over ``largest``.
+def limited_log_odds_move(prior: Array, before: Array, largest: float) -> Array:
+    """Return ``prior``, moved towards ``before`` until no log-odds differs from that of ``before`` by over ``largest``.
 
-    An attacker who floods one class within a step moves the forecast by no more than this.
+    It stays on the geometric path between the two. An attacker who floods one class within a step moves
+    the forecast by no more than this.
 
     Example:
-        >>> moved = limited_move(np.array([0.99, 0.01]), np.array([0.5, 0.5]), largest=1.0)
+        >>> moved = limited_log_odds_move(np.array([0.99, 0.01]), np.array([0.5, 0.5]), largest=1.0)
         >>> round(float(log_odds(moved)[0]), 6)
         1.0
     """
@@ -153,5 +154,5 @@ def limited_move(prior: Array, before: Array, largest: float) -> Array:
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if within(tempered(prior, before, middle)) else (low, middle)
-    return tempered(prior, before, low) if low else before
+        low, high = (middle, high) if within(geometric_mixture(prior, before, middle)) else (low, middle)
+    return geometric_mixture(prior, before, low) if low else before

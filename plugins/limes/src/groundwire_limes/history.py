@@ -1,11 +1,10 @@
-"""What was observed: one row of label counts for every step that has any."""
+"""History of a stream: one row of label counts for every time step that has any. NumPy only."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from groundwire_limes.functional import Array
 
 
 class History:
-    """Label counts by step, oldest first. A step without a row is missing, which is not the same as uniform.
+    """Label counts by time step, oldest first. A step without a row is missing, which is not the same as uniform.
 
     Args:
         classes: Number of classes K.
@@ -39,7 +38,7 @@ class History:
         return self._rows[: len(self.steps)]
 
     def before(self, step: int) -> int:
-        """How many rows are older than ``step``."""
+        """Return how many rows are older than ``step``."""
         return bisect_left(self.steps, step)
 
     def add(self, step: int, counts: Array) -> int:
@@ -48,23 +47,19 @@ class History:
         Returns:
             Index of the row that changed.
         """
-        at = self.before(step)
-        if at == len(self.steps) or self.steps[at] != step:
-            self._insert(at, step)
+        at, used = self.before(step), len(self.steps)
+        if at == used or self.steps[at] != step:
+            if used == len(self._rows):
+                self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._rows[at + 1 : used + 1] = self._rows[at:used]
+            self._rows[at] = 0
+            self.steps.insert(at, step)
         self._rows[at] += counts
         return at
 
-    def _insert(self, at: int, step: int) -> None:
-        used = len(self.steps)
-        if used == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        self._rows[at + 1 : used + 1] = self._rows[at:used]
-        self._rows[at] = 0
-        self.steps.insert(at, step)
-
 
 def usual_gap(steps: list[int], last: int = 32) -> int:
-    """Median distance between the last observed steps, at least 1: how far ahead "the next one" is.
+    """Return the median distance between the last observed steps, at least 1: how far ahead "the next one" is.
 
     Example:
         >>> usual_gap([0, 10, 20, 40, 50]), usual_gap([3])
@@ -75,36 +70,10 @@ def usual_gap(steps: list[int], last: int = 32) -> int:
 
 
 def horizon(last: int, step: int, gap: int) -> int:
-    """How many observed steps, usually ``gap`` apart, ``step`` is ahead of the ``last`` one; at least 1.
+    """Return how many observed steps, usually ``gap`` apart, ``step`` is ahead of the ``last`` one; at least 1.
 
     Example:
         >>> horizon(20, 40, gap=10)
         2
     """
     return max(1, round((step - last) / gap))
-
-
-def checked_counts(counts: Any, classes: int) -> Array:
-    """``counts`` as float64 of shape (K,).
-
-    Raises:
-        ValueError: Another shape, or a count that is negative, infinite or NaN; it names the class.
-    """
-    row = np.asarray(counts, np.float64)
-    if row.shape != (classes,):
-        raise ValueError(f"counts must have shape ({classes},), one per class, got {row.shape}")
-    wrong = np.flatnonzero(~(np.isfinite(row) & (row >= 0)))
-    if len(wrong):
-        raise ValueError(f"the count of class {wrong[0]} is {row[wrong[0]]:g}; counts are finite and at least 0")
-    return row
-
-
-def checked_step(step: Any) -> int:
-    """``step`` as an int.
-
-    Raises:
-        TypeError: It is not a whole number.
-    """
-    if isinstance(step, bool) or not isinstance(step, int | np.integer):
-        raise TypeError(f"step must be a whole number, got {step!r}")
-    return int(step)

@@ -1,4 +1,4 @@
-"""A Kalman filter on log-priors: a level that walks and, if the period is known, harmonics of it."""
+"""A Kalman filter on log-priors: a level that walks and, if the period is known, harmonics of it. NumPy only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HARMONICS = 3
 
 
 @dataclass(frozen=True)
-class Filter:
-    """State after some rows. Replaced by the next one, never changed, so that keeping an old one costs nothing.
+class KalmanFilter:
+    """State of the filter after some rows. Replaced, never changed, so that keeping an old one costs nothing.
 
     Attributes:
         step: Of the last row.
@@ -30,19 +30,19 @@ class Filter:
     cov: Array
 
 
-def start(step: int, prior: Array, size: float, period: int | None) -> Filter:
-    """The filter after a first row, whose log-prior is the level."""
+def initial(step: int, prior: Array, size: float, period: int | None) -> KalmanFilter:
+    """Return the filter after a first row, whose log-prior is the level."""
     dims = 1 + 2 * harmonics(period)
     mean = np.zeros((len(prior), dims))
     mean[:, 0] = centered(prior)
     variances = np.full(dims, 0.3)
     cov = np.repeat(np.diag(variances)[None], len(prior), axis=0)
     cov[:, 0, 0] = observation_noise(prior, size)
-    return Filter(step, mean, cov)
+    return KalmanFilter(step, mean, cov)
 
 
 def harmonics(period: int | None) -> int:
-    """How many harmonics a period of that many steps can have, at most 3.
+    """Return how many harmonics a period of that many steps can have, at most 3.
 
     Example:
         >>> harmonics(24), harmonics(3), harmonics(None)
@@ -52,15 +52,15 @@ def harmonics(period: int | None) -> int:
 
 
 def basis(step: int, period: int | None) -> Array:
-    """What the coefficients are multiplied with at ``step``; shape (D,)."""
+    """Return the regressors at ``step``, which the coefficients are multiplied with; shape (D,)."""
     if period is None:
         return np.ones(1)
     angles = 2 * np.pi * (step % period) / period * np.arange(1, harmonics(period) + 1)
     return np.concatenate([np.ones(1), np.stack([np.cos(angles), np.sin(angles)], axis=1).ravel()])
 
 
-def updated(state: Filter, step: int, prior: Array, size: float, period: int | None) -> Filter:
-    """The filter after one more row: ``prior`` from ``size`` labels at ``step``."""
+def update(state: KalmanFilter, step: int, prior: Array, size: float, period: int | None) -> KalmanFilter:
+    """Return the filter after one more row: ``prior`` from ``size`` labels at ``step``."""
     h = basis(step, period)
     walk = np.full(len(h), SEASON_NOISE)
     walk[0] = LEVEL_NOISE
@@ -68,22 +68,22 @@ def updated(state: Filter, step: int, prior: Array, size: float, period: int | N
     spread = cov @ h
     gain = spread / (spread @ h + observation_noise(prior, size))[:, None]
     mean = state.mean + gain * (centered(prior) - state.mean @ h)[:, None]
-    return Filter(step, mean, cov - gain[:, :, None] * spread[:, None, :])
+    return KalmanFilter(step, mean, cov - gain[:, :, None] * spread[:, None, :])
 
 
-def predicted(state: Filter, step: int, period: int | None) -> Array:
-    """The prior that the filter expects at ``step``."""
+def predict(state: KalmanFilter, step: int, period: int | None) -> Array:
+    """Return the prior that the filter expects at ``step``."""
     return softmax(state.mean @ basis(step, period))
 
 
 def centered(prior: Array) -> Array:
-    """Log-prior, centred over the classes."""
+    """Return the log-prior, centred over the classes."""
     logs = np.log(prior)
     result: Array = logs - logs.mean()
     return result
 
 
 def observation_noise(prior: Array, size: float) -> Array:
-    """Variance of the logarithm of a frequency from ``size`` labels, by the delta method."""
+    """Return the variance of the logarithm of a frequency from ``size`` labels, by the delta method."""
     noise: Array = 1 / (size * prior) + EXTRA_NOISE
     return noise

@@ -1,4 +1,4 @@
-"""From the labels of a batch to counts, on the device that they are on."""
+"""Labels of a batch: hard, soft, binary or masked; on the device that they are on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from groundwire.errors import PluginError
 
 
 def class_scores(scores: Tensor, conv: bool) -> Tensor:
-    """Scores with classes last and one row for each prediction: (N, K), in the order of the batch's rows.
+    """Return scores with classes last and one row for each prediction: (N, K), in the order of the batch's rows.
 
     Args:
         scores: (B, ..., K) of a Linear, or (B, K, ...) of a convolution.
@@ -28,11 +28,11 @@ def class_scores(scores: Tensor, conv: bool) -> Tensor:
     return last.reshape(-1, last.shape[-1])
 
 
-def two_columns(scores: Tensor) -> Tensor:
-    """The single logit z of a binary head as the two logits (0, z).
+def as_two_logits(scores: Tensor) -> Tensor:
+    """Return the single logit z of a binary head as the two logits (0, z), and other scores as they are.
 
     Example:
-        >>> two_columns(torch.tensor([[2.0]]))
+        >>> as_two_logits(torch.tensor([[2.0]]))
         tensor([[0., 2.]])
     """
     return torch.cat([torch.zeros_like(scores), scores], dim=-1) if scores.shape[-1] == 1 else scores
@@ -55,16 +55,16 @@ class Labels:
     classes: int
 
     def rows(self, which: Tensor) -> Labels:
-        """Those of some predictions."""
-        shares, known = (None if kept is None else kept[which] for kept in (self.shares, self.known))
+        """Return those of some predictions."""
+        shares, known = (None if part is None else part[which] for part in (self.shares, self.known))
         return Labels(self.hard[which], shares, known, self.classes)
 
     def weights(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """1 for each prediction that has a label and 0 for the others, shape (N,); not to be written to."""
+        """Return 1 for each prediction that has a label and 0 for the others, shape (N,); not to be written to."""
         return _ones(len(self.hard), dtype, self.hard.device) if self.known is None else self.known.to(dtype)
 
     def counts(self, weights: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Weighted sums by class, shape (K,), in the dtype of ``weights`` (N,); added to ``onto``, in place."""
+        """Return weighted sums by class, (K,), in the dtype of ``weights`` (N,), added to ``onto`` in place."""
         if onto is None:
             onto = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device)
         if self.shares is not None:
@@ -72,14 +72,14 @@ class Labels:
         return onto.scatter_add_(0, self.hard, weights)
 
     def pick(self, scores: Tensor) -> Tensor:
-        """Of ``scores`` (N, K) or (K,), those of the labels, or their mean where a label has shares; shape (N,)."""
+        """Return the labels' own ``scores``, of (N, K) or (K,), or their mean where a label has shares; shape (N,)."""
         if self.shares is not None:
             return (self.shares * scores).sum(dim=1)
         return scores[self.hard] if scores.dim() == 1 else scores.gather(1, self.hard[:, None]).squeeze(1)
 
     @classmethod
-    def joined(cls, parts: Sequence[Labels]) -> Labels:
-        """One after the other; all of one kind."""
+    def concatenated(cls, parts: Sequence[Labels]) -> Labels:
+        """Return those of several batches, one after the other; all of one kind."""
         first = parts[0]
         shares = None if first.shares is None else torch.cat([p.shares for p in parts if p.shares is not None])
         known = None if first.known is None else torch.cat([p.known for p in parts if p.known is not None])
@@ -87,7 +87,7 @@ class Labels:
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """Which labels can be joined: with shares or without, some masked or none."""
+        """Which labels can be concatenated: with shares or without, some masked or none."""
         return self.shares is None, self.known is None
 
 
@@ -97,7 +97,7 @@ def _ones(predictions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False, indices: bool = False) -> Labels:
-    """The labels that ``targets`` hold.
+    """Return the labels that ``targets`` hold.
 
     Args:
         targets: Class indices (negative ones and NaN are masked), a single binary column of 0 and 1, or class shares
@@ -105,7 +105,7 @@ def labels_of(targets: Any, classes: int, predictions: int, conv: bool = False, 
         classes: K.
         predictions: N, the number of predictions of the batch.
         conv: Whether class shares have their classes in dimension 1.
-        indices: Whether the targets are known to be :func:`class_indices`.
+        indices: Whether :func:`check_class_indices` found nothing else in the targets.
 
     Raises:
         PluginError: The targets fit neither; or they are several independent labels for each row (multi-label).
@@ -142,7 +142,7 @@ def _shares(shares: Tensor) -> Labels:
 
 
 def _indices(flat: Tensor, classes: int) -> Labels:
-    """Whole numbers, or a binary column, of which a smoothed target such as 0.9 counts for both classes."""
+    """Return labels from whole numbers, or from a binary column, whose 0.9 counts for both classes."""
     if flat.is_floating_point():
         flat = flat.nan_to_num(nan=-1.0)
     whole = flat.round().long() if flat.is_floating_point() else flat.long()
@@ -155,30 +155,26 @@ def _indices(flat: Tensor, classes: int) -> Labels:
     return Labels(hard, torch.stack([1 - positive, positive], dim=1), known, classes)
 
 
-def class_indices(targets: Any, classes: int) -> bool:
-    """Whether ``targets`` are nothing but whole numbers from 0 to K-1, where a look does not wait for a device.
+def check_class_indices(targets: Any, classes: int) -> bool:
+    """Tell whether ``targets`` are nothing but whole numbers from 0 to K-1, where a look does not wait for a device.
 
     Raises:
         PluginError: There is a class index that the head has no score for; it names it and the number of classes. Or
             the targets are of a regression.
 
     Example:
-        >>> class_indices(torch.tensor([0, 1]), 2), class_indices(torch.tensor([0, -100]), 2)
+        >>> check_class_indices(torch.tensor([0, 1]), 2), check_class_indices(torch.tensor([0, -100]), 2)
         (True, False)
     """
     if not isinstance(targets, Tensor) or targets.device.type != "cpu" or not targets.numel():
         return False
     least, largest = (float(t) for t in targets.aminmax())
-    if targets.dim() == 1 and targets.is_floating_point() and not (classes == 2 and largest <= 1):
-        _refuse_fractions(targets)
+    may_be_classes = targets.dim() > 1 or not targets.is_floating_point() or (classes == 2 and largest <= 1)
+    if not may_be_classes and bool((targets.frac().abs() > 0).any()):
+        raise PluginError("the targets have fractions, so they are no classes -> LIMES is for classification")
     if largest >= classes:
         raise PluginError(
             f"label {largest:.0f} is in a training batch, and the head has {classes} classes (0 to "
             f"{classes - 1}) -> give the head a score for it, or mask such rows with a negative label"
         )
     return targets.dtype == torch.int64 and least >= 0
-
-
-def _refuse_fractions(targets: Tensor) -> None:
-    if bool((targets.frac().abs() > 0).any()):
-        raise PluginError("the targets have fractions, so they are no classes -> LIMES is for classification")

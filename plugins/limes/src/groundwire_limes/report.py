@@ -1,19 +1,16 @@
-"""LIMES's part of the report page."""
+"""LIMES's findings and its section of the report page."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from groundwire import Finding, Section, Table
 from groundwire_limes.extrapolator import PriorExtrapolator
 from groundwire_limes.functional import Array
-
-if TYPE_CHECKING:
-    from groundwire_limes.forecasts import Forecasts
-    from groundwire_limes.timeline import Timeline
+from groundwire_limes.prior_tracker import PriorTracker
 
 #: Steps that are drawn at most; forecasts are computed again for the picture.
 DRAWN = 480
@@ -23,14 +20,14 @@ TOP = 5
 ENOUGH = 12
 
 
-def accuracies(line: Timeline) -> dict[int, float]:
-    """Prequential accuracy by step: of each batch before it was learned from."""
-    found = {step: line.tally.quality(step) for step in sorted(line.tally.known)}
+def accuracies(tracker: PriorTracker) -> dict[int, float]:
+    """Return the prequential accuracy by step: of each batch before it was learned from."""
+    found = {step: tracker.class_counts.quality(step) for step in sorted(tracker.class_counts.known)}
     return {step: q["accuracy"] for step, q in found.items() if "accuracy" in q}
 
 
 def seasons(by_step: dict[int, float], season: int | None) -> dict[int, list[float]]:
-    """Values of the complete seasons, by season number; without a season, everything is one.
+    """Return values of the complete seasons, by season number; without a season, everything is one.
 
     Example:
         >>> seasons({0: 0.5, 1: 0.7, 2: 0.9, 3: 0.1, 4: 0.0}, 2)
@@ -42,59 +39,34 @@ def seasons(by_step: dict[int, float], season: int | None) -> dict[int, list[flo
     return {day: values for day, values in found.items() if season is None or len(values) == season}
 
 
-def findings_of(line: Timeline, season: int | None, notes: list[tuple[str, str]]) -> list[Finding]:
-    """Numbers of the whole stream, and warnings."""
+def findings(tracker: PriorTracker, season: int | None, notes: list[tuple[str, str]]) -> list[Finding]:
+    """Return numbers of the whole stream, and warnings."""
     found = [Finding("limes", code, "warn", True, text) for code, text in notes]
-    by_step = accuracies(line)
+    by_step = accuracies(tracker)
     if not by_step:
         return found
-    days = seasons(by_step, season)
-    say = partial(_info, found)
-    say(
-        "mean_accuracy",
-        np.mean(list(by_step.values())),
-        "Mean accuracy of the steps, before learning.",
+    values: dict[str, tuple[Any, str]] = {}
+    values["mean_accuracy"] = np.mean(list(by_step.values())), "Mean accuracy of the steps, before learning."
+    if days := seasons(by_step, season):
+        worst = np.mean([min(accuracy) for accuracy in days.values()])
+        text = f"Accuracy of the worst step of a season, mean of {len(days)} complete seasons."
+        values["worst_step_accuracy"] = worst, text
+    if over := tracker.finished:
+        mean = np.mean([step.divergence for step in over])
+        values["divergence"] = mean, "Mean divergence of the forecast, in nats."
+        guarded = sum(step.guarded for step in over)
+        values["guarded_steps"] = guarded, f"Steps of {len(over)} held near the long-run prior."
+    found += [Finding("limes", code, "info", float(value), text) for code, (value, text) in values.items()]
+    text = (
+        "The weights are for equal classes: predict with LIMES in the Trainer, or bake the forecast in with "
+        "groundwire.export."
     )
-    if days:
-        worst = np.mean([min(values) for values in days.values()])
-        say(
-            "worst_step_accuracy",
-            worst,
-            f"Accuracy of the worst step of a season, mean of {len(days)} complete seasons.",
-        )
-    if line.closed:
-        say(
-            "divergence",
-            np.mean([c.divergence for c in line.closed]),
-            "Mean divergence of the forecast, in nats.",
-        )
-        guarded = sum(c.guarded for c in line.closed)
-        say(
-            "guarded_steps",
-            guarded,
-            f"Steps of {len(line.closed)} held near the long-run prior.",
-        )
-    found += _not_prior_shift(line)
-    found.append(
-        Finding(
-            "limes",
-            "needs_offset",
-            "info",
-            True,
-            "The weights are for equal classes: predict with LIMES in the "
-            "Trainer, or bake the forecast in with groundwire.export.",
-        )
-    )
-    return found
+    return [*found, *_harmful_correction(tracker), Finding("limes", "needs_offset", "info", True, text)]
 
 
-def _info(found: list[Finding], code: str, value: Any, message: str) -> None:
-    found.append(Finding("limes", code, "info", float(value), message))
-
-
-def _not_prior_shift(line: Timeline) -> list[Finding]:
-    """Where the correction makes predictions worse, the class mix is not what moves, or the model is not there yet."""
-    last = [line.tally.quality(step) for step in sorted(line.tally.known)][-24:]
+def _harmful_correction(tracker: PriorTracker) -> list[Finding]:
+    """Return warnings if the correction makes predictions worse: something else moves, or the model is too young."""
+    last = [tracker.class_counts.quality(step) for step in sorted(tracker.class_counts.known)][-24:]
     last = [q for q in last if "loss" in q]
     found = []
     for what, sign in (("accuracy", 1.0), ("loss", -1.0)):
@@ -109,34 +81,34 @@ def _not_prior_shift(line: Timeline) -> list[Finding]:
     return found
 
 
-def section(limes: Forecasts, line: Timeline, season: int | None) -> Section | None:
-    """Settings, a table of the seasons, and three pictures: accuracy, priors, divergence."""
-    by_step = accuracies(line)
+def section(tracker: PriorTracker, training_prior: str, season: int | None) -> Section | None:
+    """Return settings, a table of the seasons, and three pictures: accuracy, priors, divergence."""
+    by_step = accuracies(tracker)
     if not by_step:
         return None
     days = seasons(by_step, season)
     text = (
-        f"Class priors were forecast by {limes.method!r}; the loss was corrected with the {limes.training_prior} "
-        "prior. Accuracy is prequential: each batch is predicted with the forecast before it is learned from, by the "
-        "network as it is in training, dropout included."
+        f"Class priors were forecast by {tracker.extrapolator.method!r}; the loss was corrected with the "
+        f"{training_prior} prior. Accuracy is prequential: each batch is predicted with the forecast before it is "
+        "learned from, by the network as it is in training, dropout included."
     )
     table = Table(
         "Accuracy by season",
         ("season", "mean", "worst step"),
         [(day, float(np.mean(values)), min(values)) for day, values in days.items()],
     )
-    figures = [partial(accuracy_figure, by_step), partial(prior_figure, line), partial(divergence_figure, line)]
+    figures = [partial(accuracy_figure, by_step), partial(prior_figure, tracker), partial(divergence_figure, tracker)]
     return Section("LIMES: a moving class mix", text, [table] if season and days else [], figures)
 
 
 def accuracy_figure(by_step: dict[int, float]) -> Any:
-    """Accuracy over the steps."""
+    """Draw accuracy over the steps."""
     return _figure(list(by_step), [("accuracy", list(by_step.values()))], "accuracy", "Accuracy before learning")
 
 
-def divergence_figure(line: Timeline) -> Any:
-    """Divergence over the steps, with the guarded ones marked."""
-    closed = line.closed[-DRAWN:]
+def divergence_figure(tracker: PriorTracker) -> Any:
+    """Draw divergence over the steps, with the guarded ones marked."""
+    closed = tracker.finished[-DRAWN:]
     figure = _figure(
         [c.step for c in closed],
         [("divergence", [c.divergence for c in closed])],
@@ -153,9 +125,9 @@ def divergence_figure(line: Timeline) -> Any:
     return figure
 
 
-def prior_figure(line: Timeline) -> Any:
-    """Realised and forecast prior of the most frequent classes."""
-    steps, realised, forecast = replayed(line)
+def prior_figure(tracker: PriorTracker) -> Any:
+    """Draw realised and forecast prior of the most frequent classes."""
+    steps, realised, forecast = past_forecasts(tracker)
     top = np.argsort(-realised.mean(axis=0), kind="stable")[:TOP]
     curves = [(f"class {k}", realised[:, k].tolist()) for k in top]
     figure = _figure(steps, curves, "share of labels", "Realised prior (lines) and forecast (dashes)")
@@ -166,9 +138,9 @@ def prior_figure(line: Timeline) -> Any:
     return figure
 
 
-def replayed(line: Timeline) -> tuple[list[int], Array, Array]:
-    """Steps, realised frequencies and forecasts (T, K) of the last steps, as the history is known now."""
-    saved = line.extrapolator.state_dict()
+def past_forecasts(tracker: PriorTracker) -> tuple[list[int], Array, Array]:
+    """Return steps, realised frequencies and forecasts (T, K) of the last steps, as the history is known now."""
+    saved = tracker.extrapolator.state_dict()
     past = len(saved["steps"]) - DRAWN
     twin = PriorExtrapolator(
         saved["num_classes"], **{n: saved[n] for n in ("method", "period", "smoothing", "max_move")}
