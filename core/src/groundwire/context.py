@@ -1,4 +1,4 @@
-"""What a plugin holds of the run that it is in."""
+"""A plugin's view of the run that it is in."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class RunContext:
 
     @property
     def stage(self) -> str:
-        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
+        """The running stage: "train", "validate" (also the sanity check), "test" or "predict"."""
         return self._run.stage
 
     @property
     def ready(self) -> bool:
-        """Whether model and optimizers exist."""
+        """True once model and optimizers exist."""
         return self._run.ready
 
     @property

@@ -1,4 +1,4 @@
-"""What plugin authors subclass, and the bundle that holds several plugins and a run's settings."""
+"""The base class of plugins, and the bundle that holds several plugins and a run's settings."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
+        """The running stage: "train", "validate" (also the sanity check), "test" or "predict"."""
         stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.function
         return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
 

@@ -1,4 +1,4 @@
-"""Which rows of the data set a batch is made of.
+"""Dataset indices of the rows of a batch.
 
 The main process draws the indices, whatever number of workers then loads the rows, so the loader's sampler is the
 place to listen. An iterable data set has no indices.
@@ -55,7 +55,7 @@ class SampleIdService(Service):
 
     @property
     def wanted(self) -> bool:
-        """Whether a plugin needs ids."""
+        """True if a plugin needs ids."""
         return any(getattr(plugin, "needs_ids", False) for plugin in self.run.plugins)
 
     def open(self) -> None:
