@@ -50,8 +50,7 @@ class SampleIdService(Service):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._recorders: dict[int, RecordingSampler] = {}
-        self.current: list[int] | None = None
-        run.members["ids"] = lambda: self.current
+        run.members["ids"] = None
 
     @property
     def wanted(self) -> bool:
@@ -94,4 +93,4 @@ class SampleIdService(Service):
         loaders = self.run.loaders(stage)
         several = stage == "train" and len(loaders) > 1
         recorder = None if several else self._recorders.get(id(loaders[dataloader_idx]))
-        self.current = recorder.take() if recorder is not None else None
+        self.run.members["ids"] = recorder.take() if recorder is not None else None
