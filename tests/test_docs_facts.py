@@ -113,7 +113,7 @@ def test_all_packages_have_one_version():
     plugins = {f"{name}=={version}" for name, version in versions.items() if name != "groundwire"}
     assert set(projects[0]["optional-dependencies"]["all"]) == plugins
     for project in projects[1:]:
-        assert f"groundwire=={groundwire.__version__}" in project["dependencies"]
+        assert f"groundwire[report]=={groundwire.__version__}" in project["dependencies"]
     assert groundwire.__version__ in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 

@@ -6,26 +6,18 @@ import pkgutil
 import sys
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
-from blocked_service import block
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-SERVICE = sys.argv[1]
-block(SERVICE)
+import groundwire.host
+from groundwire import Finding, Plugin, PluginError, Variant, hookimpl
 
-import lightning.pytorch as pl  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
-
-import groundwire  # noqa: E402
-from groundwire import Finding, Plugin, PluginError, Variant, hookimpl  # noqa: E402
-
-warnings.simplefilter("error")
-for advice in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*", ".*GPU.*"):
-    warnings.filterwarnings("ignore", advice)
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
+#: Members of a plugin's run, by the service that gives them.
 MEMBERS = {
     "scores": ("head", "raw_scores", "features"),
     "sample_ids": ("ids",),
@@ -59,8 +51,8 @@ class Everything(Plugin):
 
     score_stages, needs_ids, needs_features = ("train", "validate"), True, True
 
-    def __init__(self):
-        self.called = set()
+    def __init__(self, without):
+        self.called, self.without = set(), without
 
     @hookimpl
     def gw_check(self, run):
@@ -88,19 +80,17 @@ class Everything(Plugin):
     @hookimpl
     def gw_scores(self, scores, fields, stage, variant, run):
         self.called.add("scores" if variant is None else "scores of a variant")
-        if SERVICE != "sample_ids":
+        if self.without != "sample_ids":
             assert variant is not None or len(run.ids) == len(scores)
 
     @hookimpl
     def gw_variants(self, module):
-        from contextlib import nullcontext
-
         return [Variant("same", nullcontext)]
 
     @hookimpl
     def gw_findings(self, run):
         self.called.add("report")
-        if SERVICE != "variants" and run.stage == "validate":
+        if self.without != "variants" and run.stage == "validate":
             for variant in run.variants():
                 self.called.add("variants")
                 assert "accuracy" in run.evaluate(variant).metrics
@@ -113,13 +103,13 @@ class Everything(Plugin):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         run = groundwire.host.host_of(trainer).run.hooks._run_for("everything")
-        for member in MEMBERS.get(SERVICE, ()):
+        for member in MEMBERS.get(self.without, ()):
             try:
                 value = getattr(run, member)
                 if member in CALLS:
                     value()
             except PluginError as error:
-                assert f"run.{member} needs the service {SERVICE!r}" in str(error)  # noqa: PT017
+                assert f"run.{member} needs the service {self.without!r}" in str(error)  # noqa: PT017
             else:
                 raise AssertionError(f"run.{member} is there without its service")
 
@@ -131,33 +121,48 @@ def trainer(plugin, folder, epochs=1):
     )
 
 
-gone = f"groundwire.services.{SERVICE}"
-for info in pkgutil.walk_packages(groundwire.__path__, "groundwire.", onerror=lambda name: None):
-    if not info.name.startswith(gone) and info.name != "groundwire.__main__":
-        importlib.import_module(info.name)
+def import_everything(service):
+    gone = f"groundwire.services.{service}"
+    for info in pkgutil.walk_packages(groundwire.__path__, "groundwire.", onerror=lambda name: None):
+        if not info.name.startswith(gone) and info.name != "groundwire.__main__":
+            importlib.import_module(info.name)
 
-x = torch.randn(32, 4)
-loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
-with tempfile.TemporaryDirectory() as folder:
-    module, plugin = Net(), Everything()
-    fit = trainer(plugin, folder)
-    fit.fit(module, loader, loader)
-    fit.validate(module, loader, verbose=False)
-    fit.save_checkpoint(Path(folder, "x.ckpt"))
-    resumed = trainer(Everything(), folder, 2)
-    resumed.fit(Net(), loader, loader, ckpt_path=str(Path(folder, "x.ckpt")))
-    assert resumed.global_step > fit.global_step
-    stored = torch.load(Path(folder, "x.ckpt"), weights_only=True)
-    assert ("groundwire" in stored) == (SERVICE != "checkpoint")
-    assert any(Path(folder).rglob("findings.json")) == (SERVICE != "report")
 
-expected = {"check", "rows", "model", "batch_start", "batch_start in a replay", "gradient", "scores", "variants"}
-expected |= {"scores of a variant", "report", "checkpoint"}
-needs = {
-    "scores": {"scores", "scores of a variant"},
-    "gradient": {"gradient", "batch_start in a replay"},
-    "variants": {"variants", "scores of a variant"},
-    "report": {"report", "variants", "scores of a variant"},
-    "sample_ids": set(),
-}
-assert plugin.called == expected - needs.get(SERVICE, {SERVICE}), plugin.called
+def use_everything(service):
+    x = torch.randn(32, 4)
+    loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+    with tempfile.TemporaryDirectory() as folder:
+        module, plugin = Net(), Everything(service)
+        fit = trainer(plugin, folder)
+        fit.fit(module, loader, loader)
+        fit.validate(module, loader, verbose=False)
+        fit.save_checkpoint(Path(folder, "x.ckpt"))
+        resumed = trainer(Everything(service), folder, 2)
+        resumed.fit(Net(), loader, loader, ckpt_path=str(Path(folder, "x.ckpt")))
+        assert resumed.global_step > fit.global_step
+        stored = torch.load(Path(folder, "x.ckpt"), weights_only=True)
+        assert ("groundwire" in stored) == (service != "checkpoint")
+        assert any(Path(folder).rglob("findings.json")) == (service != "report")
+
+    expected = {"check", "rows", "model", "batch_start", "batch_start in a replay", "gradient", "scores", "variants"}
+    expected |= {"scores of a variant", "report", "checkpoint"}
+    needs = {
+        "scores": {"scores", "scores of a variant"},
+        "gradient": {"gradient", "batch_start in a replay"},
+        "variants": {"variants", "scores of a variant"},
+        "report": {"report", "variants", "scores of a variant"},
+        "sample_ids": set(),
+    }
+    assert plugin.called == expected - needs.get(service, {service}), plugin.called
+
+
+if __name__ == "__main__":
+    from blocked_service import block
+
+    warnings.simplefilter("error")
+    for advice in ("does not have many workers", "smaller than the logging interval", "LeafSpec", "GPU"):
+        warnings.filterwarnings("ignore", f".*{advice}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    block(sys.argv[1])
+    import_everything(sys.argv[1])
+    use_everything(sys.argv[1])

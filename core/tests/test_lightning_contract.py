@@ -92,6 +92,32 @@ def test_loggers_can_be_replaced_and_come_back(kit):
     assert trainer.loggers == [logger]
 
 
+def test_state_keys_are_spelled_as_lightning_does():
+    class Mine(pl.Callback):
+        @property
+        def state_key(self):
+            return self._generate_state_key(name="a")
+
+    assert _lightning.state_key(Mine(), "a") == Mine().state_key
+    assert "Mine" in Mine().state_key
+
+
+def test_the_hooks_that_can_be_passed_by_are_lightnings_own_and_called_in_one_way(kit):
+    hooks = set(_lightning.CALLBACK_HOOKS)
+    assert hooks <= set(vars(pl.Callback))
+    others = {"setup", "teardown", "on_exception", "on_fit_start", "on_fit_end", "state_dict", "load_state_dict"}
+    others |= {"on_save_checkpoint", "on_load_checkpoint", "state_key", "on_train_batch_start"}
+    known = {name for name in vars(pl.Callback) if name.startswith("on_")}
+    assert known - hooks - others == set()
+    empty = pl.Callback()
+    _lightning.skip_hooks(empty, *hooks)
+    module = kit.Net()
+    trainer = kit.fit(module, empty, val=kit.loader(), num_sanity_val_steps=1)
+    trainer.validate(module, kit.loader(), verbose=False)
+    trainer.test(module, kit.loader(), verbose=False)
+    trainer.predict(module, kit.loader())
+
+
 def test_log_of_nested_modules_is_redirected(kit):
     class Outer(kit.Net):
         def __init__(self):

@@ -305,6 +305,15 @@ def inherited_hooks_skipped(callback: Any) -> Iterator[None]:
             vars(callback).pop(name, None)
 
 
+def state_key(callback: Any, name: str) -> str:
+    """Return the key under which a checkpoint keeps the state of a callback that has a name of its own.
+
+    ``Callback._generate_state_key``: Lightning's documentation shows it, and only it knows how keys are spelled.
+    """
+    key: str = callback._generate_state_key(name=name)
+    return key
+
+
 @contextmanager
 def loggers_replaced(trainer: Trainer, replacement: Callable[[Any], Any]) -> Iterator[None]:
     """Context manager that puts ``replacement(logger)`` in the place of each of the Trainer's loggers.

@@ -1,4 +1,4 @@
-"""What a plugin holds of the run that it is in."""
+"""A plugin's view of the run that it is in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from groundwire._lightning import Trainer
+from groundwire.errors import PluginError
 from groundwire.records import Evaluation, Fields, Finding, Head, Variant
 from groundwire.run import Run
 from groundwire.undo.random_states import derive_seed
@@ -31,6 +32,13 @@ class RunContext:
         self._run = run
         self.owner = owner
 
+    def _given(self, service: str, member: str) -> Any:
+        try:
+            return self._run.members[member]
+        except KeyError:
+            text = f"run.{member} needs the service {service!r} of groundwire, which is not installed"
+            raise PluginError(text) from None
+
     @property
     def trainer(self) -> Trainer:
         """The user's Trainer."""
@@ -43,12 +51,12 @@ class RunContext:
 
     @property
     def stage(self) -> str:
-        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
+        """The running stage: "train", "validate" (also the sanity check), "test" or "predict"."""
         return self._run.stage
 
     @property
     def ready(self) -> bool:
-        """Whether model and optimizers exist."""
+        """True once model and optimizers exist."""
         return self._run.ready
 
     @property
@@ -59,37 +67,37 @@ class RunContext:
     @property
     def head(self) -> Head | None:
         """The layer that produces the scores, once it is known: named in ``Plugins(head=...)`` or found by itself."""
-        head: Head | None = self._run.member("scores", "head")()
+        head: Head | None = self._given("scores", "head")
         return head
 
     @property
     def ids(self) -> list[int] | None:
         """Dataset indices of the current batch (needs ``needs_ids = True``); None where the loader has none."""
-        ids: list[int] | None = self._run.member("sample_ids", "ids")()
+        ids: list[int] | None = self._given("sample_ids", "ids")
         return ids
 
     @property
     def features(self) -> Tensor | None:
         """Input of the head for the current batch, detached; needs ``needs_features = True``."""
-        features: Tensor | None = self._run.member("scores", "features")()
+        features: Tensor | None = self._given("scores", "features")
         return features
 
     @property
     def raw_scores(self) -> Tensor | None:
         """Scores of the current batch before any forward hook of a plugin on the head, float32, detached."""
-        scores: Tensor | None = self._run.member("scores", "raw_scores")()
+        scores: Tensor | None = self._given("scores", "raw_scores")
         return scores
 
     @property
     def findings(self) -> list[Finding]:
         """All findings of the run so far, of this rank."""
-        findings: list[Finding] = self._run.member("report", "findings")()
+        findings: list[Finding] = list(self._given("report", "findings").values())
         return findings
 
     @property
     def directory(self) -> Path | None:
         """Where files of this run go; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
-        directory: Path | None = self._run.member("report", "directory")()
+        directory: Path | None = self._given("report", "directory")
         return directory
 
     def fields(self, batch: Any) -> Fields:
@@ -106,7 +114,7 @@ class RunContext:
 
     def variants(self) -> list[Variant]:
         """Return the variants of the model that the run's plugins offer."""
-        variants: list[Variant] = self._run.member("variants", "variants")()
+        variants: list[Variant] = self._given("variants", "variants")()
         return variants
 
     def evaluate(self, variant: Variant | None = None, stage: str | None = None) -> Evaluation:
@@ -119,7 +127,7 @@ class RunContext:
         Raises:
             PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
         """
-        evaluation: Evaluation = self._run.member("variants", "evaluate")(variant, stage or self.stage)
+        evaluation: Evaluation = self._given("variants", "evaluate")(variant, stage or self.stage)
         return evaluation
 
     def forward(self, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether gradients are finite."""
+"""A test for gradients with NaN or infinities."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Host(Callback):
         listed_before = self.callback_list.before_plugins()
         self.run = Run(trainer, module, function, seed, self.callback_list.settings(), plugins, listed_before)
         self.run.hooks = Hooks(specs, lambda name: RunContext(self.run, name))
-        self.services = [_service(path)(self.run) for path in SERVICES]
+        self.services = [service_class(path)(self.run) for path in SERVICES]
 
     def open(self) -> None:
         """Refuse mistakes, enter the Trainer's list, check, and open the services."""
@@ -181,7 +181,8 @@ class Host(Callback):
         self.run.close()
 
 
-def _service(path: str) -> type[Service]:
+def service_class(path: str) -> type[Service]:
+    """Return the class that an entry of :data:`SERVICES` means."""
     module, _, name = path.partition(":")
     service: type[Service] = getattr(importlib.import_module(module), name)
     return service

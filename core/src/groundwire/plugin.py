@@ -1,4 +1,4 @@
-"""What plugin authors subclass, and the bundle that holds several plugins and a run's settings."""
+"""The base class of plugins, and the bundle that holds several plugins and a run's settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from groundwire._lightning import Trainer as TrainerParts
+from groundwire._lightning import state_key
 from groundwire.hooks.ordering import name_of
 from groundwire.host import open_run
 from groundwire.records import Fields
@@ -85,7 +86,7 @@ class Plugin(Callback):
         """Lightning's key of this callback's state; an instance with a name of its own has a key of its own."""
         if self.name == type(self).name:
             return super().state_key
-        return self._generate_state_key(name=self.name)
+        return state_key(self, self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run. An override need not call ``super().setup``."""

@@ -25,7 +25,7 @@ LossFn: TypeAlias = "Callable[[Any, Any], Tensor]"
 
 @dataclass(frozen=True)
 class Fields:
-    """What a batch holds, by role.
+    """The parts of a batch, by role.
 
     Attributes:
         inputs: What the model's ``forward`` takes; any shape, rows first.
@@ -162,7 +162,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :meth:`RunContext.evaluate` measured.
+    """The measurements of one :meth:`RunContext.evaluate`.
 
     Attributes:
         variant: Name of the variant, None for the model itself.

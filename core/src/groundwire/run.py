@@ -71,7 +71,7 @@ class Run:
         ready: Whether model and optimizers exist.
         undo: What closing the run undoes, the latest first.
         before_close: Actions at closing, while everything is still there.
-        members: What services add to the ``run`` of a plugin, by the member's name.
+        members: Values and methods that services give to the ``run`` of a plugin, by the member's name.
         before_batch: Actions of services at the start of a batch, before ``gw_batch_start``, by stage.
         before_forward: The same, after ``gw_batch_start``.
         after_variant_batch: Actions of services after each batch of a variant: ``action(batch, stage, variant)``.
@@ -92,7 +92,7 @@ class Run:
     ready: bool = False
     undo: ExitStack = field(default_factory=ExitStack)
     before_close: list[Callable[[], None]] = field(default_factory=list)
-    members: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    members: dict[str, Any] = field(default_factory=dict)
     before_batch: dict[str, list[Callable[[BatchStart], None]]] = field(default_factory=lambda: defaultdict(list))
     before_forward: dict[str, list[Callable[[BatchStart], None]]] = field(default_factory=lambda: defaultdict(list))
     after_variant_batch: list[Callable[[Any, str, str], None]] = field(default_factory=list)
@@ -102,19 +102,9 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
+        """The running stage: "train", "validate" (also the sanity check), "test" or "predict"."""
         stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.function
         return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
-
-    def member(self, service: str, name: str) -> Callable[..., Any]:
-        """Return what ``service`` gives plugins under ``name``.
-
-        Raises:
-            PluginError: The service is not there.
-        """
-        if name not in self.members:
-            raise PluginError(f"run.{name} needs the service {service!r} of groundwire, which is not installed")
-        return self.members[name]
 
     # Batches
 
@@ -126,7 +116,7 @@ class Run:
         """
         given = self.settings.fields
         found = None if given is None else given(batch)
-        if found is None:
+        if found is None and "gw_fields" in self.hooks.implemented:
             found = self.hooks.call("gw_fields", batch=batch)
         if found is None:
             found = default_fields(batch)

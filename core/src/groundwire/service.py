@@ -1,4 +1,4 @@
-"""What every service of core is: one job, readable and removable alone."""
+"""The base of the services of core: each is one job, readable and removable alone."""
 
 from __future__ import annotations
 

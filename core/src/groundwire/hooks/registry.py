@@ -60,6 +60,9 @@ class Hooks:
     Args:
         specs: The module that specifies the hooks.
         run_for: Gives the ``run`` that implementations of a plugin receive, by the plugin's name.
+
+    Attributes:
+        implemented: The hooks that somebody implements.
     """
 
     def __init__(self, specs: ModuleType, run_for: Callable[[str], Any]) -> None:
@@ -68,6 +71,7 @@ class Hooks:
         self._arguments = specified(vars(specs))
         self._run_for = run_for
         self._run = run_for(PROJECT)
+        self.implemented: set[str] = set()
         self._registered: dict[str, Any] = {}
         self._callers: dict[tuple[str, tuple[str, ...]], Any] = {}
 
@@ -84,6 +88,7 @@ class Hooks:
         for hook, method in implementations(obj).items():
             if hook in self._arguments:
                 setattr(implementer, hook, _with_run(method, self._run_for(name)))
+                self.implemented.add(hook)
         self._manager.register(implementer, name=name)
         self._callers.clear()
 

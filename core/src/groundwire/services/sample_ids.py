@@ -1,4 +1,4 @@
-"""Which rows of the data set a batch is made of.
+"""Dataset indices of the rows of a batch.
 
 The main process draws the indices, whatever number of workers then loads the rows, so the loader's sampler is the
 place to listen. An iterable data set has no indices.
@@ -50,12 +50,11 @@ class SampleIdService(Service):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._recorders: dict[int, RecordingSampler] = {}
-        self.current: list[int] | None = None
-        run.members["ids"] = lambda: self.current
+        run.members["ids"] = None
 
     @property
     def wanted(self) -> bool:
-        """Whether a plugin needs ids."""
+        """True if a plugin needs ids."""
         return any(getattr(plugin, "needs_ids", False) for plugin in self.run.plugins)
 
     def open(self) -> None:
@@ -94,4 +93,4 @@ class SampleIdService(Service):
         loaders = self.run.loaders(stage)
         several = stage == "train" and len(loaders) > 1
         recorder = None if several else self._recorders.get(id(loaders[dataloader_idx]))
-        self.current = recorder.take() if recorder is not None else None
+        self.run.members["ids"] = recorder.take() if recorder is not None else None

@@ -1,4 +1,4 @@
-"""What keeps one test run from another, from the machine it runs on, and from Lightning's chatter."""
+"""Contexts that keep one test run from another, from the machine it runs on, and from Lightning's chatter."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class StatefulLoader:
         return self._rest(self._order())
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch comes next, of which epoch."""
+        """Return the epoch and the number of the batch that comes next."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

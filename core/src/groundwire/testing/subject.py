@@ -1,4 +1,4 @@
-"""What the checks work on, and how a check says what it found."""
+"""The plugin under test, and the words in which a check says what it found."""
 
 from __future__ import annotations
 

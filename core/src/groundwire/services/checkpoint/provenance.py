@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the plugins.
+"""Provenance: facts about the plugins in every checkpoint.
 
 Every save goes through ``trainer.strategy.checkpoint_io``, a documented extension point, also ``weights_only`` saves
 and saves after ``fit`` returned. Only plain types are added, so ``torch.load(weights_only=True)`` keeps working.

@@ -1,4 +1,4 @@
-"""What happens when Lightning is about to step: plugins finish, replace and edit the gradient."""
+"""The moment before an optimizer step, at which plugins finish, replace and edit the gradient."""
 
 from __future__ import annotations
 

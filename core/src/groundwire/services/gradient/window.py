@@ -55,7 +55,7 @@ class Recorded:
 def record(batch: Any, batch_idx: int, module: nn.Module) -> Recorded:
     """Remember ``batch`` as it is now, with the random states and the parameters' versions of now."""
     twin = copy_containers(batch)
-    versions = tuple((t, t._version) for t in tensors_in(twin) if not t.is_inference())
+    versions = tuple((t, t._version) for t in list(tensors_in(twin)) if not t.is_inference())
     parameters = tuple((p, p._version) for p in module.parameters())
     return Recorded(MicroBatch(twin, batch_idx), collect_rng_states(), versions, parameters)
 

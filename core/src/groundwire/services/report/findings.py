@@ -32,15 +32,10 @@ class FindingsService(Service):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
+        #: Findings so far; a later one replaces an earlier one of the same plugin, code, stage and epoch.
         self._by_key: dict[tuple[Any, ...], Finding] = {}
-        self.directory: Path | None = None
-        run.members["findings"] = lambda: self.all
-        run.members["directory"] = lambda: self.directory
-
-    @property
-    def all(self) -> list[Finding]:
-        """Findings so far; a later one replaces an earlier one of the same plugin, code, stage and epoch."""
-        return list(self._by_key.values())
+        self._directory: Path | None = None
+        run.members |= {"findings": self._by_key, "directory": None}
 
     def start(self) -> None:
         """Decide where to write. ``trainer.log_dir`` is a collective operation, so every rank asks."""
@@ -49,13 +44,14 @@ class FindingsService(Service):
         if trainer.fast_dev_run or not settings.report:
             return
         if settings.report_dir is not None:
-            self.directory = Path(settings.report_dir)
+            self._directory = Path(settings.report_dir)
         elif log_dir is not None and trainer.loggers:
-            self.directory = Path(log_dir) / "groundwire"
+            self._directory = Path(log_dir) / "groundwire"
         else:
             if trainer not in _folders:
                 _folders[trainer] = _new_folder(Path(trainer.default_root_dir) / "groundwire")
-            self.directory = _folders[trainer]
+            self._directory = _folders[trainer]
+        self.run.members["directory"] = self._directory
 
     def callbacks(self) -> dict[str, Callable[..., Any]]:
         """Return the ends of validation, test and training. Later hooks come after the strategy was torn down."""
@@ -98,19 +94,19 @@ class FindingsService(Service):
     def _write(self) -> None:
         """Write ``findings.json`` and ``report.html``, if there is something to tell."""
         run = self.run
-        if self.directory is None or not run.trainer.is_global_zero:
+        if self._directory is None or not run.trainer.is_global_zero:
             return
-        sections = list(run.hooks.by_owner("gw_section", Section, findings=self.all).items())
+        sections = list(run.hooks.by_owner("gw_section", Section, findings=list(self._by_key.values())).items())
         if not (sections or self._by_key):
             return
-        report = _earlier(self.directory) or Report()
+        report = _earlier(self._directory) or Report()
         report.meta.update(_meta(run))
-        report.add(self.all)
+        report.add(self._by_key.values())
         try:
-            report.write(self.directory, sections)
+            report.write(self._directory, sections)
         except OSError as error:
             # The training is done: a full disk or a folder without permission must not take it away.
-            warnings.warn(f"the report cannot be written to {self.directory}: {error}", stacklevel=2)
+            warnings.warn(f"the report cannot be written to {self._directory}: {error}", stacklevel=2)
             return
         run.hooks.call("gw_report", report=report)
 

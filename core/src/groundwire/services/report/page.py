@@ -96,8 +96,8 @@ def arrange(findings: Sequence[Finding], sections: Sequence[tuple[str, Section]]
     """Group by plugin, in order of appearance; within one, the worst findings come first.
 
     Example:
-        >>> old = Finding("aol", "bound", "info", 1.0, "Bound.", epoch=0)
-        >>> new = Finding("aol", "bound", "info", 0.9, "Bound.", epoch=1)
+        >>> old = Finding("mine", "bound", "info", 1.0, "Bound.", epoch=0)
+        >>> new = Finding("mine", "bound", "info", 0.9, "Bound.", epoch=1)
         >>> arrange([new, old], [])[0].entries[0].latest.value
         0.9
     """

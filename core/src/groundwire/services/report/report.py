@@ -91,14 +91,14 @@ class Report(ReportRecord):
         """
         folder = Path(directory)
         new = {plugin for plugin, _ in sections}
-        kept = [pair for pair in self.sections if pair[0] not in new] + [_plain_section(*pair) for pair in sections]
+        pairs = [pair for pair in self.sections if pair[0] not in new] + [_plain_section(*pair) for pair in sections]
         self.meta["updated"] = _now()
         try:
-            page = render(self.meta, self.findings, kept)
+            page = render(self.meta, self.findings, pairs)
         except NoPageError as error:
             _LOG.warning("%s", error)
             page = None
-        self.sections = [(plugin, replace(section, figures=())) for plugin, section in kept]
+        self.sections = [(plugin, replace(section, figures=())) for plugin, section in pairs]
         folder.mkdir(parents=True, exist_ok=True)
         store.write(folder / store.FINDINGS, dumps(self._content()))
         if page is not None:

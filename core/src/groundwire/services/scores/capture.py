@@ -98,15 +98,14 @@ class ScoreService(Service):
         self._ends: tuple[int, int] = (0, 0)
         self._seen: set[str] = set()
         self._receivers: dict[str, list[str]] = {}
-        self.head: Head | None = None
-        self.raw: Tensor | None = None
-        self.features: Tensor | None = None
-        run.members |= {
-            "head": lambda: self.head,
-            "raw_scores": lambda: self.raw,
-            "features": lambda: self.features,
-        }
+        run.members |= {"head": None, "raw_scores": None, "features": None}
         run.extra_passes.append(self.paused)
+
+    @property
+    def head(self) -> Head | None:
+        """The layer that gives the scores, once it is known."""
+        head: Head | None = self.run.members["head"]
+        return head
 
     @hookimpl(tryfirst=True)
     def gw_check(self) -> list[Problem]:
@@ -126,7 +125,7 @@ class ScoreService(Service):
         if len(set(named.values())) > 1:
             return [Problem("Plugins", f"two heads are named: {' and '.join(named)}", "name one")]
         try:
-            self.head = next((named_head(run.module, name) for name in named.values()), None)
+            run.members["head"] = next((named_head(run.module, name) for name in named.values()), None)
         except PluginError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem("Plugins", message, hint)]
@@ -185,10 +184,11 @@ class ScoreService(Service):
         run = self.run
         if self._raw is not None:
             return
-        if self.head is None:
+        head = self.head
+        if head is None:
             with without_trace(run.module, run.trainer), run.trainer.precision_plugin.forward_context():
-                self.head = find_head(run.module, run.fields(start.batch).inputs)
-        self._attach(self.head.module)
+                head = run.members["head"] = find_head(run.module, run.fields(start.batch).inputs)
+        self._attach(head.module)
 
     def _attach(self, layer: nn.Module) -> None:
         """Become the first and the last of the layer's forward hooks."""
@@ -247,8 +247,8 @@ class ScoreService(Service):
             if raw is None or scores is None:
                 raise PluginError(self._bypassed())
             self._seen.add(stage)
-            self.raw = raw.float()
-            self.features = combine(self._raw.features, rows)
+            features = combine(self._raw.features, rows)
+            self.run.members |= {"raw_scores": raw.float(), "features": features}
             arguments = {"scores": scores.float(), "fields": fields, "stage": stage, "variant": variant}
             self.run.hooks.call("gw_scores", only=self._receivers[stage], **arguments)
         finally:

@@ -35,7 +35,7 @@ def _traces(done: Fit) -> Counter[str]:
 
 
 class PlannedError(RuntimeError):
-    """What ``training_step`` raises here."""
+    """The error that ``training_step`` raises here."""
 
 
 def clean_after_exception(subject: Subject) -> None:

@@ -51,12 +51,7 @@ def without_padding(sampler: Any, start: int, rows: int) -> NDArray[np.bool_] | 
 
 def loader_of(run: RunContext, number: int) -> Any:
     """A data loader of the running stage, as the Trainer prepared it."""
-    loaders = run.trainer.test_dataloaders if run.stage == "test" else run.trainer.val_dataloaders
-    if hasattr(loaders, "flattened"):
-        loaders = loaders.flattened
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return loaders[number] if isinstance(loaders, list | tuple) else loaders
+    return run.loaders()[number]
 
 
 class EvaluationPass:
