@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_sp
 
 from groundwire import Plugin, Plugins, Report, hookimpl
 from groundwire_flea import FLEA, SourceDatasets
-from groundwire_flea.report import distances_figure, scores_figure
+from groundwire_flea.report import distances_figure, scores_figure, section
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
@@ -163,6 +163,21 @@ def test_the_report_tells_who_was_suppressed_and_why(kit, bad):
     assert "could not be drawn" not in page
     for text in ("which sources to trust", "p-value", "and only 3 are kept", "disb share"):
         assert text in page
+
+
+def test_tables_on_the_page_have_units_and_few_enough_columns_to_be_seen(kit, bad):
+    flea = FLEA(permutations=0)
+    many = type(bad)(**vars(bad) | {"a": np.arange(len(bad.y)) % 9})
+    fit(kit, Rows(many), flea)
+    parts = section(flea.decision, "filter").tables
+    assert {name for part in parts for name in part.columns} == {"source", *flea.decision.columns}
+    assert all(len(part.columns) <= 7 for part in parts)
+    assert all(len(row) == len(part.columns) for part in parts for row in part.rows)
+    for part in parts:
+        assert "from 0 to" in part.caption
+    assert len({part.caption for part in parts}) == len(parts)
+    for figure in (scores_figure(flea.decision), distances_figure(flea.decision)):
+        assert any("no unit" in text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel()))
 
 
 def test_numbers_on_the_map_of_distances_can_be_read_and_the_legend_covers_no_bar(kit, bad):

@@ -33,6 +33,7 @@ class FLEA(Plugin):
             the LightningModule. Features are reduced to 30 principal components.
         seed: Of the permutations and of the choice of rows.
         always_keep: Sources that you vouch for.
+        count_copies_once: Count sources that are near copies of each other as one, and train on one of them.
         keep_unsuspicious: Keep more than ``n_clean`` sources where a permutation test finds nothing suspicious.
         permutations: For p-values in the report; 0 for none.
         max_rows_per_source: Compare at most so many rows of a source; None for all.
@@ -61,6 +62,7 @@ class FLEA(Plugin):
         seed: int = 0,
         *,
         always_keep: Sequence[int | str] = (),
+        count_copies_once: bool = False,
         keep_unsuspicious: bool = False,
         permutations: int = 20,
         max_rows_per_source: int | None = 2000,
@@ -73,6 +75,7 @@ class FLEA(Plugin):
         check_n_clean(n_clean)
         self.source, self.groups, self.n_clean, self.fairness = source, groups, n_clean, fairness
         self.mode, self.embed, self.seed, self.always_keep = mode, embed, seed, always_keep
+        self.count_copies_once = count_copies_once
         self.keep_unsuspicious, self.permutations = keep_unsuspicious, permutations
         self.max_rows_per_source, self.append_sensitive, self.n_jobs = max_rows_per_source, append_sensitive, n_jobs
         #: What was decided in the latest fit, or restored from a checkpoint.
@@ -108,6 +111,7 @@ class FLEA(Plugin):
             "mode": self.mode,
             "append_sensitive": self.append_sensitive,
             "always_keep": self.always_keep,
+            "count_copies_once": self.count_copies_once,
             "keep_unsuspicious": self.keep_unsuspicious,
             "permutations": self.permutations,
             "random_state": self.seed,
