@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from groundwire_aol.certify.consistency import refuse_other_results
+from groundwire_aol.certify.consistency import random_states, refuse_other_results
+from groundwire_aol.certify.falsifier import search
 from groundwire_aol.certify.graph import is_leaf, trace
 from groundwire_aol.certify.linear_norms import rescales_in
-from groundwire_aol.certify.plain_copy import plain_copy, rows_of
+from groundwire_aol.certify.plain_copy import evaluation_copy, plain_copy, rows_of
 from groundwire_aol.certify.propagation import LayerBound, Propagation
 from groundwire_aol.certify.rounding import Rounding
 
@@ -44,7 +46,7 @@ class Bound:
         return "\n".join([*lines, f"  and {len(self.layers) - len(rows)} steps with constant 1", str(self.rounding)])
 
 
-def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
+def lipschitz_bound(module: nn.Module, example_input: Tensor, *, falsify: bool = True, seed: int = 0) -> Bound:
     """Prove an upper bound of the Lipschitz constant (L2) of ``module`` in evaluation mode.
 
     A baked copy is traced with torch.fx and walked in order: constants multiply along chains, add at sums, and are
@@ -58,11 +60,17 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
 
     Args:
         module: A model whose ``forward`` takes one tensor. Its scores must be its output: no softmax.
-        example_input: Shape (B, ...), floating; only its shape and dtype matter.
+        example_input: Shape (B, ...), floating; its shape and dtype matter, and the search begins there.
+        falsify: Whether to search for a contradiction before the bound is returned, see
+            :func:`groundwire_aol.certify.falsifier.search`. It takes at most as long as the proof.
+        seed: Of the search, and of the draws in which the model is compared with its graph. The states of all random
+            generators on the CPU are afterwards what they were.
 
     Raises:
-        UnknownLipschitzError: An operation without a known finite constant, with its path.
-        UnsoundError: Weights that are not finite or below 32 bits, or an input that is no float tensor.
+        UnknownLipschitzError: An operation without a known finite constant, with its path; or the model computes
+            something else in another draw, batch or mode.
+        UnsoundError: Weights that are not finite or below 32 bits, or an input that is no float tensor; or two inputs
+            were found that contradict the bound.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
@@ -70,14 +78,18 @@ def lipschitz_bound(module: nn.Module, example_input: Tensor) -> Bound:
         >>> round(float(lipschitz_bound(model, torch.zeros(1, 2))), 6)
         3.0
     """
-    with torch.inference_mode(False):
-        example = rows_of(example_input)
-    module = nn.Sequential(module) if is_leaf(module) else module
-    rescales = rescales_in(module)
-    # Not every device has float64. The weights are baked where they live, so they are the ones that will be used.
-    twin, example = plain_copy(module).cpu(), example.cpu()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        propagation = Propagation(twin, trace(twin), rescales)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), random_states(seed):
+        started = time.perf_counter()
+        example = rows_of(example_input).cpu()
+        live = evaluation_copy(nn.Sequential(module) if is_leaf(module) else module)
+        rescales = rescales_in(live)
+        # Not every device has float64. The weights are baked where they live, so they are the ones that will be used.
+        plain = plain_copy(live).cpu()
+        live = live.cpu()
+        propagation = Propagation(plain, trace(plain), rescales)
         lipschitz = propagation.run(example.clone())
-        refuse_other_results(twin, propagation.graph, example)
-    return Bound(lipschitz, tuple(propagation.layers), tuple(example.shape[1:]), propagation.rounding())
+        refuse_other_results(live, plain, propagation.graph, example)
+        rounding = propagation.rounding()
+        if falsify:
+            search(live, example, lipschitz, rounding, seed=seed, seconds=time.perf_counter() - started)
+    return Bound(lipschitz, tuple(propagation.layers), tuple(example.shape[1:]), rounding)

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _each(lip.prelu, rnd.few, (nn.PReLU,), "prelu"),
     _each(lip.elu, rnd.approximate, (nn.ELU,), "elu"),
     _each(lip.celu, rnd.approximate, (nn.CELU,)),
-    _each(lip.softplus, rnd.approximate, (nn.Softplus,)),
+    _each(lip.softplus, rnd.softplus, (nn.Softplus,)),
     _operation(
         lip.inactive, rnd.exact, shape.same,
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -203,6 +204,8 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 FACTS = frozenset((
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device", "len", "is_floating_point",
 ))  # fmt: skip
+#: Functions of a tensor of which only the shape and the dtype count.
+CONSTANTS_LIKE = frozenset(("zeros_like", "ones_like", "new_zeros", "new_ones"))
 #: What may be computed from constants alone, beside the functions in the table: it always gives the same result.
 PURE = frozenset((
     "floordiv", "mod", "pow", "sqrt", "rsqrt", "exp", "log", "square", "reciprocal", "softmax", "softplus", "norm",
@@ -254,11 +257,19 @@ def is_known_function(target: Any) -> bool:
         >>> is_known_function(torch.relu), is_known_function(lambda x: x)
         (True, False)
     """
-    if isinstance(target, str) or target in (getattr, math.sqrt):
-        return True
+    if isinstance(target, str):
+        return is_original(getattr(torch.Tensor, target, None))
     name = getattr(target, "__name__", "")
     places: tuple[Any, ...] = (torch, nn.functional, operator, torch.Tensor)
-    return any(getattr(place, name, None) is target for place in places) or target in _BUILTINS
+    own = any(getattr(place, name, None) is target for place in places) or target in _BUILTINS
+    return own and is_original(target)
 
 
-_BUILTINS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+_BUILTINS = (getattr, math.sqrt, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def is_original(function: Any) -> bool:
+    """Tell whether a function is compiled, or written in torch or this package: not a patch by somebody else."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_filename.startswith(_FOLDERS)

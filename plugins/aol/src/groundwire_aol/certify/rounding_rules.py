@@ -118,6 +118,13 @@ def approximate(at: Magnitudes) -> Affine:
     return whole * (APPROXIMATE * at.unit)
 
 
+def softplus(at: Magnitudes) -> Affine:
+    """Error of Softplus, which torch computes as the identity beyond its threshold."""
+    layer = at.call.layer
+    jump = math.log1p(math.exp(-layer.threshold)) / layer.beta * (1 + 1e-9)
+    return approximate(at) + Affine(jump * math.sqrt(at.entries))
+
+
 def averaging(at: Magnitudes) -> Affine:
     """Error of sums of at most all entries of a sample."""
     return at.sums(at.call.x[0].numel())
