@@ -217,6 +217,7 @@ def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
     assert ratio == pytest.approx(2.0**-29, rel=0.2)
 
 
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")  # no row is repeated here
 def test_two_processes_tell_of_the_samples_of_both(kit):
     class Quiet(Net):

@@ -54,6 +54,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_data_set_learner_and_method_has_its_row(files):
     command = [sys.executable, FOLDER / "flea.py", "--tiny", "--data", files, "--json", files / "flea.json"]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -222,6 +222,7 @@ def test_ids_of_other_plugins_are_places_in_the_kept_rows(kit, bad):
     assert ids.rows == set(range(sum(s in GOOD for s in bad.source)))
 
 
+@pytest.mark.ddp
 def test_two_processes_train_on_the_rows_that_rank_0_chose(kit, bad):
     from lightning.pytorch.strategies import DDPStrategy
 
