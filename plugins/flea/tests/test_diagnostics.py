@@ -1,4 +1,4 @@
-"""W1 to W7: when the filter says not to trust it blindly."""
+"""W1 to W8: when the filter says not to trust it blindly."""
 
 import warnings
 

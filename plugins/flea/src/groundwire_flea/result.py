@@ -26,7 +26,7 @@ class Caution:
     """One reason not to trust a decision blindly.
 
     Attributes:
-        code: ``"W1"`` ... ``"W7"``, see the documentation.
+        code: ``"W1"`` ... ``"W8"``, see the documentation.
         message: What, with sources and numbers, and what to do.
         sources: The sources it is about.
         value: The number behind it.
