@@ -120,6 +120,21 @@ class Replay(Plugin):
         return step.replay(same_rng=True)
 
 
+class Evaluates(Plugin):
+    """Makes one more validation pass of the model as it is, and keeps what it gave."""
+
+    name = "evaluates"
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    @hookimpl
+    def gw_findings(self, run: Any) -> Any:
+        if run.stage == "validate":
+            self.found.append(run.evaluate())
+        return []
+
+
 @dataclass(frozen=True)
 class Run:
     """What a user can see of one training."""

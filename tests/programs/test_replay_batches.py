@@ -210,7 +210,9 @@ def test_what_cannot_be_copied_and_was_left_alone_is_replayed(kit):
     "collate",
     [
         marked(lambda x, y: Plain(x=x, y=y), ident="a plain object", wrong="item 2: tensors_in does not look into it"),
-        marked(lambda x, y: Slots(x, y), ident="an object with slots", wrong="item 2: tensors_in does not look into it"),
+        marked(
+            lambda x, y: Slots(x, y), ident="an object with slots", wrong="item 2: tensors_in does not look into it"
+        ),
         marked(lambda x, y: Attrs(x, y), ident="an attrs class", wrong="item 2: tensors_in does not look into it"),
         marked(lambda x, y: Record(x, y), ident="a dataclass", wrong=None),
     ],

@@ -14,7 +14,7 @@ WRONG = "item 4: Snapshot.restore copies into every buffer and tensor attribute,
 
 
 def tensors_of(module):
-    found = {name: buffer for name, buffer in module.named_buffers()}
+    found = dict(module.named_buffers())
     for name, part in module.named_modules():
         found |= {f"{name}.{key}": value for key, value in vars(part).items() if isinstance(value, torch.Tensor)}
     return found
