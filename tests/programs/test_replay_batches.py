@@ -63,10 +63,10 @@ class Base(NamedTuple):
 
 
 class Own(Base):
-    """A NamedTuple with a constructor of its own."""
+    """A NamedTuple with methods and a constructor of its own."""
 
-    def __new__(cls, x, y):
-        return super().__new__(cls, x, y, {"scale": torch.tensor(0.5)})
+    def __new__(cls, x, y, extra=None):
+        return super().__new__(cls, x, y, extra or {"scale": torch.tensor(0.5)})
 
     def scaled(self):
         return self.x * self.extra.pop("scale")
@@ -120,7 +120,7 @@ INPUTS = [
     marked(lambda x, y: Mapping(x=x, y=y), sets_items, ident="a UserDict, an item set"),
     marked(lambda x, y: Mapping(x=x, y=y), pops, ident="a UserDict, popped"),
     marked(lambda x, y: [Plain(x=x, y=y)], lambda b: rebinds(b[0]), ident="a plain object in a list"),
-    marked(lambda x, y: Own(x, y), lambda b: (b.scaled(), b.y), ident="a NamedTuple with a constructor"),
+    marked(lambda x, y: Own(x, y), lambda b: (b.scaled(), b.y), ident="a NamedTuple with methods", wrong=None),
     marked(lambda x, y: Record(x, y), rebinds, ident="a dataclass", wrong=None),
     marked(lambda x, y: {"x": x, "y": y}, pops, ident="a dict, popped", wrong=None),
     marked(lambda x, y: [x, y], lambda b: (b[0], b.pop()), ident="a list, popped", wrong=None),
