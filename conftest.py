@@ -38,6 +38,15 @@ def pytest_configure(config):
         config.pluginmanager.import_plugin("groundwire.testing.fixtures")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """On a machine without a browser: how the skipped tests come to run."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "browser" in report.keywords]
+    if skipped:
+        terminalreporter.section("tests in a browser")
+        terminalreporter.write_line(f"{len(skipped)} skipped: they open the report in Chromium or Chrome. To run them:")
+        terminalreporter.write_line("apt-get install chromium, dnf install chromium, or brew install --cask chromium")
+
+
 class Net(pl.LightningModule):
     """A classifier with BatchNorm, as a user writes it."""
 

@@ -12,8 +12,8 @@ from measure import interleaved
 from torch import nn
 
 from groundwire_aol import AOLConv2d, MaxMin
-from groundwire_aol.autocorrelation import lag_sums, plain_sums
-from groundwire_aol.parametrization import parametrizations
+from groundwire_aol.layers.autocorrelation import lag_sums, plain_sums
+from groundwire_aol.layers.parametrization import parametrizations
 
 Make = Callable[..., nn.Module]
 

@@ -25,7 +25,7 @@ from groundwire_aol import (
     lipschitz,
     lipschitz_bound,
 )
-from groundwire_aol.audit import max_jacobian_norm
+from groundwire_aol.certify.attacks import max_jacobian_norm
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 0.5, 1.0)
 OFFSET = math.sqrt(2) / 4

@@ -28,10 +28,10 @@ from groundwire_aol import (
     lipschitz,
     lipschitz_bound,
 )
-from groundwire_aol.audit import max_jacobian_norm
-from groundwire_aol.functional import Geometry, rescale
-from groundwire_aol.rounding import Rounding
-from groundwire_aol.tracing import plain_copy
+from groundwire_aol.certify.attacks import max_jacobian_norm
+from groundwire_aol.certify.plain_copy import plain_copy
+from groundwire_aol.certify.rounding import Rounding
+from groundwire_aol.layers.rescale import Geometry, rescale
 
 KERNELS = 13
 #: Inputs whose float32 scores are compared with float64 ones.

@@ -22,8 +22,8 @@ from rich.progress import track
 from sklearn.metrics import accuracy_score
 
 from groundwire_bias_audit import Gate, Verdict, audit
-from groundwire_bias_audit.bootstrap import bootstrap
-from groundwire_bias_audit.functional import confusion_counts, disaggregate
+from groundwire_bias_audit.audit.intervals import bootstrap
+from groundwire_bias_audit.audit.rates import confusion_counts, disaggregate
 
 METRICS = {
     "accuracy": accuracy_score,

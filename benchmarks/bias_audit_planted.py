@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Plugins, Variant
 from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
-from groundwire_bias_audit.functional import confusion_counts, disaggregate
-from groundwire_bias_audit.questions import describe
-from groundwire_bias_audit.variants import pruned
+from groundwire_bias_audit.audit.gap_tests import describe
+from groundwire_bias_audit.audit.rates import confusion_counts, disaggregate
+from groundwire_bias_audit.stream.variants import pruned
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 CORNER = (slice(0, 2), slice(6, 8))

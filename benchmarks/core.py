@@ -164,15 +164,16 @@ def replay(repeats: int, steps: int) -> list[Row]:
 
 def imports(repeats: int) -> list[Row]:
     """In fresh processes, after lightning was imported there."""
-    asked = {"import groundwire": "groundwire", "import Plugin too": "groundwire.plugin"}
-    asked["import all of a run"] = "groundwire.host"
-    ways = {what: partial(import_ms, module) for what, module in asked.items()}
+    services = "from groundwire.host import SERVICES, service_class; [service_class(path) for path in SERVICES]"
+    asked = {"import groundwire": "import groundwire", "import Plugin too": "import groundwire.plugin"}
+    asked["import all of a run"] = services
+    ways = {what: partial(import_ms, code) for what, code in asked.items()}
     found = interleaved("imports", repeats, ways)
     return [Row(what, "ms", values, target=100) for what, values in found.items()]
 
 
-def import_ms(module: str) -> float:
-    code = f"import time, lightning; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+def import_ms(statement: str) -> float:
+    code = f"import time, lightning; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
     return 1e3 * float(
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True).stdout
     )

@@ -19,7 +19,8 @@ from measure import Row, interleaved, show, write
 from torch import Tensor
 
 from groundwire_cram import kernels
-from groundwire_cram.memory import Copies
+from groundwire_cram.kernels.base import Kernels, Part
+from groundwire_cram.kernels.buffers import Buffers
 
 SPARSITY, RHO = 0.9, 0.05
 #: Target for the median, by backend and part of the step; for ATen only the sum has one.
@@ -57,12 +58,12 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 class Step:
     """Parameters with gradients, and the three parts of a step on them."""
 
-    def __init__(self, backend: kernels.Kernels, device: str = "cpu") -> None:
+    def __init__(self, backend: Kernels, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.backend = backend
         tensors = [[torch.randn(s, device=device) * 0.02 for s in resnet50_shapes()] for _ in range(3)]
         self.weights, self.first, self.second = tensors
-        self.saved = list(Copies().like({str(i): w for i, w in enumerate(self.weights)}).values())
+        self.saved = list(Buffers().like({str(i): w for i, w in enumerate(self.weights)}).values())
         self.prunable = [i for i, w in enumerate(self.weights) if w.dim() > 1]
         self.others = [i for i, w in enumerate(self.weights) if w.dim() == 1]
         size = sum(self.weights[i].numel() for i in self.prunable)
@@ -70,18 +71,19 @@ class Step:
         self.limit = self.threshold()
 
     def threshold(self) -> float:
-        pruned, grads = ([ts[i] for i in self.prunable] for ts in (self.weights, self.first))
-        return self.backend.thresholds(pruned, grads, RHO, [self.rank]).values[0]
+        return self.backend.thresholds(self.part(self.prunable), [self.rank]).values[0]
+
+    def part(self, which: Sequence[int]) -> Part:
+        return Part([self.weights[i] for i in which], [self.first[i] for i in which], RHO)
 
     def perturb(self) -> None:
         for which, limit in ((self.prunable, self.limit), (self.others, None)):
-            w, g, saved = ([ts[i] for i in which] for ts in (self.weights, self.first, self.saved))
-            self.backend.perturb(w, g, RHO, limit, saved)
+            self.backend.perturb(self.part(which), limit, [self.saved[i] for i in which])
 
     def combine(self) -> None:
         for which, limit in ((self.prunable, self.limit), (self.others, None)):
-            w, saved, one, two = ([ts[i] for i in which] for ts in (self.weights, self.saved, self.first, self.second))
-            self.backend.combine(w, saved, one, two, RHO, limit, plus=True)
+            saved, two = ([ts[i] for i in which] for ts in (self.saved, self.second))
+            self.backend.combine(self.part(which), limit, saved, two, plus=True)
 
 
 class Published:

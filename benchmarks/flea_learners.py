@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from groundwire_flea import reweighing
-from groundwire_flea.minimise import minimise
-from groundwire_flea.problems import Problems
-from groundwire_flea.sides import Bank, Side
+from groundwire_flea.distances.pair_batches import Design, PaddedRows
+from groundwire_flea.distances.solver import Objective, minimize
 
 #: Probabilities of label 1 for rows.
 Model = Callable[[np.ndarray], np.ndarray]
@@ -24,12 +23,12 @@ def linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, gap: np.ndarray, ri
     def design(rows: np.ndarray) -> np.ndarray:
         return np.column_stack([(rows - shift) / scale, np.ones(len(rows))])
 
-    bank = Bank(torch.from_numpy(design(x))[None])
+    padded = PaddedRows(torch.from_numpy(design(x))[None])
     rows = [torch.from_numpy(np.asarray(v, dtype=float))[None] for v in (y, weight, gap)]
     zero = torch.zeros(1, x.shape[1] + 1, dtype=torch.float64)
-    side = [Side(bank, torch.zeros(1, dtype=torch.long))]
-    start = minimise(Problems(side, *rows[:2], torch.zeros_like(rows[2]), zero + ridge), zero)
-    theta = minimise(Problems(side, *rows, zero + ridge), start)[0].numpy()
+    designs = [Design(padded, torch.zeros(1, dtype=torch.long))]
+    start = minimize(Objective(designs, *rows[:2], torch.zeros_like(rows[2]), zero + ridge), zero)
+    theta = minimize(Objective(designs, *rows, zero + ridge), start)[0].numpy()
     return lambda new: 1 / (1 + np.exp(-np.clip(design(new) @ theta, -30, 30)))
 
 

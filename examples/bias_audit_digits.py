@@ -1,6 +1,6 @@
 """A biased digit classifier, pruned and audited: a mark in the corner gave the label away in training.
 
-Prints what the audit found in the model and in its pruned versions, and writes the run's report.
+Prints what the audit found in the model and in its pruned variants, and writes the run's report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Report
 from groundwire_bias_audit import BiasAudit
-from groundwire_bias_audit.figures import curves
+from groundwire_bias_audit.output.figures import curves
 
 
 class Digits(Dataset):
@@ -82,8 +82,8 @@ def main(arguments=None):
     trainer.fit(model, DataLoader(Digits(train=True), 64, shuffle=True))
     trainer.test(model, DataLoader(Digits(train=False), 256), verbose=False)
     results = audit.results["test"]
-    for version, result in results.items():
-        print(f"{version}: {result}")
+    for variant, result in results.items():
+        print(f"{variant}: {result}")
     print(f"Report: {Report.read(options.folder).path}")
     if options.picture is not None:
         curves(results, "mark", "false_positive_rate").savefig(options.picture, metadata={"Date": None})

@@ -50,6 +50,7 @@ def data(folder):
     german.to_csv(folder / "german_credit_data.csv", index=False)
 
 
+@pytest.mark.slow
 def test_the_bias_audit_benchmark_measures_every_promise(benchmark, tmp_path, capsys):
     data(tmp_path)
     benchmark.main(["--tiny", "--quick", "--data", str(tmp_path), "--json", str(tmp_path / "out.json")])

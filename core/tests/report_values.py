@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from groundwire.types import Finding
+from groundwire.records import Finding
 
 HOSTILE = "<script>alert(1)</script>\"'>&{{ 7 * 7 }}"
 

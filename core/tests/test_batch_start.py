@@ -301,7 +301,7 @@ def test_a_training_step_that_skips_its_forward_pass_has_no_scores(kit):
 def test_a_pass_of_a_plugins_own_before_the_step_is_no_part_of_its_scores(kit):
     class Peeking(Told):
         def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-            with self.run.aside():
+            with self.run.extra_pass():
                 pl_module(batch[0][:1])
             assert self.run.forward([batch[0][:2], batch[1][:2]]).shape == (2, 3)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundwire import Plugin, PluginError, Plugins
-from groundwire.order import name_of, resolve
+from groundwire.hooks.ordering import name_of, resolve
 
 
 def test_alone_and_in_a_bundle_are_the_same(kit):

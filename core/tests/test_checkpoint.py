@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from groundwire import Plugin, PluginError, export, hookimpl, load
-from groundwire.checkpoint import KEY, ProvenanceIO, init_arguments, is_plain, to_plain
+from groundwire.discovery import init_arguments
+from groundwire.plain import is_plain, plain_or_repr
+from groundwire.services.checkpoint.provenance import KEY, ProvenanceIO
 
 
 class Scale(nn.Module):
@@ -117,7 +119,8 @@ def test_load_makes_plugins_again_by_name_and_names_one_that_is_not_installed(ki
         load(kit.Net, path)
     made = []
     monkeypatch.setattr(
-        "groundwire.checkpoint.load_plugin", lambda name, **init: made.append((name, init)) or Scaling(**init)
+        "groundwire.services.checkpoint.load.load_plugin",
+        lambda name, **init: made.append((name, init)) or Scaling(**init),
     )
     load(kit.Net, path)
     assert made == [("scaling", {"factor": 0.25})]
@@ -201,13 +204,13 @@ plain = st.recursive(
 @given(plain)
 def test_plain_values_stay_as_they_are(value):
     assert is_plain(value)
-    assert to_plain(value) == value
+    assert plain_or_repr(value) == value
 
 
 @given(st.one_of(st.binary(), st.complex_numbers(), st.frozensets(st.integers()), st.dates()))
 def test_other_values_become_plain(value):
     assert not is_plain(value)
-    assert is_plain(to_plain({"x": [value]}))
+    assert is_plain(plain_or_repr({"x": [value]}))
 
 
 def test_init_arguments_make_an_equal_plugin():
@@ -280,6 +283,6 @@ def test_a_script_class_does_not_take_the_distribution_of_an_installed_plugin(ki
     from groundwire.discovery import Installed
 
     rows = (Installed("scaling", "elsewhere:Scaling", "groundwire-scaling", "9.9", "found"),)
-    monkeypatch.setattr("groundwire.checkpoint.installed", lambda: rows)
+    monkeypatch.setattr("groundwire.services.checkpoint.provenance.installed", lambda: rows)
     _, checkpoint = saved(kit, kit.fit(kit.Net(), Scaling()))
     assert checkpoint[KEY]["plugins"][0]["dist"] is None

@@ -11,8 +11,8 @@ import torch
 from groundwire.cli import main
 from groundwire.cli.terminal import clean
 from groundwire.discovery import Installed
-from groundwire.report import Report
-from groundwire.types import Finding
+from groundwire.records import Finding
+from groundwire.services.report.report import Report
 
 HOSTILE = "\x1b[31m[bold]red\x07\nnext"
 

@@ -7,7 +7,7 @@ from core_model_plugins import Observer
 from torch import nn
 
 from groundwire import Plugin, PluginError, Plugins, hookimpl
-from groundwire.head import find_head
+from groundwire.services.scores.head import find_head
 
 HEADS = {
     "sequential": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), "2"),

@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from groundwire import _lightning
+from groundwire.modules import overrides
+from groundwire.undo.loggers import MutedLogger
 
 
 @pytest.fixture
@@ -81,13 +83,39 @@ def test_the_action_before_a_step_is_called_right_before_it(kit):
 def test_loggers_can_be_replaced_and_come_back(kit):
     logger = pl.loggers.CSVLogger(kit.path)
     trainer = kit.trainer(logger=logger)
-    with _lightning.silent_loggers(trainer):
+    with _lightning.loggers_replaced(trainer, MutedLogger):
         [mute] = trainer.loggers
         assert list(mute.experiment.config.update({"a": 1})) == []
         assert mute.log_metrics({"a": 1.0}) is None
         assert isinstance(mute, pl.loggers.CSVLogger)
         assert trainer.log_dir == logger.log_dir
     assert trainer.loggers == [logger]
+
+
+def test_state_keys_are_spelled_as_lightning_does():
+    class Mine(pl.Callback):
+        @property
+        def state_key(self):
+            return self._generate_state_key(name="a")
+
+    assert _lightning.state_key(Mine(), "a") == Mine().state_key
+    assert "Mine" in Mine().state_key
+
+
+def test_the_hooks_that_can_be_passed_by_are_lightnings_own_and_called_in_one_way(kit):
+    hooks = set(_lightning.CALLBACK_HOOKS)
+    assert hooks <= set(vars(pl.Callback))
+    others = {"setup", "teardown", "on_exception", "on_fit_start", "on_fit_end", "state_dict", "load_state_dict"}
+    others |= {"on_save_checkpoint", "on_load_checkpoint", "state_key", "on_train_batch_start"}
+    known = {name for name in vars(pl.Callback) if name.startswith("on_")}
+    assert known - hooks - others == set()
+    empty = pl.Callback()
+    _lightning.skip_hooks(empty, *hooks)
+    module = kit.Net()
+    trainer = kit.fit(module, empty, val=kit.loader(), num_sanity_val_steps=1)
+    trainer.validate(module, kit.loader(), verbose=False)
+    trainer.test(module, kit.loader(), verbose=False)
+    trainer.predict(module, kit.loader())
 
 
 def test_log_of_nested_modules_is_redirected(kit):
@@ -155,8 +183,8 @@ def test_the_precision_plugin_has_a_scaler_in_fp16_only(kit):
 def test_overrides_are_told_from_both_packages_own_methods(package):
     base = import_module(package).LightningModule
     own = type("Own", (base,), {"setup": lambda self, stage: None})()
-    assert _lightning.overrides(own, "setup")
-    assert not _lightning.overrides(own, "configure_model")
+    assert overrides(own, "setup")
+    assert not overrides(own, "configure_model")
 
 
 def test_weights_are_loaded_after_on_load_checkpoint(kit):
@@ -176,7 +204,7 @@ def test_weights_are_loaded_after_on_load_checkpoint(kit):
 
 
 def test_users_reach_their_optimizers_through_lightnings_wrapper(kit, running):
-    pairs = running(lambda t, m, b, i: [(raw, face, m, m.optimizers()) for raw, face in _lightning.optimizer_faces(t)])
+    pairs = running(lambda t, m, b, i: [(raw, face, m, m.optimizers()) for raw, face in _lightning.zeroing_objects(t)])
     raw, _, module, wrapper = pairs[0]
     assert [face for _, face, _, _ in pairs] == [raw, wrapper, module]
     assert wrapper is not raw

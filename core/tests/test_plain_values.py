@@ -8,8 +8,8 @@ import torch
 from core_report_values import finding, same, values
 from hypothesis import given
 
-from groundwire.report import Report
-from groundwire.report.plain import dumps, loads, plain
+from groundwire.plain import dumps, loads, plain
+from groundwire.services.report.report import Report
 
 
 @given(values)

@@ -30,7 +30,7 @@ def test_micro_batches_of_namedtuples_and_dataclasses_are_copied_shallowly():
     import dataclasses
     from typing import NamedTuple
 
-    from groundwire.window import copy_containers
+    from groundwire.batch import copy_containers
 
     class Pair(NamedTuple):
         x: list

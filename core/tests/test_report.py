@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from groundwire.report import SCHEMA_VERSION, Report
-from groundwire.types import Section, Table
+from groundwire.records import Section, Table
+from groundwire.services.report.report import SCHEMA_VERSION, Report
 
 
 def test_a_later_finding_replaces_the_one_with_its_key():
@@ -147,7 +147,5 @@ def test_a_file_that_cannot_be_understood_says_so(tmp_path, content, words):
 
 def test_reading_a_report_does_not_import_torch(tmp_path):
     Report().write(tmp_path)
-    code = (
-        "import sys; from groundwire.report import Report; Report.read(sys.argv[1]); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from groundwire import Report; Report.read(sys.argv[1]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0

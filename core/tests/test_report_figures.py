@@ -4,9 +4,9 @@ import matplotlib as mpl
 from core_report_values import HOSTILE, Elements
 from matplotlib.figure import Figure
 
-from groundwire.report.figures import svg
-from groundwire.report.page import render
-from groundwire.types import Section
+from groundwire.records import Section
+from groundwire.services.report.figures import svg
+from groundwire.services.report.page import render
 
 
 def test_a_figure_that_fails_becomes_a_note():

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from groundwire.report.display import is_numeric, show, show_column
-from groundwire.report.page import columns, render
-from groundwire.types import Section, Table
+from groundwire.display import is_numeric, show, show_column
+from groundwire.records import Section, Table
+from groundwire.services.report.page import columns, render
 
 
 def test_hostile_names_are_shown_and_never_become_markup():

@@ -6,7 +6,7 @@ import torch
 from core_recorders import Forgetful, Recorder, state
 from torch import nn
 
-from groundwire import Plugin, PluginError, Plugins, Problem, hookimpl
+from groundwire import Plugin, PluginError, Plugins, Problem, hookimpl, require_run
 from groundwire.host import host_of
 
 
@@ -153,6 +153,10 @@ def test_optimizers_that_carry_hooks_join_the_run(kit):
     class HookedSGD(torch.optim.SGD):
         name = "hooked"
         calls = 0
+
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            require_run(self)
 
         @hookimpl
         def gw_gradient(self, step, run):

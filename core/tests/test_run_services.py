@@ -15,7 +15,7 @@ def test_fields_come_from_the_user_then_the_module_then_core(kit):
 
     class Asks(Plugin):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            found.append(host_of(trainer).fields(batch).source)
+            found.append(host_of(trainer).run.fields(batch).source)
 
     class Module(kit.Net):
         @hookimpl
@@ -41,7 +41,7 @@ def test_fields_come_from_the_user_then_the_module_then_core(kit):
 def test_a_batch_nobody_can_read_is_named(kit):
     class Asks(Plugin):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            host_of(trainer).fields({"foo": 1, "bar": 2})
+            host_of(trainer).run.fields({"foo": 1, "bar": 2})
 
     with pytest.raises(PluginError, match=r"keys \['foo', 'bar'\].*Plugins\(fields="):
         kit.fit(kit.Net(), Asks(), max_steps=1)

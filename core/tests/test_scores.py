@@ -1,12 +1,13 @@
 """Scores are those of the forward pass that happens anyway."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from core_model_plugins import Observer
 from torch.utils.data import DataLoader
 
 from groundwire import Plugin, PluginError, hookimpl
-from groundwire.scores import combine
+from groundwire.services.scores.capture import combine
 
 
 def test_scores_are_those_of_the_forward_that_happens_anyway(kit):
@@ -51,6 +52,44 @@ def test_bf16_scores_come_as_float32(kit):
 )
 def test_several_forward_passes_a_step(counts, rows, expected):
     assert len(combine([torch.zeros(n, 3) for n in counts], rows)) == expected
+
+
+def test_the_last_of_several_full_forward_passes_counts(kit):
+    assert torch.equal(combine([torch.zeros(4, 3), torch.ones(4, 3)], 4), torch.ones(4, 3))
+
+    class Module(kit.Net):
+        def validation_step(self, batch, batch_idx):
+            self(2 * batch[0])
+            self.own.append(self(batch[0]))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.own = []
+
+        def training_step(self, batch, batch_idx):
+            self(-batch[0])
+            self.own = [self(batch[0])]
+            return self.own[0].square().mean()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert torch.equal(observer.seen[-1][2], self.own[0].detach())
+
+    observer, module = Observer(("train", "validate")), Module()
+    module.own = []
+    kit.trainer(observer).validate(module, kit.loader(), verbose=False)
+    assert torch.equal(torch.cat([s[2] for s in observer.seen]), torch.cat(module.own))
+    kit.fit(module.train(), observer)
+
+
+def test_nothing_is_captured_between_the_batches_that_somebody_wants(kit):
+    observer, module = Observer(), kit.Net()
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args):
+            first, *_, last = module.net[3]._forward_hooks.values()
+            assert not first.outputs
+            assert not last.outputs
+
+    kit.fit(module, observer, Look(), val=kit.loader(), num_sanity_val_steps=2, max_epochs=2)
 
 
 def test_rows_that_fit_no_rule_are_refused():

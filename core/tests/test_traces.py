@@ -90,7 +90,10 @@ def test_spectral_norm_vectors_do_not_advance(kit):
 
 
 def test_core_imports_no_plugin():
-    code = "import groundwire.host, sys; [getattr(groundwire, n) for n in groundwire.__all__]; print(*sys.modules)"
+    code = (
+        "import groundwire.host, sys; [getattr(groundwire, n) for n in groundwire.__all__]; "
+        "[groundwire.host.service_class(path) for path in groundwire.host.SERVICES]; print(*sys.modules)"
+    )
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "groundwire.host" in modules
     assert not [name for name in modules if name.startswith("groundwire_")]

@@ -10,7 +10,8 @@ from core_replaying_twice import Twice, both
 from torch import nn
 
 from groundwire import PluginError, hookimpl
-from groundwire.guard import Snapshot, unseen
+from groundwire.undo.snapshot import Snapshot
+from groundwire.undo.without_trace import without_trace
 
 
 class Stateful:
@@ -134,7 +135,7 @@ def test_snapshot_restores_aliases_in_place():
 
 def test_unseen_works_without_a_trainer():
     module = nn.Sequential(nn.BatchNorm1d(2))
-    with unseen(module):
+    with without_trace(module):
         module(torch.ones(4, 2))
         torch.rand(1)
     assert int(module[0].num_batches_tracked) == 0

@@ -8,40 +8,54 @@ from typing import TYPE_CHECKING, Any
 from groundwire.version import __version__
 
 if TYPE_CHECKING:
-    from groundwire.checkpoint import export, load
+    from groundwire.batch import default_fields
+    from groundwire.context import RunContext
     from groundwire.discovery import load_plugin
-    from groundwire.errors import PluginError
+    from groundwire.errors import PluginError, Problem
+    from groundwire.hooks.markers import SPEC_VERSION, hookimpl
+    from groundwire.optimizers import require_run
     from groundwire.plugin import Plugin, Plugins
-    from groundwire.replay import GradientStep
-    from groundwire.report import Report
-    from groundwire.run import RunContext
-    from groundwire.specs import SPEC_VERSION, hookimpl
+    from groundwire.records import (
+        Evaluation,
+        Fields,
+        Finding,
+        GradientStep,
+        Head,
+        MicroBatch,
+        Section,
+        Table,
+        Variant,
+    )
+    from groundwire.services.checkpoint.export import export
+    from groundwire.services.checkpoint.load import load
+    from groundwire.services.report.report import Report
     from groundwire.train_data import TrainData
-    from groundwire.types import Evaluation, Fields, Finding, Head, MicroBatch, Problem, Section, Table, Variant
 
 #: Where each public name lives. Imported when first used, so that the command line and tools stay fast.
 _HOME = {
-    "Evaluation": "types",
-    "Fields": "types",
-    "Finding": "types",
-    "GradientStep": "replay",
-    "Head": "types",
-    "MicroBatch": "types",
+    "Evaluation": "records",
+    "Fields": "records",
+    "Finding": "records",
+    "GradientStep": "records",
+    "Head": "records",
+    "MicroBatch": "records",
     "Plugin": "plugin",
     "PluginError": "errors",
     "Plugins": "plugin",
-    "Problem": "types",
-    "Report": "report",
-    "RunContext": "run",
-    "SPEC_VERSION": "specs",
-    "Section": "types",
-    "Table": "types",
+    "Problem": "errors",
+    "Report": "services.report.report",
+    "RunContext": "context",
+    "SPEC_VERSION": "hooks.markers",
+    "Section": "records",
+    "Table": "records",
     "TrainData": "train_data",
-    "Variant": "types",
-    "export": "checkpoint",
-    "hookimpl": "optimizers",
-    "load": "checkpoint",
+    "Variant": "records",
+    "default_fields": "batch",
+    "export": "services.checkpoint.export",
+    "hookimpl": "hooks.markers",
+    "load": "services.checkpoint.load",
     "load_plugin": "discovery",
+    "require_run": "optimizers",
 }
 
 __all__ = [  # noqa: RUF022 - grouped as people meet them
@@ -62,9 +76,11 @@ __all__ = [  # noqa: RUF022 - grouped as people meet them
     "Section",
     "Table",
     "Report",
+    "default_fields",
     "load_plugin",
     "load",
     "export",
+    "require_run",
     "SPEC_VERSION",
     "__version__",
 ]

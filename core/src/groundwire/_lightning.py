@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
@@ -18,7 +18,71 @@ from lightning.pytorch.trainer.connectors.data_connector import _request_dataloa
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 
-from groundwire.mute import MuteLogger
+from groundwire.modules import overrides
+
+
+class Trainer(Protocol):
+    """The parts of a Trainer, of either Lightning package, that core uses and that plugins usually ask for."""
+
+    callbacks: list[Any]
+    loggers: list[Any]
+    fit_loop: Any
+    validate_loop: Any
+    test_loop: Any
+    state: Any
+    accumulate_grad_batches: int
+    fast_dev_run: Any
+    should_stop: bool
+
+    @property
+    def strategy(self) -> Any: ...
+    @property
+    def precision_plugin(self) -> Any: ...
+    @property
+    def lightning_module(self) -> Any: ...
+    @property
+    def datamodule(self) -> Any: ...
+    @property
+    def optimizers(self) -> list[Any]: ...
+    @property
+    def precision(self) -> Any: ...
+    @property
+    def ckpt_path(self) -> Any: ...
+    @property
+    def logger(self) -> Any: ...
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]: ...
+    @property
+    def estimated_stepping_batches(self) -> int | float: ...
+    @property
+    def global_rank(self) -> int: ...
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def current_epoch(self) -> int: ...
+    @property
+    def max_epochs(self) -> int | None: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_global_zero(self) -> bool: ...
+    @property
+    def sanity_checking(self) -> bool: ...
+    @property
+    def testing(self) -> bool: ...
+    @property
+    def log_dir(self) -> str | None: ...
+    @property
+    def default_root_dir(self) -> str: ...
+    @property
+    def train_dataloader(self) -> Any: ...
+    @property
+    def val_dataloaders(self) -> Any: ...
+    @property
+    def test_dataloaders(self) -> Any: ...
+    @property
+    def predict_dataloaders(self) -> Any: ...
+
 
 #: Attributes that Lightning and torch keep on every module; all others are the user's own.
 MODULE_NAMES = frozenset(vars(nn.Module()))
@@ -26,7 +90,7 @@ LIGHTNING_MODULE_NAMES = frozenset(vars(LightningModule())) | {"log", "log_dict"
 
 
 def collect_rng_states() -> dict[str, Any]:
-    """Global random states of torch, CUDA, NumPy and Python.
+    """Return the global random states of torch, CUDA, NumPy and Python.
 
     ``_collect_rng_states``: the public ``isolate_rng`` does not restore after an exception.
     """
@@ -35,12 +99,12 @@ def collect_rng_states() -> dict[str, Any]:
 
 
 def set_rng_states(states: dict[str, Any]) -> None:
-    """Inverse of :func:`collect_rng_states`."""
+    """Set the states: inverse of :func:`collect_rng_states`."""
     _set_rng_states(dict(states))
 
 
-def step_arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """Arguments of the user's ``training_step``: ``batch_idx`` is optional and may have any name.
+def step_arguments(trainer: Trainer, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """Return the arguments of the user's ``training_step``: ``batch_idx`` is optional and may have any name.
 
     ``fit_loop.epoch_loop._build_kwargs``: only the loop knows the rule. Not the one that :func:`before_training_step`
     put in its place.
@@ -50,7 +114,7 @@ def step_arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
 
 
 @contextmanager
-def before_training_step(trainer: Any, action: Callable[[Any, int], None]) -> Iterator[None]:
+def before_training_step(trainer: Trainer, action: Callable[[Any, int], None]) -> Iterator[None]:
     """While open, call ``action(batch, batch_idx)`` before each training step, after every ``on_train_batch_start``.
 
     ``fit_loop.epoch_loop._build_kwargs``: it is called once for each batch, the last thing before the step. Callbacks
@@ -69,8 +133,10 @@ def before_training_step(trainer: Any, action: Callable[[Any, int], None]) -> It
         yield
 
 
-def evaluation_arguments(trainer: Any, loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
-    """Arguments of the user's ``validation_step`` or ``test_step``.
+def evaluation_arguments(
+    trainer: Trainer, loop: Any, batch: Any, batch_idx: int, dataloader_idx: int
+) -> tuple[Any, ...]:
+    """Return the arguments of the user's ``validation_step`` or ``test_step``.
 
     ``_EvaluationLoop._build_kwargs`` and ``_build_step_args_from_hook_kwargs``: the same optional arguments again.
     """
@@ -80,7 +146,7 @@ def evaluation_arguments(trainer: Any, loop: Any, batch: Any, batch_idx: int, da
 
 
 def evaluation_hook_arguments(loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
-    """Arguments of the hooks before such a step; those after it take its output first."""
+    """Return the arguments of the hooks before such a step; those after it take its output first."""
     return tuple(_evaluation_kwargs(loop, batch, batch_idx, dataloader_idx).values())
 
 
@@ -89,7 +155,7 @@ def _evaluation_kwargs(loop: Any, batch: Any, batch_idx: int, dataloader_idx: in
     return loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
 
 
-def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
+def move_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
     """Do to a loader's batch what the loops do before a step.
 
     ``LightningModule._on_before_batch_transfer``: the transfer hooks have no public entry point.
@@ -99,16 +165,27 @@ def move_batch(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
-def evaluation_loop(trainer: Any) -> Any:
-    """The loop that evaluates now. ``fit_loop.epoch_loop.val_loop``: validation in ``fit`` has a loop of its own."""
+def evaluation_loop(trainer: Trainer) -> Any:
+    """Return the loop that evaluates now.
+
+    ``fit_loop.epoch_loop.val_loop``: validation in ``fit`` has a loop of its own.
+    """
     if trainer.testing:
         return trainer.test_loop
     fitting = trainer.state.fn == "fit"
     return trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
 
 
-def fresh_pass(trainer: Any) -> CombinedLoader:
-    """The loaders of the running evaluation, combined and limited as the loop does, from the beginning.
+def flattened_loaders(loaders: Any) -> list[Any]:
+    """Return the loaders in a loader, a list, a dict or a ``CombinedLoader`` of loaders, flat.
+
+    ``CombinedLoader`` is documented for its iteration; ``flattened`` is not.
+    """
+    return list((loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).flattened)
+
+
+def fresh_pass(trainer: Trainer) -> CombinedLoader:
+    """Return the loaders of the running evaluation, combined and limited as the loop does, from the beginning.
 
     ``_combined_loader`` with its ``_mode``: only the loop knows how the user's loaders are combined.
     """
@@ -120,42 +197,44 @@ def fresh_pass(trainer: Any) -> CombinedLoader:
 
 
 def is_misconfiguration(error: Exception) -> bool:
-    """Whether ``error`` is a MisconfigurationException of either Lightning package; the classes are not related."""
+    """Tell whether ``error`` is a MisconfigurationException of either Lightning package: two unrelated classes."""
     return type(error).__name__ == "MisconfigurationException"
 
 
-def gradient_scaler(trainer: Any) -> torch.amp.GradScaler | None:
-    """The gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is not documented."""
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Return the gradient scaler of fp16 mixed precision, or None. ``precision_plugin.scaler`` is not documented."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def optimizer_faces(trainer: Any) -> list[tuple[Any, Any]]:
-    """Each optimizer with all objects that can zero its gradient: itself, Lightning's wrapper of it, the module.
+def zeroing_objects(trainer: Trainer) -> list[tuple[Any, Any]]:
+    """Return each optimizer with all objects that can zero its gradient: itself, Lightning's wrapper of it, the module.
 
     ``strategy._lightning_optimizers``: the wrapper is of a class of its own and does not see the optimizer's
     attributes.
     """
     pairs = zip(trainer.optimizers, trainer.strategy._lightning_optimizers, strict=True)
     return [
-        (optimizer, face) for optimizer, wrapper in pairs for face in (optimizer, wrapper, trainer.lightning_module)
+        (optimizer, zeroing)
+        for optimizer, wrapper in pairs
+        for zeroing in (optimizer, wrapper, trainer.lightning_module)
     ]
 
 
 def is_lightnings_step(kwargs: Mapping[str, Any]) -> bool:
-    """Whether an optimizer is stepped by a Trainer: ``Precision._wrap_closure`` is then what it gets as closure."""
+    """Tell whether a Trainer steps an optimizer: ``Precision._wrap_closure`` is then what that gets as closure."""
     function = getattr(kwargs.get("closure"), "func", None)
     return getattr(function, "__name__", "") == "_wrap_closure"
 
 
-def gradients_are_views(trainer: Any) -> bool:
-    """Whether DDP keeps gradients as views of its buckets, so that a later backward overwrites them.
+def gradients_are_views(trainer: Trainer) -> bool:
+    """Tell whether DDP keeps gradients as views of its buckets, so that a later backward overwrites them.
 
     ``strategy.model`` is the wrapped module.
     """
     return bool(getattr(trainer.strategy.model, "gradient_as_bucket_view", False))
 
 
-def without_sync(trainer: Any, block: bool) -> AbstractContextManager[Any]:
+def without_sync(trainer: Trainer, block: bool) -> AbstractContextManager[Any]:
     """Postpone gradient reduction. ``block_backward_sync`` exists on parallel strategies only."""
     if block and hasattr(trainer.strategy, "block_backward_sync"):
         sync: AbstractContextManager[Any] = trainer.strategy.block_backward_sync()
@@ -192,7 +271,21 @@ BATCH_HOOKS = (
 )
 
 
-def rest(callback: Any, *hooks: str) -> None:
+#: All hooks at which Lightning asks each callback through ``_call_callback_hooks``, from the first ``on_*_start`` on.
+CALLBACK_HOOKS = (
+    *BATCH_HOOKS,
+    *(
+        f"on_{stage}_{place}"
+        for stage in ("train", "validation", "test", "predict")
+        for place in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
+        if (stage, place[:5]) != ("train", "batch")
+    ),
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+)
+
+
+def skip_hooks(callback: Any, *hooks: str) -> None:
     """Have Lightning pass ``callback`` by at ``hooks``: ``_call_callback_hooks`` calls only what is callable.
 
     Each call costs 1.5 to 2 us of a step, also one that does nothing.
@@ -201,10 +294,10 @@ def rest(callback: Any, *hooks: str) -> None:
 
 
 @contextmanager
-def resting(callback: Any) -> Iterator[None]:
-    """As :func:`rest` while open, at those of :data:`BATCH_HOOKS` that ``callback`` inherits from Lightning."""
+def inherited_hooks_skipped(callback: Any) -> Iterator[None]:
+    """Context manager: as :func:`skip_hooks`, at those of :data:`BATCH_HOOKS` that ``callback`` inherits."""
     hooks = [name for name in BATCH_HOOKS if name not in vars(callback) and not overrides(callback, name)]
-    rest(callback, *hooks)
+    skip_hooks(callback, *hooks)
     try:
         yield
     finally:
@@ -212,14 +305,23 @@ def resting(callback: Any) -> Iterator[None]:
             vars(callback).pop(name, None)
 
 
+def state_key(callback: Any, name: str) -> str:
+    """Return the key under which a checkpoint keeps the state of a callback that has a name of its own.
+
+    ``Callback._generate_state_key``: Lightning's documentation shows it, and only it knows how keys are spelled.
+    """
+    key: str = callback._generate_state_key(name=name)
+    return key
+
+
 @contextmanager
-def silent_loggers(trainer: Any) -> Iterator[None]:
-    """Replace the Trainer's loggers by mute ones that keep their names, folders and classes.
+def loggers_replaced(trainer: Trainer, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Context manager that puts ``replacement(logger)`` in the place of each of the Trainer's loggers.
 
     ``trainer.loggers`` has a setter without documentation.
     """
     loggers = list(trainer.loggers)
-    trainer.loggers = [MuteLogger(logger) for logger in loggers]
+    trainer.loggers = [replacement(logger) for logger in loggers]
     try:
         yield
     finally:
@@ -251,22 +353,13 @@ def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
                     vars(m)[key] = value
 
 
-def overrides(module: Any, name: str) -> bool:
-    """Whether a LightningModule or callback of either package has a method ``name`` of the user's own.
-
-    ``is_overridden`` raises for modules of the other package.
-    """
-    home = getattr(type(module), name).__module__ or ""
-    return home.split(".")[0] not in ("lightning", "pytorch_lightning", "torch")
-
-
 def takes_dataloader_iter(module: Any) -> bool:
-    """Whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
+    """Tell whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
     return "dataloader_iter" in inspect.signature(module.training_step).parameters
 
 
-def spawns_processes(trainer: Any) -> bool:
-    """Whether training runs in child processes of this one (fork, spawn, notebook).
+def spawns_processes(trainer: Trainer) -> bool:
+    """Tell whether training runs in child processes of this one (fork, spawn, notebook).
 
     ``_MultiProcessingLauncher``: no public question answers this.
     """
@@ -275,13 +368,13 @@ def spawns_processes(trainer: Any) -> bool:
 
 
 def is_averaging(callback: Any) -> bool:
-    """Whether a callback of either Lightning package keeps an averaged copy of the model."""
+    """Tell whether a callback of either Lightning package keeps an averaged copy of the model."""
     names = {cls.__name__ for cls in type(callback).__mro__}
     return bool(names & {"WeightAveraging", "StochasticWeightAveraging"})
 
 
 @contextmanager
-def choosing_train_loader(trainer: Any, choose: Callable[[Any], Any], reload: list[int]) -> Iterator[None]:
+def choosing_train_loader(trainer: Trainer, choose: Callable[[Any], Any], reload: list[int]) -> Iterator[None]:
     """Let ``choose(loader)`` replace the training loader whenever the fit loop is about to ask for one.
 
     An epoch in ``reload`` makes it ask again at the epoch after it.
@@ -331,5 +424,5 @@ def before_restoring(cls: type[Any], action: Callable[[Any], None]) -> Iterator[
 
 
 def closure_loss(output: Any) -> Tensor | None:
-    """The loss in what ``training_step`` returned, by the rule of ``ClosureResult.from_training_step_output``."""
+    """Return the loss in what ``training_step`` gave, by the rule of ``ClosureResult.from_training_step_output``."""
     return output.get("loss") if isinstance(output, Mapping) else output

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
+from groundwire.plain import is_plain, plain_or_repr
+
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
@@ -106,6 +108,21 @@ def load_plugin(name: str, /, **init: Any) -> Callback:
     _check_arguments(cls, name, init)
     plugin: Callback = cls(**init)
     return plugin
+
+
+def init_arguments(plugin: Any) -> dict[str, Any]:
+    """Return the plain constructor arguments of ``plugin``, read from attributes of the same names.
+
+    Example:
+        >>> class P:
+        ...     def __init__(self, rho=0.05, loss_fn=None):
+        ...         self.rho, self.loss_fn = rho, loss_fn
+        >>> init_arguments(P(0.1, loss_fn=print))
+        {'rho': 0.1}
+    """
+    names = inspect.signature(type(plugin)).parameters
+    values = {name: getattr(plugin, name) for name in names if hasattr(plugin, name)}
+    return {name: plain_or_repr(value) for name, value in values.items() if is_plain(value)}
 
 
 def _distributions() -> Iterator[Distribution]:

@@ -1,12 +1,30 @@
-"""The one error that groundwire raises for what a user can mend."""
+"""The one error that groundwire raises for what a user can mend, and the problems that it tells together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from groundwire.types import Problem
+
+@dataclass(frozen=True)
+class Problem:
+    """A reason why a run must not start, returned by ``gw_check``.
+
+    Attributes:
+        plugin: Name of the plugin that objects.
+        message: What is wrong, where, and what was found.
+        hint: What to change.
+
+    Example:
+        >>> Problem("sam", "rho is -1", "choose rho >= 0").hint
+        'choose rho >= 0'
+    """
+
+    plugin: str
+    message: str
+    hint: str = ""
 
 
 class PluginError(MisconfigurationException):
@@ -17,7 +35,7 @@ class PluginError(MisconfigurationException):
 
 
 def problems_error(problems: Iterable[Problem]) -> PluginError:
-    """One error for all ``problems``, one line each.
+    """Return one error for all ``problems``, one line each.
 
     Example:
         >>> print(problems_error([Problem("sam", "rho is -1", "choose rho >= 0")]))

@@ -1,49 +1,51 @@
-"""The callback that carries a run: first in the Trainer's list while the run is open, gone afterwards."""
+"""The composition root: one callback, first in the Trainer's list while a run is open, that carries the services."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 
-from groundwire import checkpoint, transform
+import groundwire.specs as specs
 from groundwire._lightning import (
+    CALLBACK_HOOKS,
+    Trainer,
     before_training_step,
-    is_averaging,
-    is_misconfiguration,
-    rest,
-    resting,
+    inherited_hooks_skipped,
     takes_dataloader_iter,
 )
-from groundwire.errors import PluginError, problems_error
-from groundwire.evaluation import evaluate
-from groundwire.fields import DefaultFields, GivenFields, unknown_batch
-from groundwire.gradient import GradientService
-from groundwire.guard import unseen
-from groundwire.hooks import Hooks, implementations, mistakes
-from groundwire.ids import IdsService
-from groundwire.keeping import FindingsService
-from groundwire.modules import evaluating
+from groundwire.context import RunContext
+from groundwire.errors import Problem, problems_error
+from groundwire.hooks.ordering import name_of, relation_problems, resolve
+from groundwire.hooks.registry import Hooks, implementations
 from groundwire.optimizers import in_a_run
-from groundwire.order import name_of
-from groundwire.run import RunContext
-from groundwire.scores import ScoreService
-from groundwire.seating import Seating
-from groundwire.train_data import TrainDataService
-from groundwire.types import BatchStage, Evaluation, Fields, Problem, Variant
+from groundwire.run import BatchStart, Run, Settings
+from groundwire.service import Service
+
+#: The services of a run, in the order in which they begin. Each can be taken out alone, with its module.
+SERVICES = (
+    "groundwire.services.checkpoint.provenance:CheckpointService",
+    "groundwire.services.model:ModelService",
+    "groundwire.services.scores.capture:ScoreService",
+    "groundwire.services.gradient.step:GradientService",
+    "groundwire.services.sample_ids:SampleIdService",
+    "groundwire.services.rows:RowService",
+    "groundwire.services.variants:VariantService",
+    "groundwire.services.report.findings:FindingsService",
+)
 
 
-def host_of(trainer: Any) -> Host | None:
-    """The open run's host in ``trainer``, or None."""
+def host_of(trainer: Trainer) -> Host | None:
+    """Return the open run's host in ``trainer``, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, Host)), None)
 
 
-def open_run(trainer: Any, module: Any, stage: str) -> Host:
-    """The run of ``trainer``, opened if it is not open yet.
+def open_run(trainer: Trainer, module: Any, stage: str) -> Host:
+    """Return the host of the run of ``trainer``, which is opened if it is not open yet.
 
     Raises:
         PluginError: With all problems of all plugins; everything is as before then.
@@ -54,286 +56,228 @@ def open_run(trainer: Any, module: Any, stage: str) -> Host:
         try:
             host.open()
         except BaseException:
-            host.close()
+            host.run.close()
             raise
     return host
 
 
 class Host(Callback):
-    """One run. Services do the work; this class says when."""
+    """One run. Services do the work; this class says when.
 
-    def __init__(self, trainer: Any, module: Any, stage: str) -> None:
-        self.trainer, self.module, self.fn = trainer, module, str(getattr(stage, "value", stage))
-        self.stack = ExitStack()
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.ready = False
-        self.seating = Seating(trainer)
-        self.settings = self.seating.settings
-        self.plugins: list[Any] = []
-        self.by_name: dict[str, Any] = {}
-        self.hooks = Hooks(lambda name: RunContext(self, name))
-        self.gradient = GradientService(self)
-        self.scores = ScoreService(self)
-        self.findings = FindingsService(self)
-        self.ids = IdsService(self)
-        self.train_data = TrainDataService(self)
-        self._late_build = ExitStack()
-        self._starters: list[str] = []
-        self._takes_iterator = False
+    Once model and optimizers exist, each of Lightning's hooks is set, on this object, to what the services of this run
+    need there: to None, one method, or a function that calls several. Lightning passes by what is None.
 
-    # Opening and closing
+    Attributes:
+        run: The run.
+        callback_list: The plugins among the Trainer's callbacks.
+        services: The services.
+    """
+
+    def __init__(self, trainer: Trainer, module: Any, stage: str) -> None:
+        self.callback_list = CallbackList(trainer)
+        plugins, self._list_problems = self.callback_list.resolve()
+        function, seed = str(getattr(stage, "value", stage)), int(os.environ.get("PL_GLOBAL_SEED", 0))
+        listed_before = self.callback_list.before_plugins()
+        self.run = Run(trainer, module, function, seed, self.callback_list.settings(), plugins, listed_before)
+        self.run.hooks = Hooks(specs, lambda name: RunContext(self.run, name))
+        self.services = [service_class(path)(self.run) for path in SERVICES]
 
     def open(self) -> None:
-        """Take the seats, check, and transform the model."""
-        self.plugins, problems = self.seating.resolve()
-        members = [self.module, *([self.trainer.datamodule] if self.trainer.datamodule is not None else [])]
-        for plugin in self.plugins:
-            problems += mistakes(plugin, is_plugin=True)
-        for member in members:
-            problems += mistakes(member, is_plugin=False)
+        """Refuse mistakes, enter the Trainer's list, check, and open the services."""
+        run = self.run
+        datamodule = run.trainer.datamodule
+        members = {"lightning_module": run.module} | ({} if datamodule is None else {"datamodule": datamodule})
+        problems = self._list_problems + [m for plugin in run.plugins for m in run.hooks.mistakes(plugin, True)]
+        problems += [m for member in members.values() for m in run.hooks.mistakes(member, False)]
         if problems:
             raise problems_error(problems)
-        self.stack.enter_context(self.seating.taken(self))
-        self._register(members)
-        self._check(self.gradient.refresh() + self.scores.problems() + self._averaging_problems())
-        checkpoint.wrap_io(self)
-        self.stack.enter_context(self._late_build)
-        transform.apply(self, self._late_build)
-        self.scores.open()
-        self.ids.open()
-        if self.fn == "fit":
-            self.train_data.open()
+        run.undo.enter_context(self.callback_list.with_host(self))
+        # Last registered is called first: core's own implementations last of all.
+        for service in self.services:
+            self.run.hooks.register(service)
+        for plugin in reversed(run.plugins):
+            self._register(plugin, name_of(plugin))
+        for name, member in members.items():
+            self._register(member, name)
+        self._check([])
+        for service in self.services:
+            service.open()
 
-    def close(self) -> None:
-        """Take everything away that belongs to the run."""
-        with self.stack:
-            checkpoint.freeze_provenance(self.trainer)
-
-    def _register(self, members: Sequence[Any]) -> None:
-        """Last registered is called first: core's default fields last of all, the user's own answers first."""
-        self.hooks.register(DefaultFields())
-        for plugin in reversed(self.plugins):
-            self._add(plugin, name_of(plugin))
-        for member, name in zip(members, ("lightning_module", "datamodule"), strict=False):
-            self._add(member, name)
-        if self.settings.fields is not None:
-            self.hooks.register(GivenFields(self.settings.fields))
-
-    def _add(self, obj: Any, name: str) -> None:
-        self.hooks.register(obj, name)
-        self.by_name[name] = obj
+    def _register(self, obj: Any, name: str) -> None:
+        self.run.hooks.register(obj, name)
+        self.run.implementers[name] = obj
 
     def _check(self, problems: list[Problem]) -> None:
-        problems = problems + self.hooks.collect("gw_check", Problem)
+        problems = problems + self.run.hooks.collect("gw_check", Problem)
         if problems:
             raise problems_error(problems)
 
     def _get_ready(self) -> None:
-        """Model and optimizers exist now, whichever stage comes first."""
-        if self.ready:
+        """Check again and start the services: model and optimizers exist now, whichever stage comes first."""
+        run = self.run
+        if run.ready:
             return
-        self._late_build.close()
-        self.ready = True
-        self._takes_iterator = self.fn == "fit" and takes_dataloader_iter(self.module)
-        problems = [p for optimizer in self.trainer.optimizers for p in mistakes(optimizer, is_plugin=False)]
-        if not problems:
-            self._register_optimizers()
-        self._check(problems + self.gradient.refresh() + self.scores.ready() + self._unreadable())
-        self.gradient.attach()
-        self._starters = self.hooks.owners("gw_batch_start")
-        if self.fn == "fit" and (self._starters or self.gradient.recording or self.scores.wanted("train")):
-            self.stack.enter_context(before_training_step(self.trainer, self._before_training_step))
-        self.findings.ready()
-        self._rest()
+        run.ready = True
+        for service in self.services:
+            service.model_is_built()
+        optimizers = [optimizer for optimizer in run.trainer.optimizers if implementations(optimizer)]
+        problems = [m for optimizer in optimizers for m in run.hooks.mistakes(optimizer, False)]
+        for optimizer in optimizers if not problems else ():
+            self._register(optimizer, name_of(optimizer))
+            in_a_run.add(optimizer)
+            run.undo.callback(in_a_run.discard, optimizer)
+        run.batch_starters = run.hooks.owners("gw_batch_start")
+        self._check(problems + self._batches_unknown())
+        for service in self.services:
+            service.start()
+        if run.function == "fit" and run.has_batch_start("train"):
+            run.undo.enter_context(before_training_step(run.trainer, self._before_training_step))
+        self._set_hooks()
 
-    def _unreadable(self) -> list[Problem]:
-        """Batches that are not known before the step takes them."""
-        starters = self.hooks.owners("gw_batch_start")
-        if not (starters and self._takes_iterator):
+    def _batches_unknown(self) -> list[Problem]:
+        if self.run.function != "fit" or not self.run.batch_starters or not takes_dataloader_iter(self.run.module):
             return []
         text = "training_step takes dataloader_iter, so no batch is known before its forward pass"
-        return [Problem(name, text, "take batch") for name in starters]
+        return [Problem(name, text, "take batch") for name in self.run.batch_starters]
 
-    def _register_optimizers(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            if implementations(optimizer):
-                self._add(optimizer, name_of(optimizer))
-                in_a_run.add(optimizer)
-                self.stack.callback(in_a_run.discard, optimizer)
+    def _set_hooks(self) -> None:
+        """Set each of Lightning's hooks to what it calls in this run; a callback that does nothing costs time too."""
+        table: dict[str, list[Callable[..., Any]]] = {hook: [] for hook in CALLBACK_HOOKS}
+        for stage, hook in (("validate", "validation"), ("test", "test"), ("predict", "predict")):
+            if self.run.has_batch_start(stage) or (stage == "validate" and self.run.has_batch_start("sanity")):
+                table[f"on_{hook}_batch_start"].append(self._before_evaluation_batch)
+        for service in self.services:
+            for hook, method in service.callbacks().items():
+                table[hook].append(method)
+        vars(self).update({hook: _all_of(methods) for hook, methods in table.items()})
+        for callback in [*self.run.plugins, *self.callback_list.bundles]:
+            self.run.undo.enter_context(inherited_hooks_skipped(callback))
 
-    def _rest(self) -> None:
-        """Be passed by where this run has nothing to do, so that an idle plugin costs little."""
-        rest(self, "on_after_backward")
-        if self.gradient.idle:
-            rest(self, "on_before_zero_grad", "on_before_backward", "on_before_optimizer_step")
-        if not (self.ids.wanted or (self._takes_iterator and self.scores.wanted("train"))):
-            rest(self, "on_train_batch_start")
-        if not self.scores.wanted("train"):
-            rest(self, "on_train_batch_end")
-        for callback in [*self.plugins, *self.seating.bundles]:
-            self.stack.enter_context(resting(callback))
+    def _before_training_step(self, batch: Any, batch_idx: int) -> None:
+        # Tuners take all callbacks out of the Trainer while they try steps.
+        if self in self.run.trainer.callbacks:
+            self.run.start_batch(BatchStart(batch, "train", batch_idx))
 
-    def _averaging_problems(self) -> list[Problem]:
-        if self.fn != "fit" or not self.hooks.owners("gw_transform_model"):
-            return []
-        return [
-            Problem(
-                "groundwire",
-                f"{type(callback).__qualname__} is listed before the plugins, so it copied the model before "
-                f"{', '.join(self.hooks.owners('gw_transform_model'))} changed it",
-                "list it after them",
-            )
-            for callback in self.seating.before_plugins()
-            if is_averaging(callback)
-        ]
+    def _before_evaluation_batch(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        stage: Any = "sanity" if trainer.sanity_checking else self.run.stage
+        self.run.start_batch(BatchStart(batch, stage, batch_idx, dataloader_idx))
 
-    # What plugins ask for
-
-    @property
-    def stage(self) -> str:
-        """See :attr:`RunContext.stage`."""
-        stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.fn
-        return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
-
-    def fields(self, batch: Any) -> Fields:
-        """See :meth:`RunContext.fields`."""
-        found = self.hooks.call("gw_fields", batch=batch)
-        if found is None:
-            raise unknown_batch(batch)
-        if not isinstance(found, Fields):
-            raise PluginError(f"gw_fields must return Fields or None, got {type(found).__name__}")
-        return found
-
-    def variants(self) -> list[Variant]:
-        """See :meth:`RunContext.variants`."""
-        return list(self.hooks.collect("gw_variants", Variant, module=self.module))
-
-    def evaluate(self, variant: Variant | None, stage: str) -> Evaluation:
-        """See :meth:`RunContext.evaluate`."""
-        return evaluate(self, variant, stage)
-
-    def forward(self, batch: Any) -> Any:
-        """See :meth:`RunContext.forward`."""
-        inputs, module = self.fields(batch).inputs, self.module
-        without_trace = unseen(module, self.trainer)
-        precision = self.trainer.precision_plugin.forward_context()
-        with self.scores.aside(), without_trace, evaluating(module), torch.no_grad(), precision:
-            return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-
-    def batch_start(
-        self, batch: Any, stage: BatchStage, variant: str | None = None, first: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Call ``gw_batch_start``; ``first`` is what it returned when a replayed batch came first.
-
-        Returns:
-            What each implementation returned, by its name.
-        """
-        found = {}
-        for name in self._starters:
-            result = None if first is None else first.get(name)
-            arguments = {"batch": batch, "stage": stage, "variant": variant, "first_result": result}
-            found[name] = next(iter(self.hooks.call("gw_batch_start", only=(name,), **arguments)), None)
-        return found
-
-    def log(self, key: str, value: Any, **kwargs: Any) -> None:
-        """See :meth:`RunContext.log`. The class's own ``log``: an instance may be muted at the moment."""
-        try:
-            type(self.module).log(self.module, key, value, **kwargs)
-        except Exception as error:
-            if not is_misconfiguration(error):
-                raise
-            self.findings.send({key: float(value)})
-
-    # Lightning's hooks
+    # Lightning's hooks, until the services' take their places
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Second check, and the services that need optimizers."""
+        """Get ready."""
         self._get_ready()
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """A new accumulation window."""
-        self.gradient.before_zero_grad(optimizer)
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """One more micro-batch of the window."""
-        self.gradient.before_backward()
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """The gradient is complete and unclipped."""
-        self.gradient.before_optimizer_step(optimizer)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Ids; and capturing, where the step takes its batches by itself."""
-        self.ids.before_batch("train", 0)
-        if self._takes_iterator:
-            self.scores.before_batch("train")
-
-    def _before_training_step(self, batch: Any, batch_idx: int) -> None:
-        """The batch as the step gets it. Tuners take all callbacks out of the Trainer while they try steps."""
-        if self not in self.trainer.callbacks:
-            return
-        self.gradient.before_step(batch, batch_idx)
-        self.scores.find(batch, "train")
-        self.gradient.started(self.batch_start(batch, "train"))
-        self.scores.before_batch("train")
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Training scores."""
-        self.scores.after_batch(batch, "train")
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Ids and capturing."""
-        self.before_batch(batch, "sanity" if trainer.sanity_checking else self.stage, dataloader_idx)
-
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Scores, except in the sanity check."""
-        if not trainer.sanity_checking:
-            self.scores.after_batch(batch, self.stage)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def before_batch(self, batch: Any, stage: Any, dataloader_idx: int, variant: str | None = None) -> None:
-        """What every stage but training does before a batch."""
-        self.ids.before_batch(self.stage, dataloader_idx)
-        self.scores.find(batch, self.stage)
-        self.batch_start(batch, stage, variant)
-        self.scores.before_batch(stage)  # nobody gets scores of the sanity check
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Findings of the validation; variants are evaluated here."""
-        if not trainer.sanity_checking:
-            self.findings.collect()
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Findings of the test."""
-        self.findings.collect()
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """The report of ``trainer.validate``."""
-        if self.fn == "validate":
-            self.findings.write()
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """The report of ``trainer.test``."""
-        self.findings.write()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Findings and report of ``fit``. Later hooks come after the strategy was torn down."""
-        self.findings.collect()
-        self.findings.write()
-
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """The run is over."""
-        self.close()
+        """Close the run."""
+        self.run.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lightning does not call ``teardown`` when a step raises."""
-        self.close()
+        """Close the run: Lightning does not call ``teardown`` when a step raises."""
+        self.run.close()
+
+
+def service_class(path: str) -> type[Service]:
+    """Return the class that an entry of :data:`SERVICES` means."""
+    module, _, name = path.partition(":")
+    service: type[Service] = getattr(importlib.import_module(module), name)
+    return service
+
+
+def _all_of(methods: Sequence[Callable[..., Any]]) -> Callable[..., Any] | None:
+    """Return one callable for ``methods``; None for none."""
+    if len(methods) < 2:
+        return methods[0] if methods else None
+
+    def call(*arguments: Any) -> None:
+        for method in methods:
+            method(*arguments)
+
+    return call
+
+
+def is_plugin(callback: Any) -> bool:
+    """Tell whether ``callback`` takes part in a run: a Plugin, or any callback that implements a hook."""
+    return getattr(callback, "opens_run", False) or bool(implementations(callback))
+
+
+def is_bundle(callback: Any) -> bool:
+    """Tell whether ``callback`` is a ``Plugins``."""
+    return hasattr(callback, "bundled_settings")
+
+
+class CallbackList:
+    """The Trainer's callbacks: bundles expanded, plugins in resolved order in the plugins' places.
+
+    The Trainer's list is replaced, not edited: Lightning's loop over ``setup`` keeps the list that it began with, so
+    each ``setup`` runs once.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._original: list[Any] = trainer.callbacks
+        self.bundles = [c for c in self._original if is_bundle(c)]
+        self._expanded = [c for callback in self._original for c in self._expand(callback)]
+        self._resolved: list[Any] = []
+
+    def settings(self) -> Settings:
+        """Return the settings of the run: those of its ``Plugins``."""
+        settings: Settings = self.bundles[0].bundled_settings() if self.bundles else Settings()
+        return settings
+
+    def resolve(self) -> tuple[list[Any], list[Problem]]:
+        """Return the plugins in resolved order, and everything wrong with the list itself."""
+        plugins = [c for c in self._expanded if is_plugin(c)]
+        self._resolved, cycles = resolve(plugins)
+        return self._resolved, self._bundle_problems() + relation_problems(plugins) + cycles
+
+    @contextmanager
+    def with_host(self, host: Host) -> Iterator[None]:
+        """Context manager: ``host`` first, plugins in resolved order in the plugins' places, the rest where it was."""
+        order = iter(self._resolved)
+        ours = [next(order) if is_plugin(c) else c for c in self._expanded]
+        self._trainer.callbacks = [host, *ours]
+        try:
+            yield
+        finally:
+            # Back to the user's own list; what others added meanwhile stays.
+            now = [c for c in self._trainer.callbacks if c is not host]
+            added = [c for c in now if c not in ours]
+            user = [c for c in self._original if c in now] + added
+            self._trainer.callbacks = self._original if now == ours else user
+
+    def items_in_order(self, bundle: Any) -> Sequence[Any]:
+        """Return the items of ``bundle`` that are in the run, plugins first in resolved order."""
+        items = self._items(bundle)
+        return [p for p in self._resolved if p in items] + [c for c in items if not is_plugin(c)]
+
+    def before_plugins(self) -> list[Any]:
+        """Return the callbacks listed before the first plugin, whose setup opens the run."""
+        places = [i for i, c in enumerate(self._expanded) if is_plugin(c)]
+        return [c for c in self._expanded[: min(places, default=0)] if not is_plugin(c)]
+
+    def _expand(self, callback: Any) -> list[Any]:
+        return [callback, *self._items(callback)] if is_bundle(callback) else [callback]
+
+    def _items(self, bundle: Any) -> list[Any]:
+        return [item for item in bundle.items if name_of(item) not in bundle.off]
+
+    def _bundle_problems(self) -> list[Problem]:
+        problems = []
+        if len(self.bundles) > 1:
+            text = f"{len(self.bundles)} Plugins are in one Trainer"
+            problems.append(Problem("Plugins", text, "put all items in one"))
+        for bundle in self.bundles:
+            names = [name_of(item) for item in bundle.items]
+            if any(is_bundle(item) for item in bundle.items):
+                text = f"a Plugins is inside another (items: {', '.join(names)})"
+                problems.append(Problem("Plugins", text, "flatten it"))
+            for name in bundle.off:
+                if name not in names:
+                    text = f"off={name!r} is none of its items ({', '.join(names)})"
+                    problems.append(Problem("Plugins", text, "correct the name"))
+        return problems

@@ -40,6 +40,22 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def overrides(obj: Any, name: str) -> bool:
+    """Tell whether a LightningModule, DataModule or callback of either package has a method ``name`` of the user's own.
+
+    Lightning's ``is_overridden`` raises for objects of the other package.
+
+    Example:
+        >>> from lightning.pytorch import Callback
+        >>> class Mine(Callback):
+        ...     def on_fit_start(self, trainer, pl_module): ...
+        >>> overrides(Mine(), "on_fit_start"), overrides(Mine(), "on_fit_end")
+        (True, False)
+    """
+    home = getattr(type(obj), name).__module__ or ""
+    return home.split(".")[0] not in ("lightning", "pytorch_lightning", "torch")
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Context manager that puts ``module`` into evaluation mode, and each submodule back into its own mode.

@@ -1,32 +1,26 @@
-"""What plugin authors subclass, and the bundle that holds several plugins and a run's settings."""
+"""The base class of plugins, and the bundle that holds several plugins and a run's settings."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from groundwire.order import name_of
-from groundwire.types import Fields
-
-if TYPE_CHECKING:
-    from groundwire.host import Host
+from groundwire._lightning import Trainer as TrainerParts
+from groundwire._lightning import state_key
+from groundwire.hooks.ordering import name_of
+from groundwire.host import open_run
+from groundwire.records import Fields
+from groundwire.run import Settings
 
 _OPENS = "_groundwire_opens_run"
 
 
-def open_run(trainer: Any, module: Any, stage: str) -> Host:
-    """See :func:`groundwire.host.open_run`; imported late because the host knows plugins."""
-    from groundwire import host
-
-    return host.open_run(trainer, module, stage)
-
-
 def _opening(setup: Callable[..., Any]) -> Callable[..., Any]:
-    """``setup`` that opens the run first, so that an author who forgets ``super()`` loses nothing."""
+    """Return ``setup`` that opens the run first, so that an author who forgets ``super()`` loses nothing."""
 
     @functools.wraps(setup)
     def wrapped(self: Any, trainer: Any, pl_module: Any, stage: str) -> Any:
@@ -76,7 +70,8 @@ class Plugin(Callback):
     needs_features: bool = False
     needs_ids: bool = False
     head: str | None = None
-    changes: Literal["shift"] | None = None
+    changes: Any = None
+    opens_run: ClassVar[bool] = True
     loss_fn: Callable[[Any, Any], Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,11 +86,16 @@ class Plugin(Callback):
         """Lightning's key of this callback's state; an instance with a name of its own has a key of its own."""
         if self.name == type(self).name:
             return super().state_key
-        return self._generate_state_key(name=self.name)
+        return state_key(self, self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run. An override need not call ``super().setup``."""
-        open_run(trainer, pl_module, stage)
+        open_run(_parts(trainer), pl_module, stage)
+
+
+def _parts(trainer: Trainer) -> TrainerParts:
+    # Lightning sets some of them where mypy does not see it.
+    return cast(TrainerParts, trainer)
 
 
 class Plugins(Callback):
@@ -141,9 +141,13 @@ class Plugins(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run and set up the items, which Lightning's loop over callbacks does not know yet."""
-        host = open_run(trainer, pl_module, stage)
-        for item in host.seating.inserted_by(self):
+        host = open_run(_parts(trainer), pl_module, stage)
+        for item in host.callback_list.items_in_order(self):
             item.setup(trainer, pl_module, stage)
+
+    def bundled_settings(self) -> Settings:
+        """Return the settings of the run."""
+        return Settings(self.fields, self.head, self.report, self.report_dir)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the items' state also after the run, when they are no longer in the Trainer's list."""

@@ -1,147 +1,203 @@
-"""What a plugin holds of the run that it is in."""
+"""A run: what is known of it, and what is to be undone when it closes. A record that the services share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch.utils.data import DataLoader
 
-from groundwire.seeds import derive_seed
-from groundwire.types import Evaluation, Fields, Finding, Head, Variant
+from groundwire._lightning import Trainer, flattened_loaders, is_misconfiguration
+from groundwire.batch import default_fields, unknown_batch
+from groundwire.errors import PluginError
+from groundwire.hooks.registry import Hooks
+from groundwire.modules import evaluating
+from groundwire.records import BatchStage, Fields
+from groundwire.undo.without_trace import without_trace
 
-if TYPE_CHECKING:
-    from groundwire.host import Host
+_LOADERS = {"train": "train_dataloader", "validate": "val_dataloaders", "test": "test_dataloaders"}
 
 
-class RunContext:
-    """The run, as one plugin sees it. It is valid while the run is open.
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run that no single plugin owns; see :class:`groundwire.Plugins`."""
+
+    fields: Callable[[Any], Fields | None] | None = None
+    head: str | None = None
+    report: bool = True
+    report_dir: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class BatchStart:
+    """A batch whose forward passes are about to begin.
 
     Attributes:
-        owner: Name of the plugin that holds this view.
+        batch: The batch, on the device.
+        stage: What it is for.
+        batch_idx: Its index in the epoch.
+        dataloader_idx: The loader that it comes from.
+        variant: Name of the variant that is being evaluated, None for the model itself.
+        observed: Whether its scores are handed out.
     """
 
-    __slots__ = ("_host", "owner")
+    batch: Any
+    stage: BatchStage
+    batch_idx: int = 0
+    dataloader_idx: int = 0
+    variant: str | None = None
+    observed: bool = True
 
-    def __init__(self, host: Host, owner: str) -> None:
-        self._host = host
-        self.owner = owner
 
-    @property
-    def trainer(self) -> Any:
-        """The user's Trainer."""
-        return self._host.trainer
+@dataclass(eq=False)
+class Run:
+    """One call of ``fit``, ``validate``, ``test`` or ``predict``.
 
-    @property
-    def module(self) -> Any:
-        """The user's LightningModule, never a wrapper of it."""
-        return self._host.module
+    Attributes:
+        trainer: The user's Trainer.
+        module: The user's LightningModule.
+        function: "fit", "validate", "test" or "predict".
+        seed: The global seed, 0 without one.
+        settings: Settings of ``Plugins``.
+        plugins: The plugins in resolved order.
+        listed_before: Callbacks that stand before the first plugin in the user's list.
+        implementers: Whoever implements hooks, by name.
+        hooks: Their implementations; set by the host before any service is made.
+        ready: Whether model and optimizers exist.
+        undo: What closing the run undoes, the latest first.
+        before_close: Actions at closing, while everything is still there.
+        members: Values and methods that services give to the ``run`` of a plugin, by the member's name.
+        before_batch: Actions of services at the start of a batch, before ``gw_batch_start``, by stage.
+        before_forward: The same, after ``gw_batch_start``.
+        after_variant_batch: Actions of services after each batch of a variant: ``action(batch, stage, variant)``.
+        extra_passes: Context managers of services that mark forward passes which are not the step's own.
+        batch_starters: Names of those that implement ``gw_batch_start``.
+        first_results: What each of them returned for the current batch, by name.
+    """
+
+    trainer: Trainer
+    module: Any
+    function: str
+    seed: int
+    settings: Settings
+    plugins: list[Any]
+    listed_before: Sequence[Any] = ()
+    implementers: dict[str, Any] = field(default_factory=dict)
+    hooks: Hooks = field(init=False)
+    ready: bool = False
+    undo: ExitStack = field(default_factory=ExitStack)
+    before_close: list[Callable[[], None]] = field(default_factory=list)
+    members: dict[str, Any] = field(default_factory=dict)
+    before_batch: dict[str, list[Callable[[BatchStart], None]]] = field(default_factory=lambda: defaultdict(list))
+    before_forward: dict[str, list[Callable[[BatchStart], None]]] = field(default_factory=lambda: defaultdict(list))
+    after_variant_batch: list[Callable[[Any, str, str], None]] = field(default_factory=list)
+    extra_passes: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
+    batch_starters: list[str] = field(default_factory=list)
+    first_results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:
-        """What runs now: "train", "validate" (also the sanity check), "test" or "predict"."""
-        return self._host.stage
+        """The running stage: "train", "validate" (also the sanity check), "test" or "predict"."""
+        stage = str(self.trainer.state.stage.value) if self.trainer.state.stage is not None else self.function
+        return {"sanity_check": "validate", "fit": "train"}.get(stage, stage)
 
-    @property
-    def ready(self) -> bool:
-        """Whether model and optimizers exist."""
-        return self._host.ready
-
-    @property
-    def step_seed(self) -> int:
-        """A seed that is a function of the global seed and the global step: equal on all ranks and after a resume."""
-        return derive_seed(self._host.seed, self._host.trainer.global_step)
-
-    @property
-    def head(self) -> Head | None:
-        """The layer that produces the scores, once it is known: named in ``Plugins(head=...)`` or found by itself."""
-        return self._host.scores.head
-
-    @property
-    def ids(self) -> list[int] | None:
-        """Dataset indices of the current batch (needs ``needs_ids = True``); None where the loader has none."""
-        return self._host.ids.current
-
-    @property
-    def features(self) -> Tensor | None:
-        """Input of the head for the current batch, detached; needs ``needs_features = True``."""
-        return self._host.scores.features
-
-    @property
-    def raw_scores(self) -> Tensor | None:
-        """Scores of the current batch before any forward hook of a plugin on the head, float32, detached."""
-        return self._host.scores.raw
-
-    @property
-    def findings(self) -> list[Finding]:
-        """All findings of the run so far, of this rank."""
-        return list(self._host.findings.all)
-
-    @property
-    def directory(self) -> Path | None:
-        """Where files of this run go; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
-        return self._host.findings.directory
+    # Batches
 
     def fields(self, batch: Any) -> Fields:
-        """What ``batch`` holds.
+        """Return what ``batch`` holds, by who knows it first: the user's settings, ``gw_fields``, the default.
 
         Raises:
             PluginError: Nobody can read the batch.
         """
-        return self._host.fields(batch)
+        given = self.settings.fields
+        found = None if given is None else given(batch)
+        if found is None and "gw_fields" in self.hooks.implemented:
+            found = self.hooks.call("gw_fields", batch=batch)
+        if found is None:
+            found = default_fields(batch)
+        if found is None:
+            raise unknown_batch(batch)
+        if not isinstance(found, Fields):
+            raise PluginError(f"gw_fields must return Fields or None, got {type(found).__name__}")
+        return found
 
-    def variants(self) -> list[Variant]:
-        """Other versions of the model that the run's plugins offer."""
-        return self._host.variants()
+    def loaders(self, stage: str) -> list[Any]:
+        """Return the loaders of ``stage``, flat."""
+        loaders = getattr(self.trainer, _LOADERS.get(stage, "predict_dataloaders"))
+        # Asked for before every batch, and flattening costs more than all the rest.
+        return [loaders] if isinstance(loaders, DataLoader) else flattened_loaders(loaders)
 
-    def evaluate(self, variant: Variant | None = None, stage: str | None = None) -> Evaluation:
-        """Evaluate ``variant`` (the model itself when None) on the running stage's loaders, with the Trainer's limits.
+    def has_batch_start(self, stage: str) -> bool:
+        """Tell whether anything happens at the start of a batch of ``stage``."""
+        return bool(self.batch_starters or self.before_batch[stage] or self.before_forward[stage])
 
-        Call it from ``gw_findings`` or at the end of a validation or test epoch, on all ranks. One pass through the
-        data; ``gw_batch_start`` and ``gw_scores`` are called with the variant's name, and nothing else of the run
-        changes.
+    def start_batch(self, start: BatchStart) -> None:
+        """Do everything that comes before the forward passes of a batch."""
+        for action in self.before_batch[start.stage]:
+            action(start)
+        self.first_results = self.call_batch_start(start.batch, start.stage, start.variant)
+        for action in self.before_forward[start.stage]:
+            action(start)
 
-        Raises:
-            PluginError: No evaluation is going on, it is not that of ``stage``, or a loader can be read only once.
+    def call_batch_start(
+        self, batch: Any, stage: BatchStage, variant: str | None = None, first_results: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Call ``gw_batch_start``, each implementation with its own of ``first_results``.
+
+        Returns:
+            What each returned, by its name.
         """
-        return self._host.evaluate(variant, stage or self.stage)
+        found = {}
+        for name in self.batch_starters:
+            first = None if first_results is None else first_results.get(name)
+            arguments = {"batch": batch, "stage": stage, "variant": variant, "first_result": first}
+            results = self.hooks.call("gw_batch_start", only=(name,), **arguments)
+            found[name] = results[0] if results else None
+        return found
 
-    def aside(self) -> AbstractContextManager[None]:
-        """Forward passes of the module meanwhile are not the step's own: their scores are not the batch's."""
-        return self._host.scores.aside()
+    # Passes of core's and the plugins' own
 
-    def log(self, name: str, value: Any, **kwargs: Any) -> None:
-        """Log ``value`` as ``"<plugin>/<name>"``; ``kwargs`` as for ``LightningModule.log``.
-
-        Where Lightning does not allow ``self.log``, the value goes straight to the Trainer's loggers.
-        """
-        self._host.log(f"{self.owner}/{name}", value, **kwargs)
-
-    def send(self, values: Mapping[str, float]) -> None:
-        """Give ``values`` to the Trainer's loggers at once, each as ``"<plugin>/<name>"``, at this global step.
-
-        For a series that ``log_every_n_steps`` would leave holes in. Nothing can monitor it: that is for :meth:`log`.
-        """
-        self._host.findings.send({f"{self.owner}/{name}": value for name, value in values.items()})
+    @contextmanager
+    def extra_pass(self) -> Iterator[None]:
+        """Context manager for forward passes that are not the step's own: nobody takes their scores for the batch's."""
+        with ExitStack() as stack:
+            for extra_pass in self.extra_passes:
+                stack.enter_context(extra_pass())
+            yield
 
     def forward(self, batch: Any) -> Any:
-        """Return what the module's ``forward`` gives for the inputs of ``batch``: one extra pass that leaves no trace.
+        """Return the module's outputs for ``batch``; see :meth:`groundwire.RunContext.forward`."""
+        inputs, module = self.fields(batch).inputs, self.module
+        precision = self.trainer.precision_plugin.forward_context()
+        with self.extra_pass(), without_trace(module, self.trainer), evaluating(module), torch.no_grad(), precision:
+            return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
 
-        In evaluation mode, under the Trainer's precision, without gradients; its scores are not the batch's. A plugin
-        whose forward hook moves the scores can so see whether a compiled module reaches it: two passes with different
-        shifts must differ.
+    # Loggers
 
-        Raises:
-            PluginError: Nobody can read the batch.
+    def log(self, key: str, value: Any, **kwargs: Any) -> None:
+        """Log as ``self.log`` of the module does; where Lightning forbids that, send to the loggers.
+
+        The class's own ``log``: an instance may be muted at the moment.
         """
-        return self._host.forward(batch)
+        try:
+            type(self.module).log(self.module, key, value, **kwargs)
+        except Exception as error:
+            if not is_misconfiguration(error):
+                raise
+            self.send({key: float(value)})
 
-    def on_close(self, callback: Callable[[], Any]) -> None:
-        """Call ``callback()`` when the run closes, also after an exception; those given last are called first.
+    def send(self, values: Mapping[str, float]) -> None:
+        """Give ``values`` to the Trainer's loggers, which write on rank 0 only."""
+        for logger in self.trainer.loggers if values else ():
+            logger.log_metrics(dict(values), step=self.trainer.global_step)
 
-        It is called before the plugin's own ``teardown`` or ``on_exception``. What it raises does not keep the rest
-        from being undone.
-        """
-        self._host.stack.callback(callback)
+    def close(self) -> None:
+        """Take everything away that belongs to the run."""
+        with self.undo:
+            for action in self.before_close:
+                action()

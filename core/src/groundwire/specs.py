@@ -8,26 +8,25 @@ stay Lightning's. ``docs/hooks.md`` shows the same text and is checked against t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pluggy
+from torch import Tensor, nn
 
-from groundwire.types import BatchStage, Fields, Finding, Problem, Section, Stage, Variant
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from groundwire.replay import GradientStep
-    from groundwire.report import Report
-    from groundwire.run import RunContext
-    from groundwire.train_data import TrainData
-
-PROJECT = "groundwire"
-#: Version of this set of hooks. A hook or argument that is added raises it; none is ever renamed.
-SPEC_VERSION = 2
-
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+from groundwire.context import RunContext
+from groundwire.errors import Problem
+from groundwire.hooks.markers import hookspec
+from groundwire.hooks.registry import specified
+from groundwire.records import (
+    BatchStage,
+    Fields,
+    Finding,
+    GradientStep,
+    Report,
+    Section,
+    Stage,
+    Variant,
+)
+from groundwire.train_data import TrainData
 
 
 @hookspec
@@ -148,7 +147,7 @@ def gw_scores(scores: Tensor, fields: Fields, stage: Stage, variant: str | None,
 
 @hookspec
 def gw_variants(module: nn.Module, run: RunContext) -> list[Variant] | None:
-    """Offer other versions of the model.
+    """Offer variants of the model.
 
     When: someone calls ``run.variants()``.
     May change: nothing now; each :class:`Variant` edits and undoes when it is applied.
@@ -213,3 +212,7 @@ def gw_export(module: nn.Module, run: RunContext | None) -> None:
 
     .. versionadded:: 0.1
     """
+
+
+#: The arguments of each hook, by its name.
+HOOKS = specified(globals())

@@ -1,9 +1,9 @@
-"""Choosing the training rows before Lightning builds its loader from the user's."""
+"""The training rows of a loader, of which a plugin may choose some."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import (
@@ -16,15 +16,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from groundwire._lightning import choosing_train_loader
 from groundwire.errors import PluginError
-
-if TYPE_CHECKING:
-    from groundwire.host import Host
 
 
 class TrainData:
     """The training data of a run, as ``gw_train_data`` sees it.
+
+    Args:
+        loader: The user's loader.
+        on_reload: Called by :meth:`reload`.
 
     Attributes:
         loader: The user's loader.
@@ -35,7 +35,7 @@ class TrainData:
         self.loader = loader
         self.dataset: Any = getattr(loader, "dataset", None)
         self._on_reload = on_reload
-        self._kept: list[int] | None = None
+        self._indices: list[int] | None = None
         self._weights: torch.Tensor | None = None
 
     def keep(self, indices: Sequence[int]) -> None:
@@ -49,9 +49,9 @@ class TrainData:
         wrong = next((i for i in wanted if not 0 <= i < size), None)
         if wrong is not None:
             raise PluginError(f"keep: index {wrong} is outside the data set of {size} rows")
-        allowed = None if self._kept is None else set(self._kept)
-        self._kept = [i for i in wanted if allowed is None or i in allowed]
-        if not self._kept:
+        allowed = None if self._indices is None else set(self._indices)
+        self._indices = [i for i in wanted if allowed is None or i in allowed]
+        if not self._indices:
             raise PluginError("keep: no training row would remain")
 
     def weights(self, values: Sequence[float]) -> None:
@@ -73,12 +73,12 @@ class TrainData:
             self._on_reload()
 
     def result(self) -> Any:
-        """The user's loader, or one like it with the chosen rows."""
-        if self._kept is None and self._weights is None:
+        """Return the user's loader, or one like it with the chosen rows."""
+        if self._indices is None and self._weights is None:
             return self.loader
-        kept = list(range(self._size())) if self._kept is None else self._kept
-        dataset = self.dataset if self._kept is None else Subset(self.dataset, kept)
-        weights = None if self._weights is None else self._weights[kept]
+        indices = list(range(self._size())) if self._indices is None else self._indices
+        dataset = self.dataset if self._indices is None else Subset(self.dataset, indices)
+        weights = None if self._weights is None else self._weights[indices]
         return _like(self.loader, dataset, weights)
 
     def _size(self) -> int:
@@ -92,7 +92,7 @@ class TrainData:
 
 
 def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -> DataLoader[Any]:
-    """A loader that differs from ``loader`` in its rows only.
+    """Return a loader that differs from ``loader`` in its rows only.
 
     Raises:
         PluginError: ``loader`` has a sampler of its own, whose indices mean rows of the old data set.
@@ -107,19 +107,19 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
     sampler: Sampler[int] | None = None
     if weights is not None:
         sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=loader.generator)
-    options = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
+    options = {name: getattr(loader, name) for name in _LOADER_OPTIONS if hasattr(loader, name)}
     return DataLoader(dataset, shuffle=shuffled if sampler is None else None, sampler=sampler, **options)
 
 
 def _is_plain(sampler: Any) -> bool:
-    """Whether ``sampler`` is what DataLoader makes of ``shuffle``, so that one over other rows can take its place."""
+    """Tell whether ``sampler`` is what DataLoader makes of ``shuffle``: one over other rows can take its place."""
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler._num_samples is None
     return type(sampler) is SequentialSampler
 
 
 #: What a loader with other rows takes over.
-_KEPT = (
+_LOADER_OPTIONS = (
     "batch_size",
     "drop_last",
     "num_workers",
@@ -134,29 +134,3 @@ _KEPT = (
     "pin_memory_device",
     "in_order",
 )
-
-
-class TrainDataService:
-    """Calls ``gw_train_data`` whenever the fit loop asks for the loader.
-
-    That is after callback state was restored, so a plugin that decided before a resume knows its decision, and still
-    before anything that counts batches.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    def open(self) -> None:
-        """Step between the fit loop and where it gets its loader."""
-        host = self._host
-        if not host.hooks.owners("gw_train_data"):
-            return
-
-        reload: list[int] = []
-
-        def choose(loader: Any) -> Any:
-            data = TrainData(loader, lambda: reload.append(host.trainer.current_epoch))
-            host.hooks.call("gw_train_data", data=data)
-            return data.result()
-
-        host.stack.enter_context(choosing_train_loader(host.trainer, choose, reload))

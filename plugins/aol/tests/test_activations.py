@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from groundwire_aol import BatchCentering, GroupSort, MaxMin, NActivation
-from groundwire_aol.functional import Geometry, rescale
-from groundwire_aol.initialisers import (
+from groundwire_aol.layers.initialisers import (
     identity_centre_,
     nearest_orthogonal_,
     orthogonal_centre_,
     repeated_orthogonal_,
 )
+from groundwire_aol.layers.rescale import Geometry, rescale
 
 ACTIVATIONS = [
     MaxMin(),

@@ -40,6 +40,7 @@ def test_a_wrong_bound_would_be_counted(zoo, monkeypatch):
     assert zoo.soundness(quick=False)[0].median == 2
 
 
+@pytest.mark.slow
 def test_a_part_runs_from_the_command_line_and_writes_its_values(tmp_path):
     command = [sys.executable, FOLDER / "aol.py", "--quick", "--only", "strided", "--json", tmp_path / "aol.json"]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}

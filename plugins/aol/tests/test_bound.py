@@ -8,11 +8,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from groundwire_aol import AOLConv2d, AOLLinear, MaxMin, UnknownLipschitzError, lipschitz_bound
-from groundwire_aol import norms as norms_module
-from groundwire_aol.audit import max_jacobian_norm
-from groundwire_aol.constants import FUNCTIONS, MODULES
-from groundwire_aol.functional import Geometry
-from groundwire_aol.norms import kernel_norm, matrix_norm, nonnegative_norm
+from groundwire_aol.certify import norms as norms_module
+from groundwire_aol.certify.attacks import max_jacobian_norm
+from groundwire_aol.certify.norms import kernel_norm, matrix_norm, nonnegative_norm
+from groundwire_aol.certify.operations import FUNCTIONS, LAYERS
+from groundwire_aol.layers.rescale import Geometry
+
+MODULES = {cls: entry.constant for cls, entry in LAYERS.items() if entry.constant is not None}
+SLOPES = {name: entry.constant for name, entry in FUNCTIONS.items() if entry.constant is not None}
 
 
 def conv(**options):
@@ -120,9 +123,9 @@ def test_no_activation_is_steeper_than_its_constant(layer):
 
 def test_functions_have_the_constants_of_their_layers():
     layers = {cls.__name__.lower(): value for cls, value in MODULES.items()}
-    shared = FUNCTIONS.keys() & layers.keys()
+    shared = SLOPES.keys() & layers.keys()
     assert len(shared) > 8
-    assert {name: FUNCTIONS[name] for name in shared} == {name: layers[name] for name in shared}
+    assert {name: SLOPES[name] for name in shared} == {name: layers[name] for name in shared}
 
 
 REFUSED = {

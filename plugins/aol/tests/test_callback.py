@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 import groundwire
 from groundwire import Plugin, PluginError, Report, hookimpl
 from groundwire_aol import AOL
-from groundwire_aol.functional import rescale
-from groundwire_aol.parametrization import aol_of, parametrizations
+from groundwire_aol.layers.parametrization import aol_of, parametrizations
+from groundwire_aol.layers.rescale import rescale
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_under_accumulation_the_rule_runs_once_per_step(kit, monkeypatch):
         calls.append(1)
         return rescale(*args, **kwargs)
 
-    monkeypatch.setattr("groundwire_aol.parametrization.rescale", counted)
+    monkeypatch.setattr("groundwire_aol.layers.parametrization.rescale", counted)
     module = Net()
     fit(kit, module, AOL(log=False), val=False, accumulate_grad_batches=3, max_epochs=1)
     assert len(calls) == 2 * len(list(parametrizations(module)))  # 6 batches, 2 steps

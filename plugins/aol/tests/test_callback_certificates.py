@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import groundwire
 from groundwire import Fields, Report
-from groundwire.offset import offset_on, write_offset
-from groundwire_aol import AOL, MaxMin, certified_accuracy, lipschitz, lipschitz_bound
+from groundwire_aol import AOL, MaxMin, UnknownLipschitzError, certified_accuracy, lipschitz, lipschitz_bound
 from groundwire_aol.evaluation import CertifiedPass
 
 
@@ -184,15 +183,30 @@ def test_a_model_whose_rounding_has_no_bound_is_certified_in_exact_arithmetic_wi
     assert "aol/rounding" not in trainer.callback_metrics
 
 
+class Shift:
+    """A forward hook of somebody else's that says it adds a vector."""
+
+    changes = "shift"
+
+    def __call__(self, layer, arguments, output):
+        return output + torch.tensor([0.0, 1.0, 0.0])
+
+
 def test_a_correction_of_the_scores_is_not_covered_and_said():
     net = nn.Sequential(nn.Linear(4, 3))
     x, y = torch.rand(8, 4), torch.randint(3, (8,))
-    with offset_on(net[0]):
-        write_offset(net[0], torch.tensor([0.0, 1.0, 0.0]))
-        done = CertifiedPass((0.1,))
-        with pytest.warns(UserWarning, match="a correction is added"):
-            done.update(net, net(x).detach(), Fields(x, y))
+    net[0].register_forward_hook(Shift())
+    done = CertifiedPass((0.1,))
+    with pytest.warns(UserWarning, match="a correction is added"):
+        done.update(net, net(x).detach(), Fields(x, y))
     assert "rounding" not in done.compute().metrics
+
+
+def test_a_hook_that_does_not_say_what_it_adds_is_refused():
+    net = nn.Sequential(nn.Linear(4, 3))
+    net[0].register_forward_hook(lambda layer, arguments, output: 2 * output)
+    with pytest.raises(UnknownLipschitzError, match="may change what it computes"):
+        lipschitz_bound(net, torch.rand(1, 4))
 
 
 def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
@@ -203,6 +217,7 @@ def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
     assert ratio == pytest.approx(2.0**-29, rel=0.2)
 
 
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")  # no row is repeated here
 def test_two_processes_tell_of_the_samples_of_both(kit):
     class Quiet(Net):

@@ -116,6 +116,7 @@ def _rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.ddp
 def test_the_metrics_add_up_over_processes(tmp_path):
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     logits, target = example()

@@ -13,7 +13,7 @@ from groundwire_aol import (
     lipschitz,
     lipschitz_bound,
 )
-from groundwire_aol.audit import max_jacobian_norm
+from groundwire_aol.certify.attacks import max_jacobian_norm
 
 
 class Block(nn.Module):

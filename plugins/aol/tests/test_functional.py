@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from groundwire_aol.autocorrelation import (
+from groundwire_aol.layers.autocorrelation import (
     FAST_CHANNELS,
     FAST_CHANNELS_OF_FEW_TAPS,
     _HalfLags,
     autocorrelation,
     lag_sums,
 )
-from groundwire_aol.functional import Geometry, chosen_side, rescale, squared_scale
+from groundwire_aol.layers.rescale import Geometry, chosen_side, rescale, squared_scale
 
 #: What rounding in float64 may add to a norm of exactly 1.
 ROUNDING = 1e-12

@@ -20,7 +20,7 @@ from groundwire_aol import (
     bake,
     constrain,
 )
-from groundwire_aol.parametrization import aol_of
+from groundwire_aol.layers.parametrization import aol_of
 
 LAYERS = [
     (lambda **o: AOLLinear(6, 9, **o), (6,)),

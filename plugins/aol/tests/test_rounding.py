@@ -25,11 +25,15 @@ from groundwire_aol import (
     lipschitz,
     lipschitz_bound,
 )
-from groundwire_aol import rounding as rounding_module
-from groundwire_aol.centering import ConvexSum, GlobalAvgPool, Rescaled, ScaledConcat
-from groundwire_aol.rounding import Rounding, not_standard
-from groundwire_aol.rounding_rules import APPROXIMATE_LAYERS
-from groundwire_aol.tracing import plain_copy
+from groundwire_aol.certify import rounding as rounding_module
+from groundwire_aol.certify.operations import OPERATIONS
+from groundwire_aol.certify.plain_copy import plain_copy
+from groundwire_aol.certify.rounding import Rounding, not_standard
+from groundwire_aol.certify.rounding_rules import approximate
+from groundwire_aol.layers.pooling import GlobalAvgPool, Rescaled
+from groundwire_aol.layers.residual import ConvexSum, ScaledConcat
+
+APPROXIMATE_LAYERS = [layer for entry in OPERATIONS if entry.rounding is approximate for layer in entry.layers]
 
 
 class Apply(nn.Module):

@@ -11,8 +11,8 @@ from sklearn.metrics import accuracy_score, precision_score, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error
 
 from groundwire_bias_audit import audit
-from groundwire_bias_audit.bootstrap import bootstrap
-from groundwire_bias_audit.functional import confusion_counts, disaggregate
+from groundwire_bias_audit.audit.intervals import bootstrap
+from groundwire_bias_audit.audit.rates import confusion_counts, disaggregate
 
 METRICS = {
     "accuracy": accuracy_score,

@@ -96,6 +96,7 @@ def browse(folder, page, *flags):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
 
 
+@pytest.mark.browser
 def test_the_browser_complains_about_nothing_and_shows_everything(page, tmp_path):
     done = browse(tmp_path, page, "--enable-logging=stderr", "--dump-dom")
     assert "CONSOLE" not in done.stderr
@@ -103,12 +104,13 @@ def test_the_browser_complains_about_nothing_and_shows_everything(page, tmp_path
     assert "could not be drawn" not in done.stdout
     text = unescape(re.sub(r"<[^>]*>", "", done.stdout))
     for expected in (
-        "Versions of the model", "Gated gaps", "Groups of writer", "Confusion by confidence", HOSTILE, "$bob_{",
-        "Changes in version 0.95", "susceptible", "Flipped in version 0.95", "accuracy of each group",
+        "Variants of the model", "Gated gaps", "Groups of writer", "Confusion by confidence", HOSTILE, "$bob_{",
+        "Changes in variant 0.95", "susceptible", "Flipped in variant 0.95", "accuracy of each group",
     ):  # fmt: skip
         assert expected in text, expected
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_overflows_and_nothing_is_fetched(page, tmp_path, width):
     copy, frame = tmp_path / "copy.html", tmp_path / "frame.html"

@@ -91,7 +91,7 @@ def test_several_loaders_are_audited_together(kit):
     module = Two()
     kit.trainer(plugin).validate(module, [DataLoader(first, 64), DataLoader(second, 50)], verbose=False)
     assert_same(plugin.results["validate"]["dense"].to_frame(), expected(module).to_frame())
-    assert plugin.results["validate"]["0.5"].evidence.size.sum() == 569
+    assert plugin.results["validate"]["0.5"].counts.size.sum() == 569
 
 
 def test_multiclass_multilabel_and_regression(kit):
@@ -199,3 +199,9 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 def test_a_gate_must_be_a_gate():
     with pytest.raises(TypeError, match="gate must be a Gate"):
         BiasAudit(gate=0.05)
+
+
+def test_the_old_name_of_the_counts_warns():
+    result = audit([1, 0], y_pred=[1, 0], sensitive_features=["f", "m"])
+    with pytest.warns(DeprecationWarning, match="counts"):
+        assert result.evidence is result.counts

@@ -45,7 +45,7 @@ class Dumping(BiasAudit):
     def on_validation_end(self, trainer, pl_module):
         if trainer.is_global_zero:
             found = {
-                name: (r.evidence.histogram.counts, r.evidence.histogram.mass, r.comparison and r.comparison.pairs)
+                name: (r.counts.histogram.counts, r.counts.histogram.mass, r.comparison and r.comparison.pairs)
                 for name, r in self.results["validate"].items()
             }
             torch.save(found, f"{trainer.default_root_dir}/found.pt")
@@ -76,6 +76,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.ddp
 def test_two_processes_count_every_row_once_and_bit_equal_to_one(runs):
     one, two = (counts for counts, _ in runs)
     assert list(one) == list(two) == ["dense", "0.9"]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groundwire_bias_audit import audit
-from groundwire_bias_audit.encoding import encoded, joined
-from groundwire_bias_audit.grouping import read_groups
+from groundwire_bias_audit.audit.groups import encoded, joined, read_groups
 
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20), min_size=1)
 

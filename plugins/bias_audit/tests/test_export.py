@@ -178,6 +178,7 @@ def test_a_reader_that_stops_reading_does_not_change_the_exit_code(file, monkeyp
     assert main([file(), "--label", "y", "--pred", "pred", "--groups", "sex"]) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(file):
     command = [sys.executable, "-m", "groundwire_bias_audit", file(gap=0.4), "--label", "y", "--pred", "pred"]
     done = subprocess.run([*command, "--groups", "region", "--control", "sex"], capture_output=True, text=True)

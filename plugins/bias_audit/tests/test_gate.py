@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2_contingency, ttest_ind
 
 from groundwire_bias_audit import Gate, Verdict, audit
-from groundwire_bias_audit.change import change_test
-from groundwire_bias_audit.null import adjust, homogeneity, mcnemar, sequential, welch
+from groundwire_bias_audit.audit.change import change_test
+from groundwire_bias_audit.audit.hypothesis_tests import adjust, homogeneity, mcnemar, sequential, welch
 
 
 def simulated(rates, size, seed, base=0.5):

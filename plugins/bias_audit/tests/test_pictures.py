@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from groundwire import PluginError, Plugins, Report
 from groundwire_bias_audit import BiasAudit
-from groundwire_bias_audit.samples import LONGEST, image
+from groundwire_bias_audit.stream.samples import LONGEST, image
 
 
 class Digits(Dataset):
@@ -108,10 +108,10 @@ def test_attributions_of_flips_are_compared_by_group_and_with_the_null(audited):
 def test_the_page_shows_flips_cells_and_attribution_pairs_and_needs_no_other_file(audited):
     page = audited[2].path.read_text("utf-8")
     assert "could not be drawn" not in page
-    for text in ("Flipped in version 0.9", "Samples of the confusion by confidence", "Attributions (gradcam)"):
+    for text in ("Flipped in variant 0.9", "Samples of the confusion by confidence", "Attributions (gradcam)"):
         assert text in page, text
     assert "TP certain" in page
-    assert "the version" in page
+    assert "the variant" in page
     sources = re.findall(r'(?:href|src)="([^"]{0,30})', page)
     assert all(source.startswith(("data:image/png;", "#")) for source in sources)
     pictures = sum(source.startswith("data:") for source in sources)
@@ -157,9 +157,9 @@ def test_attributions_are_off_by_default_and_computed_once(tmp_path, monkeypatch
     from groundwire_bias_audit import callback
 
     epochs = []
-    real = callback.explain_versions
+    real = callback.explain_variants
     plugin = BiasAudit("writer", variants=[0.9], every_n_epochs=1, attribution="auto", attribution_samples=1)
-    monkeypatch.setattr(callback, "explain_versions", lambda *a, **k: (epochs.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(callback, "explain_variants", lambda *a, **k: (epochs.append(1), real(*a, **k))[1])
     fitted(tmp_path, Plugins([plugin], report=False))
     assert epochs == [1]
     fitted(tmp_path / "off", Plugins([BiasAudit("writer", variants=[0.9])], report=False))

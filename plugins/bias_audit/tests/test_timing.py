@@ -62,7 +62,7 @@ def test_an_end_that_nobody_could_foresee_is_reported(kit):
         def on_validation_end(self, trainer, pl_module):
             trainer.should_stop = True
 
-    with pytest.warns(UserWarning, match=r"Versions of the model were not audited.*every_n_epochs=1"):
+    with pytest.warns(UserWarning, match=r"Variants of the model were not audited.*every_n_epochs=1"):
         plugin = fitted(kit, Timed(), Impatient(), num_sanity_val_steps=0, max_epochs=9)
     assert plugin.compared == []
     fitted(kit, often := Timed(every_n_epochs=2), num_sanity_val_steps=0, max_epochs=5)

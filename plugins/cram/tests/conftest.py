@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from groundwire_cram.sparse import compiled, compiler
+from groundwire_cram.sparse import products
 
 spec = importlib.util.spec_from_file_location("cram_sparse_layers", Path(__file__).with_name("sparse_layers.py"))
 spec.loader.exec_module(sys.modules.setdefault("cram_sparse_layers", importlib.util.module_from_spec(spec)))
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setattr(compiler, "find", lambda: None)
-    compiled.load.cache_clear()
+def no_numba(monkeypatch):
+    """As on a machine where Numba cannot be imported."""
+    monkeypatch.setitem(sys.modules, "groundwire_cram.sparse.numba_products", None)
+    products.load_numba.cache_clear()
     yield
-    compiled.load.cache_clear()
+    products.load_numba.cache_clear()

@@ -30,6 +30,7 @@ def test_other_precisions_train(kit, precision):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.ddp
 def test_two_processes_agree_bit_for_bit(kit):
     class Module(kit.Net):
         def train_dataloader(self):
@@ -53,7 +54,7 @@ def test_the_draws_are_those_of_seed_and_step_so_a_resume_continues_them(kit):
             return found[-1]
 
         cram = CrAM()
-        draw, cram.method.draw = cram.method.draw, spy
+        draw, cram.minimizer.draw = cram.minimizer.draw, spy
         trainer = kit.fit(kit.Net(), cram, max_epochs=max_epochs, ckpt_path=ckpt_path)
         return found, trainer
 
@@ -70,14 +71,14 @@ def test_the_draws_are_those_of_seed_and_step_so_a_resume_continues_them(kit):
 def test_one_copy_of_the_parameters_is_all_that_stays_in_memory_and_it_goes_with_the_run(kit, pattern):
     class See(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            self.copies = dict(cram.method._buffers._known)
+            self.copies = dict(cram.minimizer._buffers._known)
             self.sizes = {name: p.shape for name, p in pl_module.named_parameters()}
 
     cram, see = CrAM(pattern=pattern), See()
     kit.fit(kit.Net(), cram, see)
     assert {name: copy.shape for name, copy in see.copies.items()} == see.sizes
     assert all(copy.dtype == torch.float32 for copy in see.copies.values())
-    assert not cram.method._buffers._known
+    assert not cram.minimizer._buffers._known
 
 
 def test_checkpoints_have_no_tensor_more(kit):
@@ -241,7 +242,7 @@ def test_a_checkpoint_knows_its_arguments_and_makes_the_same_plugin_again(kit, o
     trainer.save_checkpoint(kit.path / "x.ckpt", weights_only=True)
     [entry] = torch.load(kit.path / "x.ckpt", weights_only=True)["groundwire"]["plugins"]
     again = CrAM(**entry["init"])
-    assert list(map(str, again.method.operators)) == list(map(str, CrAM(**options).method.operators))
+    assert list(map(str, again.operators)) == list(map(str, CrAM(**options).operators))
     assert again.skip == list(options.get("skip", []))
     assert again.interval == options.get("interval", 1)
     with pytest.raises(AttributeError, match="no attribute 'speed'"):

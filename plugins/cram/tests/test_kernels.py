@@ -9,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from groundwire_cram import kernels
+from groundwire_cram.kernels import Part
 from groundwire_cram.kernels.reference import Reference
 
 BACKENDS = [name for name in ("aten", "numba") if name in kernels.BACKENDS]
@@ -82,7 +83,7 @@ def test_the_reference_finds_the_mth_smallest_of_rounded_product_then_sum(proble
     weights, grads, _, scale = problem
     expected = magnitudes(weights, grads, scale)
     ranks = ranks_of(len(expected))
-    found = Reference().thresholds(weights, grads, scale, ranks)
+    found = Reference().thresholds(Part(weights, grads, scale), ranks)
     assert found.finite == (not expected or math.isfinite(expected[-1]))
     if found.finite:
         assert found.values == tuple(expected[m - 1] for m in ranks)
@@ -95,10 +96,10 @@ def test_thresholds_equal_the_reference(backend_name, problem):
     weights, grads, _, scale = problem
     ranks = ranks_of(sum(w.numel() for w in weights))
     backend = kernels.select(backend_name)[0]
-    found = backend.thresholds(weights, grads, scale, ranks)
-    assert repr(found) == repr(Reference().thresholds(weights, grads, scale, ranks))
-    unmoved = Reference().thresholds(weights, None, 0.0, ranks[::-1])
-    assert backend.thresholds(weights, None, scale, ranks[::-1]) == unmoved
+    found = backend.thresholds(Part(weights, grads, scale), ranks)
+    assert repr(found) == repr(Reference().thresholds(Part(weights, grads, scale), ranks))
+    unmoved = Reference().thresholds(Part(weights, None, 0.0), ranks[::-1])
+    assert backend.thresholds(Part(weights, None, scale), ranks[::-1]) == unmoved
 
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
@@ -109,15 +110,16 @@ def test_perturb_and_combine_equal_the_reference(backend_name, problem, where, p
     n = sum(w.numel() for w in weights)
     threshold = None
     if where is not None and n:
-        selection = Reference().thresholds(weights, grads, scale, [max(1, int(where * n))])
+        selection = Reference().thresholds(Part(weights, grads, scale), [max(1, int(where * n))])
         threshold = selection.values[0] if selection.finite else 0.5
     results = []
     for backend in (kernels.select(backend_name)[0], Reference()):
         w, two = clones(weights), clones(second)
         saved = [torch.empty_like(t) for t in w]
-        backend.perturb(w, grads, scale, threshold, saved)
+        part = Part(w, grads, scale)
+        backend.perturb(part, threshold, saved)
         perturbed = clones(w)
-        backend.combine(w, saved, grads, two, scale, threshold, plus=plus)
+        backend.combine(part, threshold, saved, two, plus=plus)
         results.append([*perturbed, *saved, *two])
         assert all(map(same, w, weights))
     assert all(map(same, *results))
@@ -134,9 +136,10 @@ def test_nm_equals_the_reference(backend_name, n, m, data):
     for backend in (kernels.select(backend_name)[0], Reference()):
         w, two = clones(weights), clones(second)
         saved = [torch.empty_like(t) for t in w]
-        backend.perturb_nm(w, grads, scale, n, m, saved)
+        part = Part(w, grads, scale)
+        backend.perturb(part, (n, m), saved)
         perturbed = clones(w)
-        backend.combine(w, saved, grads, two, scale, (n, m), plus=True)
+        backend.combine(part, (n, m), saved, two, plus=True)
         results.append([*perturbed, *saved, *two])
         assert all(map(same, w, weights))
     assert all(map(same, *results))

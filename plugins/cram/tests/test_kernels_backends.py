@@ -12,7 +12,7 @@ import torch
 
 import groundwire_cram
 from groundwire_cram import kernels
-from groundwire_cram.kernels import threads
+from groundwire_cram.kernels import Part, threads
 from groundwire_cram.kernels.reference import Reference
 
 
@@ -25,16 +25,15 @@ def problem(*shapes, dtype=torch.float32, seed=0):
 def step(backend, weights, grads, second, scale=0.05, pattern=None):
     """Everything that a step computes, after checking that the weights are restored."""
     entries = sum(w.numel() for w in weights)
-    selection = backend.thresholds(weights, grads, scale, [1, entries // 2, math.ceil(0.9 * entries), entries])
+    ranks = [1, entries // 2, math.ceil(0.9 * entries), entries]
+    selection = backend.thresholds(Part(weights, grads, scale), ranks)
     w, two = [w.clone() for w in weights], [t.clone() for t in second]
     saved = [torch.empty_like(t) for t in w]
     pattern = pattern or selection.values[2]
-    if isinstance(pattern, tuple):
-        backend.perturb_nm(w, grads, scale, *pattern, saved)
-    else:
-        backend.perturb(w, grads, scale, pattern, saved)
+    part = Part(w, grads, scale)
+    backend.perturb(part, pattern, saved)
     perturbed = [t.clone() for t in w]
-    backend.combine(w, saved, grads, two, scale, pattern, plus=True)
+    backend.combine(part, pattern, saved, two, plus=True)
     assert all(map(torch.equal, w, weights))
     return selection, [*perturbed, *two]
 
@@ -76,6 +75,7 @@ def test_work_is_shared_out_without_gaps_and_small_work_is_not(torch_threads):
     assert len(threads.cut([threads.WORTHWHILE // 2] * 2)) == 1
 
 
+@pytest.mark.ddp
 def test_a_forked_child_runs_the_kernels_that_its_parent_ran(torch_threads, monkeypatch):
     monkeypatch.setattr(threads, "WORTHWHILE", 1000)
     torch_threads(2)
@@ -108,14 +108,14 @@ def test_nm_keeps_the_largest_of_each_group_by_an_argsort_written_here():
         expected = torch.from_numpy(v * np.moveaxis(keep.reshape(last.shape), -1, 1))
         for name in ("reference", "aten", "numba"):
             moved = w.clone()
-            kernels.select(name)[0].perturb_nm([moved], [g], 0.1, n, m, [torch.empty_like(w)])
+            kernels.select(name)[0].perturb(Part([moved], [g], 0.1), (n, m), [torch.empty_like(w)])
             assert torch.equal(moved, expected), (name, shape)
 
 
 def test_of_equal_magnitudes_the_earlier_is_pruned_first():
     for name in ("reference", "aten", "numba"):
         w = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 2.0, -0.0, 0.0]])
-        kernels.select(name)[0].perturb_nm([w], None, 0.0, 2, 4, [torch.empty_like(w)])
+        kernels.select(name)[0].perturb(Part([w], None, 0.0), (2, 4), [torch.empty_like(w)])
         assert w.tolist() == [[0, 0, 1, 1, 0, 2, 0, 0]], name
 
 
@@ -129,25 +129,25 @@ def test_what_is_not_finite_is_found_wherever_it_is_and_kept(name, dtype, bad):
             tensors = problem((10, 10), (3, 4), dtype=dtype)
             tensors[which][0].view(-1)[place] = bad
             weights, grads, _ = tensors
-            selection = backend.thresholds(weights, grads, 0.5, [1, 100])
+            selection = backend.thresholds(Part(weights, grads, 0.5), [1, 100])
             assert not selection.finite
             assert all(map(math.isnan, selection.values))
-            assert not backend.thresholds(weights, grads, 0.5, []).finite
-            backend.perturb(weights, grads, 0.5, 1.0, [torch.empty_like(w) for w in weights])
+            assert not backend.thresholds(Part(weights, grads, 0.5), []).finite
+            backend.perturb(Part(weights, grads, 0.5), 1.0, [torch.empty_like(w) for w in weights])
             assert not weights[0].view(-1)[place].isfinite()
-    assert backend.thresholds(*problem((10, 10))[:2], 0.5, []).finite
+    assert backend.thresholds(Part(*problem((10, 10))[:2], 0.5), []).finite
 
 
 def test_an_overflow_of_the_sum_is_not_finite():
     for name in ("reference", "aten", "numba"):
         huge = [torch.full((2, 2), 3e38)]
-        assert not kernels.select(name)[0].thresholds(huge, huge, 1.0, [1]).finite
+        assert not kernels.select(name)[0].thresholds(Part(huge, huge, 1.0), [1]).finite
 
 
 def test_kept_entries_that_are_zero_keep_their_second_gradient():
     for name in ("reference", "aten", "numba"):
         w, two = [torch.tensor([[0.0, 0.0, 0.0, 0.0]])], [torch.tensor([[1.0, 2.0, 3.0, 4.0]])]
-        kernels.select(name)[0].combine(w, [w[0].clone()], None, two, 0.1, (2, 4), plus=True)
+        kernels.select(name)[0].combine(Part(w, None, 0.1), (2, 4), [w[0].clone()], two, plus=True)
         assert two[0].tolist() == [[0, 0, 3, 4]]
 
 
@@ -156,8 +156,9 @@ def test_weights_that_the_second_pass_did_not_reach_are_restored():
         weights, grads, second = problem((4, 4), (5, 8))
         w, saved = [t.clone() for t in weights], [torch.empty_like(t) for t in weights]
         backend = kernels.select(name)[0]
-        backend.perturb(w, grads, 0.1, 0.5, saved)
-        backend.combine(w, saved, grads, [None, second[1]], 0.1, 0.5, plus=False)
+        part = Part(w, grads, 0.1)
+        backend.perturb(part, 0.5, saved)
+        backend.combine(part, 0.5, saved, [None, second[1]], plus=False)
         assert all(map(torch.equal, w, weights))
 
 
@@ -166,7 +167,7 @@ def test_parameters_that_require_a_gradient_are_written_and_autograd_is_told():
         backend = kernels.select(name)[0]
         p = torch.nn.Parameter(torch.ones(2, 2))
         loss = (p * p).sum()
-        backend.perturb([p], [torch.ones(2, 2)], 1.0, None, [torch.empty(2, 2)])
+        backend.perturb(Part([p], [torch.ones(2, 2)], 1.0), None, [torch.empty(2, 2)])
         assert p.tolist() == [[2, 2], [2, 2]]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
@@ -177,14 +178,14 @@ def test_bad_arguments_are_refused_before_anything_is_written():
         backend = kernels.select(name)[0]
         for rank in (0, 5):
             with pytest.raises(ValueError, match=rf"rank must be in 1\.\.4.*got {rank}"):
-                backend.thresholds([torch.ones(2, 2)], None, 0.0, [rank])
+                backend.thresholds(Part([torch.ones(2, 2)], None, 0.0), [rank])
         for shape, n, m in [((2, 3), 2, 4), ((8,), 2, 4), ((2, 4), 4, 4), ((2, 4), 0, 4)]:
             good, bad = torch.ones(2, 4), torch.ones(shape)
             with pytest.raises(ValueError, match=f"{n}:{m}"):
-                backend.perturb_nm([good, bad], None, 0.0, n, m, [torch.empty_like(good), torch.empty_like(bad)])
+                backend.perturb(Part([good, bad], None, 0.0), (n, m), [torch.empty_like(good), torch.empty_like(bad)])
             assert good.all()
     with pytest.raises(ValueError, match="3 entries goes with a weight of 4"):
-        kernels.select("numba")[0].perturb([torch.ones(4)], [torch.ones(4)], 1.0, None, [torch.empty(3)])
+        kernels.select("numba")[0].perturb(Part([torch.ones(4)], [torch.ones(4)], 1.0), None, [torch.empty(3)])
 
 
 def test_the_fastest_backend_is_chosen_and_the_reason_given():

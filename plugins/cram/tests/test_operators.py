@@ -10,8 +10,8 @@ from torch import nn
 
 from groundwire import Plugin, PluginError, Report, hookimpl
 from groundwire_cram import NM, Chain, CrAM, Magnitude, Operator, Quantize, compress, prune, quantize
-from groundwire_cram.nm import nm_mask
-from groundwire_cram.quantization import quantized, residual
+from groundwire_cram.kernels import forced, select
+from groundwire_cram.operators import nm_mask, quantized, residual
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
@@ -64,7 +64,7 @@ def test_third_parties_write_operators_with_one_method():
     assert isinstance(Sign(), Operator)
     layer = compress(nn.Linear(8, 4), Sign())
     assert len(layer.weight.abs().round(decimals=4).unique()) == 1
-    assert [str(o) for o in CrAM(compress=Sign()).method.operators] == ["binary"]
+    assert [str(o) for o in CrAM(compress=Sign()).operators] == ["binary"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_layerwise_pruning_and_the_reference_rule_have_their_own_counts():
         (lambda net: CrAM(compress="int8"), "which 'i' lacks"),
         (lambda net: CrAM(interval=0), "interval must be"),
         (lambda net: CrAM(compat="old"), "compat must be"),
-        (lambda net: CrAM(backend="cuda"), "backend must be one of"),
+        (lambda net: select("cuda"), "backend must be one of"),
     ],
 )
 def test_bad_arguments_are_refused_with_what_to_do(call, text):
@@ -234,7 +234,8 @@ def test_a_training_gradient_that_is_not_finite_skips_the_step_and_is_reported(k
 @pytest.mark.parametrize("backend", ["reference", "aten", "auto"])
 def test_the_backend_that_ran_is_a_finding(kit, backend):
     logger = pl.loggers.CSVLogger(kit.path, name="", version="")
-    kit.fit(kit.Net(), CrAM(backend=backend), logger=logger)
+    with forced(backend):
+        kit.fit(kit.Net(), CrAM(), logger=logger)
     [finding] = [f for f in Report.read(kit.path).findings if f.code == "backend"]
     assert finding.value in ("reference", "aten", "numba")
     assert finding.value in finding.message

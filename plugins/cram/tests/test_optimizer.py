@@ -135,7 +135,7 @@ def test_a_second_gradient_that_is_not_finite_leaves_the_first():
     optimizer.step(lambda: (net(X).sum() * float("nan")).backward())
     sgd.step()
     assert same(dict(net.named_parameters()), dict(plain.named_parameters()))
-    assert optimizer.method.overflows == 1
+    assert optimizer.minimizer.overflows == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groundwire.seeds import derive_seed
+from groundwire.undo.random_states import derive_seed
 from groundwire_cram import CrAM
 
 

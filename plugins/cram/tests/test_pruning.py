@@ -13,8 +13,8 @@ from torch import nn
 
 from groundwire import PluginError
 from groundwire_cram import Magnitude, prune, recalibrate_batchnorm
-from groundwire_cram.functional import exact_masks, published_masks
 from groundwire_cram.pruning import compressed
+from groundwire_cram.threshold import exact_masks, published_masks
 
 sparsities = st.floats(0, 1, exclude_max=True)
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)

@@ -40,7 +40,7 @@ def test_a_failing_measurement_leaves_the_module_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         fast(module, torch.randn(4, 48), fails, inplace=True)
     assert type(module[0]) is nn.Linear
-    assert "_watched" not in vars(module[0])
+    assert "_observed" not in vars(module[0])
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from torch import nn
 from groundwire_cram import prune
 from groundwire_cram.sparse import (
     SparseLinear,
-    compiled,
-    compiler,
     densify,
     sparsity_report,
 )
@@ -37,18 +35,16 @@ def test_state_dicts_go_both_ways(batch):
     assert set(other.state_dict()) == {f"{i}.{k}" for i in (0, 2) for k in ("values", "columns", "row_starts", "bias")}
 
 
-def test_state_dicts_go_between_compiled_and_mkl(no_compiler):
+def test_state_dicts_go_between_compiled_and_mkl(request):
     module, x = pruned(seed=1), torch.randn(8, 48)
+    ours = fast(module, x)
+    request.getfixturevalue("no_numba")
     mkl = fast(pruned(seed=2), x)
-    compiled.load.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "find", lambda: ["cc"])
-        ours = fast(module, x)
-        mkl.load_state_dict(ours.state_dict())
-        assert [ours[0].columns.dtype, mkl[0].columns.dtype] == [torch.int16, torch.int32]
-        torch.testing.assert_close(mkl(x), module(x).detach())
-        ours.load_state_dict(mkl.state_dict())
-        torch.testing.assert_close(ours(x), module(x).detach())
+    mkl.load_state_dict(ours.state_dict())
+    assert [ours[0].columns.dtype, mkl[0].columns.dtype] == [torch.int16, torch.int32]
+    torch.testing.assert_close(mkl(x), module(x).detach())
+    ours.load_state_dict(mkl.state_dict())
+    torch.testing.assert_close(ours(x), module(x).detach())
 
 
 def test_convolutions_load_dense_state_dicts():

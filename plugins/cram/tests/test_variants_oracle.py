@@ -10,8 +10,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groundwire.seeds import derive_seed
+from groundwire.undo.random_states import derive_seed
 from groundwire_cram import NM, Chain, CrAM, CrAMOptimizer, Magnitude, Quantize
+from groundwire_cram.kernels import forced
 
 RHO = 0.05
 
@@ -192,7 +193,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_variant_equals_its_description_bit_for_bit(case, backend, tmp_path):
     options, compressions, how = CASES[case]
-    ours = through_lightning(tmp_path, CrAM(rho=RHO, backend=backend, **options))
+    with forced(backend):
+        ours = through_lightning(tmp_path, CrAM(rho=RHO, **options))
     assert difference(ours, reference(compressions, **how)) == 0.0
 
 
@@ -242,7 +244,7 @@ def test_a_mask_is_kept_for_interval_uses_of_its_sparsity(tmp_path, monkeypatch)
     monkeypatch.setattr(Magnitude, "apply", lambda self, params: taken.append(self.sparsity) or apply(self, params))
     cram = CrAM((0.5, 0.9), RHO, interval=2)
     drawn = []
-    draw, cram.method.draw = cram.method.draw, lambda seed: drawn.append(draw(seed)) or drawn[-1]
+    draw, cram.minimizer.draw = cram.minimizer.draw, lambda seed: drawn.append(draw(seed)) or drawn[-1]
     through_lightning(tmp_path, cram)
     uses = [str(operator) for operator in drawn]
     assert sorted(map(str, taken)) == sorted(

@@ -3,16 +3,16 @@
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from groundwire_cram.kernels import programs
+from groundwire_cram.kernels import triton_kernels
 
 SCALARS = dict.fromkeys(("size", "groups", "channels", "positions", "upper"), "i32") | {"counts_at": "*i32"}
 SCALARS |= dict.fromkeys(("scale", "threshold"), "fp32")
 PROGRAMS = {
-    programs.perturb: {"BLOCK": 1024},
-    programs.combine: {"BLOCK": 1024, "PLUS": True},
-    programs.count_high: {"BLOCK": 1024, "COPIES": 8, "BINS": 1 << 15},
-    programs.count_low: {"BLOCK": 1024},
-    programs.mask_groups: {"BLOCK": 64, "N": 2, "M": 4, "PADDED": 4},
+    triton_kernels.perturb: {"BLOCK": 1024},
+    triton_kernels.combine: {"BLOCK": 1024, "PLUS": True},
+    triton_kernels.count_high: {"BLOCK": 1024, "COPIES": 8, "BINS": 1 << 15},
+    triton_kernels.count_low: {"BLOCK": 1024},
+    triton_kernels.mask_groups: {"BLOCK": 64, "N": 2, "M": 4, "PADDED": 4},
 }
 
 
@@ -26,7 +26,7 @@ def main():
     for program, fixed in PROGRAMS.items():
         for entries in ("*fp32", "*bf16", "*fp16"):
             assert "fma" not in ptx(program, entries, fixed, fusion=False), (program, entries)
-    assert "fma" in ptx(programs.perturb, "*fp32", PROGRAMS[programs.perturb], fusion=True)
+    assert "fma" in ptx(triton_kernels.perturb, "*fp32", PROGRAMS[triton_kernels.perturb], fusion=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from groundwire_cram import kernels
+from groundwire_cram.kernels import Part
 from groundwire_cram.kernels.reference import Reference
 
 
@@ -14,12 +15,10 @@ def bits(t):
 
 def outcome(backend, weights, grads, second, pattern, plus):
     w, two, saved = [[t.clone() for t in ts] for ts in (weights, second, weights)]
-    if isinstance(pattern, tuple):
-        backend.perturb_nm(w, grads, 0.05, *pattern, saved)
-    else:
-        backend.perturb(w, grads, 0.05, pattern, saved)
+    part = Part(w, grads, 0.05)
+    backend.perturb(part, pattern, saved)
     perturbed = [t.clone() for t in w]
-    backend.combine(w, saved, grads, two, 0.05, pattern, plus=plus)
+    backend.combine(part, pattern, saved, two, plus=plus)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(w, weights, strict=True))
     return [bits(t) for t in [*perturbed, *saved, *two]]
 
@@ -38,8 +37,8 @@ def main():
         grads[4] = None
         entries = sum(w.numel() for w in weights)
         ranks = [1, entries // 2, int(0.9 * entries), entries]
-        selection = triton.thresholds(weights, grads, 0.05, ranks)
-        assert selection == reference.thresholds(weights, grads, 0.05, ranks), dtype
+        selection = triton.thresholds(Part(weights, grads, 0.05), ranks)
+        assert selection == reference.thresholds(Part(weights, grads, 0.05), ranks), dtype
         for pattern, plus in itertools.product((selection.values[2], None, (2, 4), (4, 8), (1, 3)), (True, False)):
             chosen = [
                 i for i, w in enumerate(weights)
@@ -49,7 +48,7 @@ def main():
             a, b = (outcome(backend, *tensors, pattern, plus) for backend in (triton, reference))
             assert all(map(torch.equal, a, b)), (dtype, pattern, plus)
         grads[0][5, 5] = float("nan")
-        assert not triton.thresholds(weights, grads, 0.05, ranks).finite
+        assert not triton.thresholds(Part(weights, grads, 0.05), ranks).finite
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of the filter share: scikit-learn's breast-cancer table, dealt out to sources."""
+"""Fixtures of the filter's tests: scikit-learn's breast-cancer table, dealt out to sources."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ class Table(SimpleNamespace):
     """Rows X, y, a and their source."""
 
     def given(self):
-        """What ``fit`` takes."""
+        """Arguments of ``fit``."""
         return {"X": self.X, "y": self.y, "sensitive_features": self.a, "sources": self.source}
 
 

@@ -1,4 +1,4 @@
-"""What the callback refuses before anything is trained."""
+"""Refusals of the callback before anything is trained."""
 
 import time
 
@@ -68,6 +68,7 @@ def wait(path, seconds=30):
         time.sleep(0.05)
 
 
+@pytest.mark.ddp
 def test_what_the_data_set_raises_reaches_every_rank(kit, bad):
     class Broken(Rows):
         def __getitem__(self, i):

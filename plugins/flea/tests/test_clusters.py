@@ -10,9 +10,10 @@ from joblib._parallel_backends import ThreadingBackend
 from groundwire_flea import filter_sources
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
-    monkeypatch.setattr("groundwire_flea.rows.BLOCK", 500)  # many blocks, as large data have
+    monkeypatch.setattr("groundwire_flea.distances.pair_batches.MAX_ROWS", 500)  # many blocks, as large data have
     data = table(5, (1, 3))
     arguments = {"sensitive_features": data.a, "sources": data.source}
     here = filter_sources(data.X, data.y, **arguments)
@@ -33,7 +34,7 @@ def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
 
 
 class Engine(ThreadingBackend):
-    """What Ray's backend is to joblib: registered from outside, one worker by default, all results at once."""
+    """An engine as Ray's is to joblib: registered from outside, one worker by default, all results at once."""
 
     supports_return_generator = False
     asked = ()
@@ -47,7 +48,7 @@ class Engine(ThreadingBackend):
 def engine(monkeypatch):
     monkeypatch.setattr(Engine, "__module__", "somebody.elses")
     monkeypatch.setattr(Engine, "asked", ())
-    monkeypatch.setattr("groundwire_flea.rows.BLOCK", 500)
+    monkeypatch.setattr("groundwire_flea.distances.pair_batches.MAX_ROWS", 500)
     joblib.register_parallel_backend("engine", Engine)
     yield Engine
     joblib.parallel.BACKENDS.pop("engine")
@@ -70,6 +71,6 @@ def test_small_blocks_change_nothing(table, monkeypatch):
         warnings.simplefilter("ignore")
         data = table(4, (2,))
         whole = filter_sources(data.X, data.y, sensitive_features=data.a, sources=data.source)
-        monkeypatch.setattr("groundwire_flea.rows.BLOCK", 300)
+        monkeypatch.setattr("groundwire_flea.distances.pair_batches.MAX_ROWS", 300)
         parts = filter_sources(data.X, data.y, sensitive_features=data.a, sources=data.source)
     assert parts.scores == pytest.approx(whole.scores, abs=1e-9)

@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 from torch.utils.data import DataLoader
 
-from groundwire.testing import Classifier, check_plugin
-from groundwire.testing.loaders import Rows
+from groundwire.testing import Classifier, Rows, check_plugin
 from groundwire_flea import FLEA
 
 
@@ -16,6 +15,8 @@ class Sourced(Classifier):
         return DataLoader(Rows(400), 50, shuffle=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 def test_flea_keeps_the_contract():
     report = check_plugin(

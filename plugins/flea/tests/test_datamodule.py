@@ -31,7 +31,8 @@ def test_a_flea_datamodule_filters_by_itself_and_resumes(kit, bad):
     assert len(trainer.val_dataloaders.dataset) == len(bad.y)
     trainer.save_checkpoint(kit.path / "dm.ckpt")
     again = make()
-    again._deciding = type("Remembers", (type(data._deciding),), {"_compared": None})(**vars(data._deciding))
+    loader_filter = data._loader_filter
+    again._loader_filter = type("Remembers", (type(loader_filter),), {"_compare": None})(**vars(loader_filter))
     kit.trainer(max_epochs=2).fit(Net(), datamodule=again, ckpt_path=kit.path / "dm.ckpt", weights_only=True)
     assert again.decision == data.decision
 

@@ -6,10 +6,9 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
 
-from groundwire_flea.distances import distances
-from groundwire_flea.functional import q_scores, select
-from groundwire_flea.rows import Rows
-from groundwire_flea.settings import Settings
+from groundwire_flea.distances.pairwise import DistanceOptions, distances, q_scores
+from groundwire_flea.distances.sources import Sources
+from groundwire_flea.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
@@ -68,13 +67,13 @@ def split(data):
 def rows_of(data):
     parts = split(data)
     x, y, a = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Rows(standard(x), y, a, np.array([len(p[1]) for p in parts]), 2, 2)
+    return Sources(standard(x), y, a, np.array([len(p[1]) for p in parts]), 2, 2)
 
 
 @pytest.mark.parametrize(("n", "bad"), [(3, ()), (5, (1, 3)), (7, (0, 2, 4))])
 def test_discrepancies_are_those_of_a_slow_oracle(table, n, bad):
     data = table(n, bad, how="label")
-    parts, found = split(data), distances(rows_of(data), Settings())
+    parts, found = split(data), distances(rows_of(data), DistanceOptions())
     for i, (xi, yi, _) in enumerate(parts):
         for j, (xj, yj, _) in enumerate(parts):
             expected = slow_disc(xi, yi, xj, yj) if i < j else found.disc[j, i] if j < i else 0
@@ -85,7 +84,7 @@ def test_discrepancies_are_those_of_a_slow_oracle(table, n, bad):
 @pytest.mark.parametrize(("n", "bad"), [(3, (1,)), (5, (1, 3))])
 def test_disparities_are_those_of_a_slow_oracle(table, n, bad):
     data = table(n, bad)
-    parts, found = split(data), distances(rows_of(data), Settings())
+    parts, found = split(data), distances(rows_of(data), DistanceOptions())
     expected = np.zeros((n, n))
     for i, (xi, _, ai) in enumerate(parts):
         for j, (xj, _, aj) in enumerate(parts):
@@ -101,23 +100,24 @@ def test_disbalance_is_the_difference_of_group_frequencies(table):
     data = table(5, (1, 3))
     shares = np.array([a.mean() for _, _, a in split(data)])
     np.testing.assert_allclose(
-        distances(rows_of(data), Settings()).disb, np.abs(shares[:, None] - shares[None]), atol=1e-12
+        distances(rows_of(data), DistanceOptions()).disb, np.abs(shares[:, None] - shares[None]), atol=1e-12
     )
 
 
 def test_the_reference_mode_is_the_slow_oracle_too(table):
     data = table(3, (1,))
-    parts, found = split(data), distances(rows_of(data), Settings(compat="reference"))
+    parts, found = split(data), distances(rows_of(data), DistanceOptions(compat="reference"))
     (x0, y0, a0), (x1, y1, a1), _ = parts
     assert found.disc[0, 1] == pytest.approx(slow_disc(x0, y0, x1, y1), abs=2.5 / 189)
     expected = max(slow_disp(x0, a0, x1, a1), slow_disp(x1, a1, x0, a0))
     assert found.disp[0, 1] == pytest.approx(expected, abs=0.06)
 
 
+@pytest.mark.slow
 def test_batched_and_reference_choose_the_same_sources(table):
     for seed in range(4):
         data = table(5, (seed, (seed + 2) % 5), seed=seed)
-        q = [q_scores(distances(rows_of(data), Settings(compat=c)).total(), 3) for c in (None, "reference")]
+        q = [q_scores(distances(rows_of(data), DistanceOptions(compat=c)).total(), 3) for c in (None, "reference")]
         assert select(q[0], 3).tolist() == select(q[1], 3).tolist()
 
 
@@ -129,7 +129,7 @@ def test_many_columns_give_the_distances_of_the_reference():
     y = (x[:, 0] + rng.normal(size=len(x)) > 0).astype(int)
     a = (x[:, 1] + rng.normal(size=len(x)) > 0).astype(int)
     y[:400], a[400:800] = 1 - y[:400], 1 - a[400:800]
-    rows = Rows(x, y, a, np.array(sizes), 2, 2)
-    fast, slow = distances(rows, Settings()), distances(rows, Settings(compat="reference"))
+    data = Sources(x, y, a, np.array(sizes), 2, 2)
+    fast, slow = distances(data, DistanceOptions()), distances(data, DistanceOptions(compat="reference"))
     np.testing.assert_allclose(fast.disc, slow.disc, atol=0.015)
     np.testing.assert_allclose(fast.disp, slow.disp, atol=0.08)

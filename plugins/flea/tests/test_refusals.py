@@ -1,4 +1,4 @@
-"""What the filter refuses, by name."""
+"""Refusals of the filter, by name."""
 
 from decimal import Decimal
 

@@ -1,4 +1,4 @@
-"""Which command is meant, and how it ends."""
+"""The commands, their arguments and their exit codes."""
 
 from __future__ import annotations
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from groundwire.cli.terminal import CommandError, line, table
-from groundwire.report import Report
-from groundwire.report.display import show
-from groundwire.report.page import SEVERITIES, arrange
-from groundwire.types import Finding
+from groundwire.display import show
+from groundwire.records import Finding
 
 
 def report(directory: Path) -> int:
@@ -17,6 +15,10 @@ def report(directory: Path) -> int:
     Args:
         directory: The run's log_dir, or the groundwire folder in it.
     """
+    # Only here, so that the other commands work where reports are not installed.
+    from groundwire.services.report.page import SEVERITIES, arrange
+    from groundwire.services.report.report import Report
+
     try:
         read = Report.read(directory)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from groundwire.cli.terminal import CommandError, line, table
-from groundwire.report.display import show as text
+from groundwire.display import show as text
 
 
 def show(checkpoint: Path) -> int:

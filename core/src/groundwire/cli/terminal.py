@@ -1,4 +1,4 @@
-"""What the commands print: tables and lines in which a hostile name cannot steer the terminal."""
+"""Output of the commands: tables and lines in which a hostile name cannot steer the terminal."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from groundwire.testing.contract import check_plugin
     from groundwire.testing.fitting import Fit, differences
-    from groundwire.testing.loaders import StatefulLoader
+    from groundwire.testing.loaders import Rows, StatefulLoader
     from groundwire.testing.modules import Classifier
     from groundwire.testing.report import CheckReport, Outcome
     from groundwire.testing.resuming import Resumed
@@ -23,6 +23,7 @@ _HOME = {
     "Fit": "fitting",
     "Outcome": "report",
     "Resumed": "resuming",
+    "Rows": "loaders",
     "StatefulLoader": "loaders",
     "check_plugin": "contract",
     "differences": "fitting",
@@ -34,6 +35,7 @@ __all__ = [
     "Fit",
     "Outcome",
     "Resumed",
+    "Rows",
     "StatefulLoader",
     "check_plugin",
     "differences",

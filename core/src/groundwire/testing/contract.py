@@ -9,14 +9,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from groundwire.testing import checks
+from groundwire.testing.checks.cleanliness import (
+    clean_after_exception,
+    clean_after_fit,
+    copies_hold_nothing,
+    evaluation_changes_nothing,
+)
+from groundwire.testing.checks.distributed import ranks_agree_under_ddp
+from groundwire.testing.checks.saving import arguments_round_trip, provenance_loads, resume_equals_uninterrupted
+from groundwire.testing.checks.training import (
+    alone_equals_bundled,
+    both_lightning_packages,
+    late_built_model,
+    neutral_changes_nothing,
+    one_object_in_two_trainers,
+    second_fit,
+)
 from groundwire.testing.isolation import isolated
 from groundwire.testing.report import CheckReport, Outcome
 from groundwire.testing.subject import NotApplicableError, Subject, ViolationError
 
 Skips: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
-CHECKS: dict[str, Callable[[Subject], str | None]] = {name: getattr(checks, name) for name in checks.__all__}
+#: The checks in the order in which they run, by name.
+CHECKS: dict[str, Callable[[Subject], str | None]] = {
+    check.__name__: check
+    for check in (
+        alone_equals_bundled,
+        neutral_changes_nothing,
+        clean_after_fit,
+        clean_after_exception,
+        evaluation_changes_nothing,
+        copies_hold_nothing,
+        late_built_model,
+        resume_equals_uninterrupted,
+        second_fit,
+        one_object_in_two_trainers,
+        arguments_round_trip,
+        provenance_loads,
+        both_lightning_packages,
+        ranks_agree_under_ddp,
+    )
+}
 
 
 def check_plugin(

@@ -97,7 +97,7 @@ def tensors_of(trainer: Any, module: Any) -> dict[str, Tensor]:
 
 
 def differences(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[str]:
-    """What is not bit-equal between two mappings of tensors, one line each; empty if nothing.
+    """Return what is not bit-equal between two mappings of tensors, one line each; empty if nothing.
 
     Example:
         >>> differences({"w": torch.zeros(2)}, {"w": torch.tensor([0.0, 0.5])})

@@ -24,13 +24,15 @@ def gw_fit(tmp_path: Path) -> Iterator[Callable[..., Fit]]:
     ``callbacks`` is one or several; any option of the Trainer may be given. The result has ``.trainer``,
     ``.module``, ``.logged``, ``.tensors`` and ``.directory``. No installed plugin is found in such a test.
     """
-    from groundwire.testing import fitting, isolation, modules
+    from groundwire.testing.fitting import fit
+    from groundwire.testing.isolation import isolated
+    from groundwire.testing.modules import Classifier
 
-    def fit(callbacks: Any = (), module: Any = None, **options: Any) -> Fit:
-        return fitting.fit(callbacks, modules.Classifier() if module is None else module, tmp_path, **options)
+    def fit_here(callbacks: Any = (), module: Any = None, **options: Any) -> Fit:
+        return fit(callbacks, Classifier() if module is None else module, tmp_path, **options)
 
-    with isolation.isolated():
-        yield fit
+    with isolated():
+        yield fit_here
 
 
 @pytest.fixture
@@ -42,14 +44,16 @@ def gw_resume(tmp_path: Path) -> Iterator[Callable[..., Resumed]]:
     ``loader`` (of the module) are factories too; the kit's when left out, without dropout, whose random state
     Lightning does not restore. The result has ``.interrupted``, ``.uninterrupted`` and ``.differences``.
     """
-    from groundwire.testing import isolation, loaders, modules, resuming
+    from groundwire.testing.isolation import isolated
+    from groundwire.testing.loaders import stateful
+    from groundwire.testing.modules import Classifier, without_dropout
+    from groundwire.testing.resuming import resume
 
-    def resume(factory: Callable[[], Any], module: Any = None, *, loader: Any = None, **options: Any) -> Resumed:
-        read = loader or loaders.stateful
-        return resuming.resume(factory, module or plain_module, tmp_path, loader=read, **options)
+    def resume_here(factory: Callable[[], Any], module: Any = None, *, loader: Any = None, **options: Any) -> Resumed:
+        return resume(factory, module or plain_module, tmp_path, loader=loader or stateful, **options)
 
     def plain_module() -> Any:
-        return modules.without_dropout(modules.Classifier())
+        return without_dropout(Classifier())
 
-    with isolation.isolated():
-        yield resume
+    with isolated():
+        yield resume_here

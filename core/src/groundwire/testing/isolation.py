@@ -1,4 +1,4 @@
-"""What keeps one test run from another, from the machine it runs on, and from Lightning's chatter."""
+"""Contexts that keep one test run from another, from the machine it runs on, and from Lightning's chatter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from groundwire.seeds import preserve_rng, seed_globals
+from groundwire.undo.random_states import preserve_rng, seed_globals
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 # Advice about speed and taste on tiny data; a plugin's own warnings are shown.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from groundwire.modules import overrides
+
 CLASSES = 4
 BATCH = 8
 
@@ -90,7 +92,7 @@ class StatefulLoader:
         return self._rest(self._order())
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch comes next, of which epoch."""
+        """Return the epoch and the number of the batch that comes next."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -113,12 +115,6 @@ class StatefulLoader:
 def plain_loader(size: int = 40, *, seed: int = 0, shuffle: bool = False) -> DataLoader[Any]:
     """A ``DataLoader`` on the kit's data."""
     return DataLoader(Rows(size, seed), BATCH, shuffle=shuffle)
-
-
-def overrides(module: Any, name: str) -> bool:
-    """Whether the class of ``module`` has a ``name`` of its own, whichever Lightning package it comes from."""
-    # Lightning's own `is_overridden` raises for a module of the other package.
-    return getattr(type(module), name).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def train_loader(module: Any) -> Any:

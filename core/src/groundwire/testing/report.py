@@ -1,4 +1,4 @@
-"""What came of the checks of one plugin."""
+"""The outcomes of the checks of one plugin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Status: TypeAlias = Literal["passed", "not applicable", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check.
+    """The outcome of one check.
 
     Attributes:
         name: The check.
@@ -34,7 +34,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What came of all checks of a plugin; ``print`` it.
+    """The outcomes of all checks of a plugin; ``print`` it.
 
     Attributes:
         plugin: Name of the plugin's class.

@@ -30,7 +30,7 @@ class Resumed:
 
     @property
     def differences(self) -> list[str]:
-        """What is not bit-equal in weights, buffers and optimizer state; see :func:`differences`."""
+        """Weights, buffers and optimizer state that are not bit-equal; see :func:`differences`."""
         return differences(self.interrupted.tensors, self.uninterrupted.tensors)
 
 

@@ -1,4 +1,4 @@
-"""What the checks work on, and how a check says what it found."""
+"""The plugin under test, and the words in which a check says what it found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from groundwire.hooks import Hooks
+from groundwire.hooks.registry import call_outside_run
 from groundwire.testing.fitting import Fit, fit
 from groundwire.testing.isolation import seeded
 from groundwire.testing.modules import Classifier
@@ -72,7 +72,5 @@ class Subject:
 
 def transformed(module: nn.Module, plugin: Any) -> Any:
     """``module`` with the structure that ``plugin`` gives it, as ``groundwire.load`` does it outside a run."""
-    hooks = Hooks(lambda name: None)
-    hooks.register(plugin)
-    hooks.call("gw_transform_model", module=module)
+    call_outside_run([plugin], "gw_transform_model", module=module, run=None)
     return module

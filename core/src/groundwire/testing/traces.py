@@ -1,4 +1,4 @@
-"""What a run leaves on the objects it touched, and what a copy of a module holds on to."""
+"""Traces of a run on the objects it touched, and the objects that a copy of a module holds on to."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _hooks(owner: str, store: dict[str, Any]) -> Counter[str]:
 
 
 def left_behind(subject: Counter[str], reference: Counter[str]) -> list[str]:
-    """What ``subject`` has and ``reference`` has not, and the other way round, one line each."""
+    """Return what ``subject`` has and ``reference`` has not, and the other way round, one line each."""
     return sorted(f"{line} was left" for line in subject - reference) + sorted(
         f"{line} is gone" for line in reference - subject
     )

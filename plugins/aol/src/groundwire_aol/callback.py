@@ -9,15 +9,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
-from groundwire.offset import outputs_of
-from groundwire_aol.certificates import RADII, check_radii, smallest_std
-from groundwire_aol.constraint import bake
-from groundwire_aol.conversion import lipschitz
+from groundwire.modules import outputs_of
+from groundwire_aol.certify.certificates import RADII, check_radii, smallest_std
+from groundwire_aol.certify.score_module import has_weights
+from groundwire_aol.convert.conversion import lipschitz
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.evaluation import CertifiedPass, Result, classes_of, warn_of_range
-from groundwire_aol.parametrization import AOLParametrization, parametrizations
+from groundwire_aol.layers.parametrization import AOLParametrization, bake, parametrizations
 from groundwire_aol.report import section
-from groundwire_aol.scoring_part import has_weights
 
 _LOG = logging.getLogger("lightning.pytorch.groundwire_aol")
 
@@ -85,7 +84,7 @@ class AOL(Plugin):
 
     @property
     def log(self) -> Any:
-        """Whether to certify, log and report."""
+        """True to certify, log and report."""
         return self._log
 
     @log.setter
@@ -119,7 +118,7 @@ class AOL(Plugin):
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """The model must be convertible, whole, and of float32."""
+        """Tell what is wrong with the model, which must be convertible, whole, and of float32."""
         strategy, precision = type(run.trainer.strategy).__name__, str(run.trainer.precision)
         problems = []
         if any(word in strategy for word in ("DeepSpeed", "FSDP", "ModelParallel")):
@@ -133,10 +132,10 @@ class AOL(Plugin):
             )
         if run.ready:
             self._run = run
-            problems += self._of_the_model(run.module)
+            problems += self._model_problems(run.module)
         return problems
 
-    def _of_the_model(self, module: nn.Module) -> list[Problem]:
+    def _model_problems(self, module: nn.Module) -> list[Problem]:
         if self._refusal is not None:
             message, _, hint = str(self._refusal).partition(" -> ")
             return [Problem(self.name, f"the model cannot be made 1-Lipschitz: {message}", hint)]
@@ -163,9 +162,9 @@ class AOL(Plugin):
         for layer in self._layers:
             layer.accumulate(shared)
         if self.log and batch_idx == 0 and trainer.current_epoch == 0 and self._run is not None:
-            self._try(pl_module, self._run.fields(batch))
+            self._refuse_uncertifiable(pl_module, self._run.fields(batch))
 
-    def _try(self, module: nn.Module, fields: Fields) -> None:
+    def _refuse_uncertifiable(self, module: nn.Module, fields: Fields) -> None:
         try:
             warn_of_range(fields.inputs, self.input_std)
             head = self._run.head if self._run is not None and classes_of(fields) is not None else None
@@ -179,21 +178,21 @@ class AOL(Plugin):
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A window that was never stepped is given up with its gradient."""
         for layer in self._layers:
-            layer.zero_grad_of_window()
+            layer.zero_accumulated()
 
     @hookimpl
     def gw_backward_done(self, phase: str) -> None:
-        """The one backward through the rescale, before anybody reads a gradient."""
+        """Run the one backward through the rescale, before anybody reads a gradient."""
         for layer in self._layers:
             layer.flush()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is kept behind training."""
         for layer in self._layers:
-            layer.forget()
+            layer.reset()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """The run is over."""
+        """Forget the run, which is over."""
         self.on_train_end(trainer, pl_module)
         self._layers, self._run, self._pass = [], None, None
 
@@ -240,17 +239,17 @@ class AOL(Plugin):
     @hookimpl
     def gw_section(self, findings: list[Finding]) -> Section | None:
         """Settings, changes, certified accuracy over the radius, and radii."""
-        return section(self)
+        return section(self.changes, self.results)
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
-        """What the weights promise."""
+        """Return what the weights promise."""
         bounds = {stage: result.lipschitz for stage, result in self.results.items()}
         return {"activation": self.activation, "steps": self.steps, "lipschitz": bounds}
 
 
 def _may_share(trainer: Any, module: Any) -> bool:
-    """Whether the window's gradient may reach raw weights at its end only.
+    """Tell whether the window's gradient may reach raw weights at its end only.
 
     DDP reduces raw gradients in each backward, a scaler unscales them before ``gw_backward_done``, and under manual
     optimization or with several optimizers a window has no common end.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
-from groundwire.offset import is_corrected
-from groundwire_aol.bound import Bound, lipschitz_bound
-from groundwire_aol.certificates import smallest_std, total_lipschitz
+from groundwire_aol.certify.bound import Bound, lipschitz_bound
+from groundwire_aol.certify.certificates import smallest_std, total_lipschitz
+from groundwire_aol.certify.metrics import CertifiedAccuracy
+from groundwire_aol.certify.plain_copy import is_shifted
+from groundwire_aol.certify.rounding import not_standard
+from groundwire_aol.certify.score_module import score_module
 from groundwire_aol.errors import UnsoundError
-from groundwire_aol.metrics import CertifiedAccuracy
-from groundwire_aol.rounding import not_standard
-from groundwire_aol.scoring_part import core_of
 
 #: Points of the curve over the radius.
 POINTS = 60
@@ -47,13 +47,13 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged, by name."""
+        """Values to log, by name."""
         named = {f"certified@{eps:.3g}": value for eps, value in self.certified.items()}
         rounding = {} if math.isnan(self.rounding) else {"rounding": self.rounding}
         return {"clean": self.clean, **named, "lipschitz": self.lipschitz, **rounding}
 
     def findings(self, plugin: str) -> list[Finding]:
-        """For the report. A mapping, so that the numbers do not reach the loggers twice."""
+        """Return the findings for the report. A mapping, so that the numbers do not reach the loggers twice."""
         certified = ", ".join(f"{100 * v:.1f} % at {eps:.3g}" for eps, v in self.certified.items())
         message = f"Accuracy {100 * self.clean:.1f} %, certified in L2: {certified} ({self.samples} samples)."
         found = [Finding(plugin, "certified_accuracy", "info", self.metrics, message)]
@@ -87,12 +87,12 @@ class CertifiedPass:
         return self
 
     def bound(self, module: nn.Module, inputs: Any) -> Bound:
-        """The model's bound for inputs of this shape."""
+        """Return the model's bound for inputs of this shape."""
         if not isinstance(inputs, Tensor):
             raise UnsoundError(f"the model's input is {type(inputs).__name__}, not one tensor -> give it one")
         shape = tuple(inputs.shape[1:])
         if shape not in self.bounds:
-            self.bounds[shape] = lipschitz_bound(core_of(module)[1], inputs[:1])
+            self.bounds[shape] = lipschitz_bound(score_module(module)[1], inputs[:1])
         return self.bounds[shape]
 
     def update(self, module: nn.Module, scores: Tensor, fields: Fields) -> None:
@@ -115,9 +115,9 @@ class CertifiedPass:
             self.largest.update(2 * bound.rounding.error(norms) / total_lipschitz(bound, self.input_std))
 
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
-        """Whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
+        """Tell whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
         reason = bound.rounding.unknown or not_standard(scores.device)
-        if not reason and any(map(is_corrected, module.modules())):
+        if not reason and is_shifted(module, scores):
             reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
             reason = f"inputs are {inputs.dtype} and scores {scores.dtype}"
@@ -129,16 +129,16 @@ class CertifiedPass:
         return self.rounding
 
     def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor) -> Tensor:
-        """What the bound is about: the model's output in the weights' precision; the captured scores, if they are that.
+        """Return what the bound is about: the model's output in the weights' precision.
 
-        Those are float32, also of a float64 model.
+        These are the captured scores, if they are the same. Those are float32, also of a float64 model.
         """
         autocast = torch.is_autocast_enabled(inputs.device.type)
         double = any(p.dtype == torch.float64 for p in module.parameters())
         if self.same and not autocast and not double:
             return scores
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            output = core_of(module)[1](inputs.double() if double else inputs.float())
+            output = score_module(module)[1](inputs.double() if double else inputs.float())
         if not isinstance(output, Tensor):
             raise UnsoundError(
                 f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
@@ -149,7 +149,7 @@ class CertifiedPass:
         return output if double else output.float()
 
     def compute(self) -> Result | None:
-        """Of all ranks; None if there was nothing to certify."""
+        """Return the result of all ranks; None if there was nothing to certify."""
         with warnings.catch_warnings():
             # A rank without batches, or targets that are no classes: told elsewhere, and the others wait for this one.
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
@@ -166,7 +166,7 @@ class CertifiedPass:
 
 
 def classes_of(fields: Fields) -> Tensor | None:
-    """The targets, if they are class numbers: one integer for each row.
+    """Return the targets, if they are class numbers: one integer for each row.
 
     Example:
         >>> classes_of(Fields(torch.rand(2, 3), targets=torch.rand(2))) is None

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groundwire import Section, Table
 from groundwire_aol.evaluation import Result
 
-if TYPE_CHECKING:
-    from groundwire_aol.callback import AOL
 
-
-def section(aol: AOL) -> Section | None:
-    """What was changed, and for each stage a table, the certified accuracy over the radius, and the radii."""
-    if not (aol.changes or aol.results):
+def section(changes: Sequence[str], results: Mapping[str, Result]) -> Section | None:
+    """Return what was changed, and for each stage a table, the certified accuracy over the radius, and the radii."""
+    if not (changes or results):
         return None
     text = (
         "A prediction is certified at a radius if no input within that distance (L2, in units of pixels) can change "
         "it. The Lipschitz bound was proved for the weights of each pass; nothing here is an estimate."
     )
-    if aol.changes:
-        text += "\n\nThe model was changed: " + "; ".join(aol.changes) + "."
-    tables = [_table(stage, result) for stage, result in aol.results.items()]
-    figures = [partial(draw, stage, result) for stage, result in aol.results.items() for draw in (curve, radii)]
+    if changes:
+        text += "\n\nThe model was changed: " + "; ".join(changes) + "."
+    tables = [_table(stage, result) for stage, result in results.items()]
+    figures = [partial(draw, stage, result) for stage, result in results.items() for draw in (curve, radii)]
     return Section("AOL: certified robustness", text, tables, figures)
 
 

@@ -1,4 +1,4 @@
-"""The one call."""
+"""The audit of predictions in one call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from groundwire_bias_audit.evidence import gather
-from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.grouping import Groups, read_groups
-from groundwire_bias_audit.inputs import Outputs, read_outputs
-from groundwire_bias_audit.paired import Comparison, pair_counts
+from groundwire_bias_audit.audit.change import Comparison, pair_counts
+from groundwire_bias_audit.audit.counts import group_counts
+from groundwire_bias_audit.audit.gate import Gate, checked_gate
+from groundwire_bias_audit.audit.groups import Groups, read_groups
+from groundwire_bias_audit.audit.predictions import Outputs, read_outputs
+from groundwire_bias_audit.audit.tables import checked_metrics
 from groundwire_bias_audit.result import AuditResult
-from groundwire_bias_audit.tables import checked_metrics
 
 
 def audit(
@@ -96,11 +96,11 @@ def audit(
         before = read_outputs(y_true, baseline_scores, baseline_pred, task=outputs.task, **options)
         comparison = compare(before, outputs, groups, gate, **intervals)
     shown = checked_metrics(metrics)
-    return AuditResult(gather(outputs, groups, weights), gate, comparison, shown, **intervals)
+    return AuditResult(group_counts(outputs, groups, weights), gate, comparison, shown, **intervals)
 
 
 def compare(before: Outputs, after: Outputs, groups: Groups, gate: Gate, **intervals: Any) -> Comparison:
-    """What changed from ``before`` to ``after``.
+    """Compare ``before`` and ``after``.
 
     Raises:
         ValueError: They differ in rows, labels or classes, or the task is a regression.
@@ -115,19 +115,6 @@ def compare(before: Outputs, after: Outputs, groups: Groups, gate: Gate, **inter
     pairs, flips = pair_counts(groups.codes, before, after, groups.size)
     names = ("",) if after.task == "multiclass" else after.names
     return Comparison(groups, names, pairs, flips, gate, **intervals)
-
-
-def checked_gate(gate: Any) -> Gate:
-    """``gate``, or the default one.
-
-    Raises:
-        TypeError: It is no :class:`Gate`.
-    """
-    if gate is None:
-        return Gate()
-    if not isinstance(gate, Gate):
-        raise TypeError(f"gate must be a Gate, such as Gate(tolerance=0.05), got {gate!r}")
-    return gate
 
 
 def _weights(values: Any, rows: int) -> Any:

@@ -1,4 +1,4 @@
-"""The audit inside Lightning: scores of the passes that happen anyway, and of every version that somebody offers."""
+"""The audit inside Lightning: scores of the passes that happen anyway, and of every variant that somebody offers."""
 
 from __future__ import annotations
 
@@ -10,63 +10,77 @@ from typing import Any
 from torch import Tensor
 
 from groundwire import Fields, Finding, Plugin, Problem, RunContext, Section, Variant, hookimpl
-from groundwire.ranks import gathered
-from groundwire_bias_audit.api import checked_gate
-from groundwire_bias_audit.attributes import GroupReader
-from groundwire_bias_audit.baseline import DENSE, checked_baseline
-from groundwire_bias_audit.explained import Method, Pairs, attribution_finding, checked_attribution, null_problems
-from groundwire_bias_audit.findings import findings_of, no_versions, nothing_audited, versions_missed
-from groundwire_bias_audit.gate import Gate
-from groundwire_bias_audit.loaders import loader_of
-from groundwire_bias_audit.passes import Record
-from groundwire_bias_audit.recorder import Recorder
-from groundwire_bias_audit.report import Reporter
+from groundwire.distributed import gathered
+from groundwire_bias_audit.attribution.flip_attributions import (
+    FlipAttributions,
+    Method,
+    checked_attribution,
+    explain_variants,
+    null_problems,
+)
+from groundwire_bias_audit.audit.gate import Gate, checked_gate
+from groundwire_bias_audit.output.findings import (
+    attribution_finding,
+    findings_of,
+    no_variants,
+    nothing_audited,
+    unmatched_variant,
+    variants_missed,
+)
+from groundwire_bias_audit.output.run_report import RunReport
 from groundwire_bias_audit.result import AuditResult
-from groundwire_bias_audit.samples import Samples
-from groundwire_bias_audit.stream import Stream
-from groundwire_bias_audit.timing import due, last
-from groundwire_bias_audit.training import TrainingCounts
-from groundwire_bias_audit.variants import checked_variants, requested
-from groundwire_bias_audit.versions import Versions, explain_versions, unmatched
+from groundwire_bias_audit.stream.recorder import Recorder, loader_of
+from groundwire_bias_audit.stream.samples import Samples
+from groundwire_bias_audit.stream.schedule import last, variants_due
+from groundwire_bias_audit.stream.scored_rows import ScoredRows
+from groundwire_bias_audit.stream.sensitive_features import GroupReader
+from groundwire_bias_audit.stream.streaming_counts import StreamingCounts, TrainingCounts
+from groundwire_bias_audit.stream.variants import (
+    DENSE,
+    VariantPasses,
+    checked_baseline,
+    checked_variants,
+    requested,
+)
 
 
 class BiasAudit(Plugin):
-    """Audit the model, and every other version of it, by group at the end of validation and test.
+    """Audit the model, and every other variant of it, by group at the end of validation and test.
 
-    The model's scores are those of the validation or test pass that happens anyway. Versions (pruned ones, or
+    The model's scores are those of the validation or test pass that happens anyway. Variants (pruned ones, or
     anything else that plugins offer) cost one pass each and are compared with the model row by row.
 
     Args:
         groups: Sensitive features: None (the batch's ``groups``), names of batch keys or data set attributes, a table
             by sample id (DataFrame, Series, mapping, path of a CSV or Parquet file with a column ``id``), or
             ``callable(batch)``.
-        variants: True for the versions that plugins of the run offer, False for none, or a list of sparsities (pruned
+        variants: True for the variants that plugins of the run offer, False for none, or a list of sparsities (pruned
             by ``torch.nn.utils.prune``) and :class:`groundwire.Variant`.
-        every_n_epochs: Evaluate versions at the validations of every n-th epoch, too. By default only where a
+        every_n_epochs: Evaluate variants at the validations of every n-th epoch, too. By default only where a
             validation may be the last one, by ``max_epochs``, ``max_steps`` or the patience of an ``EarlyStopping``; in
             ``trainer.validate`` and ``trainer.test`` always. The model itself is audited in every validation.
         gate: When a gap is a disparity.
-        baseline: What versions are compared with: the model itself by default, or a version by its name or sparsity, or
+        baseline: What variants are compared with: the model itself by default, or a variant by its name or sparsity, or
             the scores of an earlier model as an array by data set index (the model itself is then compared with them,
             too).
         threshold: Predicted 1 where P(y=1) is at least this.
         task: "binary", "multiclass", "multilabel" or "regression"; guessed from scores and labels by default.
         max_groups: Most values of a feature.
         listed: Rows in the lists of flips and of susceptible samples.
-        attribution: Also compare where the model and each version look at samples that the version flipped, in the last
-            pass that evaluates versions: "auto" (Grad-CAM at the last convolution, else input x gradient), "gradcam",
-            "input_x_gradient", "integrated_gradients" or "occlusion". Needs a data set with an index, and versions.
+        attribution: Also compare where the model and each variant look at samples that the variant flipped, in the last
+            pass that evaluates variants: "auto" (Grad-CAM at the last convolution, else input x gradient), "gradcam",
+            "input_x_gradient", "integrated_gradients" or "occlusion". Needs a data set with an index, and variants.
         attribution_samples: Most such samples of each group, drawn at random.
         attribution_null: Checkpoints of the same model without compression (of other seeds, or fine-tuned), to tell a
             shift from what any two models differ by. Without one the shift is shown as uninterpretable.
         name: Name of this audit; two audits in one run need different ones.
 
     Attributes:
-        results: The latest results: ``results[stage][version]``, the model itself as "dense".
+        results: The latest results: ``results[stage][variant]``, the model itself as "dense".
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: ``gate`` is no Gate, or ``baseline`` is neither a version nor scores.
+        TypeError: ``gate`` is no Gate, or ``baseline`` is neither a variant nor scores.
         PluginError: The table of groups cannot be used.
 
     Example:
@@ -113,10 +127,10 @@ class BiasAudit(Plugin):
     def _forget(self) -> None:
         self._recorder = Recorder(self._reader, self.threshold, self.task, self.max_groups)
         self._training = TrainingCounts()
-        self._report = Reporter()
+        self._report = RunReport()
         self._run: RunContext | None = None
-        self._due = False  # whether versions are evaluated in this pass; the same on all ranks
-        self._audited: set[str] = set()  # what this run saw: the model, and versions of it
+        self._due = False  # whether variants are evaluated in this pass; the same on all ranks
+        self._audited: set[str] = set()  # what this run saw: the model, and variants of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take neither rows nor the run along."""
@@ -169,11 +183,11 @@ class BiasAudit(Plugin):
             self._training.take(self._reader, batch, self._run)
 
     def _begin(self, trainer: Any) -> None:
-        self._due = self._wants_versions and due(trainer, self.every_n_epochs)
+        self._due = self._wants_variants and variants_due(trainer, self.every_n_epochs)
         self._recorder.begin(keep=self._due or self.baseline is not None)
 
     @property
-    def _wants_versions(self) -> bool:
+    def _wants_variants(self) -> bool:
         return self.variants is not False and self.variants != ()
 
     # groundwire's hooks
@@ -192,68 +206,70 @@ class BiasAudit(Plugin):
         names = [variant.name for variant in self._offered(run)]
         if self.baseline in names:
             return []
-        return [Problem(self.name, f"baseline is {self.baseline!r}, and the versions are {names}", "name one of them")]
+        return [Problem(self.name, f"baseline is {self.baseline!r}, and the variants are {names}", "name one of them")]
 
     @hookimpl
     def gw_scores(self, scores: Tensor, fields: Fields, stage: str, variant: str | None, run: RunContext) -> None:
-        """Keep the scores of the model, or of the version that this audit evaluates."""
+        """Keep the scores of the model, or of the variant that this audit evaluates."""
         self._recorder.take(scores, fields, variant, run)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
-        """Audit the model, then every version when it is due."""
+        """Audit the model, then every variant when it is due."""
         if run.stage not in ("validate", "test") or self._recorder.dense is None:
             return self._training_findings(run)
-        dense, record = self._recorder.dense, self._recorder.dense.record()
+        dense, rows = self._recorder.dense, self._recorder.dense.scored_rows()
         whole = dense.stream.merged(lambda value: gathered(run.trainer, value))
         if whole.shape is None:
             return [nothing_audited(self.name, "No row was audited: the pass had no scores.")]
-        versions = Versions({DENSE: record}, {DENSE: whole})
+        variants = VariantPasses({DENSE: rows}, {DENSE: whole})
         results = {DENSE: self._result(whole, run)}
         found = findings_of(self.name, DENSE, results[DENSE], whole, self._training)
         reference = None
         if self._due or not isinstance(self.baseline, str | None):
-            more, reference = self._compare(run, versions, results)
+            more, reference = self._compare(run, variants, results)
             found += more
         self.results[run.stage] = results
-        self._audited |= {"model", "versions"} if self._due else {"model"}
+        self._audited |= {"model", "variants"} if self._due else {"model"}
         samples = Samples(run, lambda number: loader_of(run, number))
-        self._report.take(run, results, versions.records, reference, samples, self.listed)
+        self._report.add_results(run, results, variants.rows_by_variant, reference, samples, self.listed)
         if last(run.trainer):
-            self._report.show(run, dense.examples, samples)
-            found += self._explained(run, versions.records, results[DENSE], samples)
+            self._report.add_examples(run, dense.examples, samples)
+            found += self._explained(run, variants.rows_by_variant, results[DENSE], samples)
         self._recorder.dense = None
         return found
 
     def _compare(
-        self, run: RunContext, versions: Versions, results: dict[str, AuditResult]
-    ) -> tuple[list[Finding], Record | None]:
+        self, run: RunContext, variants: VariantPasses, results: dict[str, AuditResult]
+    ) -> tuple[list[Finding], ScoredRows | None]:
         found = []
         offered = self._offered(run) if self._due else []
         if self.variants is True and not offered and self._due:
-            found.append(no_versions(self.name))
+            found.append(no_variants(self.name))
         for variant in offered:
-            if not versions.add(run, variant, self._recorder):
-                found.append(unmatched(self.name, variant.name))
-        changes, reference = versions.changes(run, self.baseline, self.threshold, results[DENSE], self.gate)
+            if not variants.add(run, variant, self._recorder):
+                found.append(unmatched_variant(self.name, variant.name))
+        changes, reference = variants.changes(run, self.baseline, self.threshold, results[DENSE], self.gate)
         for name, change in changes.items():
-            results[name] = self._result(versions.streams[name], run, change)
+            results[name] = self._result(variants.streams[name], run, change)
             if name != DENSE or change is not None:
-                found += findings_of(self.name, name, results[name], versions.streams[name], self._training)
+                found += findings_of(self.name, name, results[name], variants.streams[name], self._training)
         return found, reference
 
     def _explained(
-        self, run: RunContext, records: dict[str, Record | None], dense: AuditResult, samples: Samples
+        self, run: RunContext, rows_by_variant: dict[str, ScoredRows | None], dense: AuditResult, samples: Samples
     ) -> list[Finding]:
         """Attribution pairs; the same findings on all processes."""
         if self.attribution is None or not self._due:
             return []
-        pairs = explain_versions(
-            run, self._offered(run), records, dense.features, samples, method=self.attribution,
+        pairs = explain_variants(
+            run, self._offered(run), rows_by_variant, dense.features, samples, method=self.attribution,
             per_group=self.attribution_samples, null=self.attribution_null,
         )  # fmt: skip
-        self._report.explain(run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, Pairs)})
-        found = [attribution_finding(self.name, version, pair) for version, pair in pairs.items()]
+        self._report.add_attributions(
+            run.stage, {v: pair for v, pair in pairs.items() if isinstance(pair, FlipAttributions)}
+        )
+        found = [attribution_finding(self.name, variant, pair) for variant, pair in pairs.items()]
         return list(gathered(run.trainer, found)[0])
 
     def _training_findings(self, run: RunContext) -> list[Finding]:
@@ -263,17 +279,17 @@ class BiasAudit(Plugin):
         if "model" not in self._audited:
             text = "Nothing was audited: the run had neither validation nor test data."
             return [nothing_audited(self.name, text)]
-        if "versions" in self._audited or not self._wants_versions or not self._offered(run):
+        if "variants" in self._audited or not self._wants_variants or not self._offered(run):
             return []
-        found = versions_missed(self.name)
+        found = variants_missed(self.name)
         if run.trainer.is_global_zero:
             warnings.warn(f"{self.name}: {found.message}", stacklevel=2)
         return [found]
 
-    def _result(self, stream: Stream, run: RunContext, comparison: Any = None) -> AuditResult:
+    def _result(self, stream: StreamingCounts, run: RunContext, comparison: Any = None) -> AuditResult:
         epoch = run.trainer.current_epoch if str(run.trainer.state.fn.value) == "fit" else None
         meta = {"stage": run.stage, "epoch": epoch, "module": type(run.module).__qualname__}
-        return AuditResult(stream.evidence(), self.gate, comparison, meta=meta)
+        return AuditResult(stream.group_counts(), self.gate, comparison, meta=meta)
 
     def _offered(self, run: RunContext) -> list[Variant]:
         return run.variants() if self.variants is True else requested(run.module, self.variants or ())
@@ -286,15 +302,15 @@ class BiasAudit(Plugin):
     @hookimpl
     def gw_report(self, report: Any, run: RunContext) -> None:
         """The results as JSON and the lists as CSV, next to the page."""
-        self._report.write(self, report.path)
+        self._report.write(self.name, report.path)
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
-        """What the latest audit concluded."""
+        """Return what the latest audit concluded."""
         return {
             "verdicts": {
-                f"{stage}/{version}": str(result.verdict)
+                f"{stage}/{variant}": str(result.verdict)
                 for stage, results in self.results.items()
-                for version, result in results.items()
+                for variant, result in results.items()
             }
         }

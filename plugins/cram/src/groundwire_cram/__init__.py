@@ -7,7 +7,8 @@ from groundwire_cram.operators import NM, Chain, Magnitude, Operator, Quantize
 from groundwire_cram.optimizer import CrAMOptimizer
 from groundwire_cram.pruning import compress, prune, quantize
 from groundwire_cram.recalibration import recalibrate_batchnorm
-from groundwire_cram.sparse import SparsityReport, densify, sparsify, sparsity_report
+from groundwire_cram.sparse.report import SparsityReport
+from groundwire_cram.sparse.sparsify import densify, sparsify, sparsity_report
 
 __all__ = [
     "ACDC",

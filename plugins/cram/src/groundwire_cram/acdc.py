@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from groundwire import Finding, Plugin, Problem, RunContext, Section, hookimpl
-from groundwire_cram.functional import check_sparsity
 from groundwire_cram.masks import Frozen, pack, unpack
 from groundwire_cram.operators import operators_of
-from groundwire_cram.selection import Skip, check_selection, selected
+from groundwire_cram.prunable import Skip, check_selection, selected
+from groundwire_cram.threshold import check_sparsity
 
 
 def schedule(
@@ -22,7 +22,7 @@ def schedule(
     final_dense: int | None = None,
     final_sparse: int | None = None,
 ) -> list[bool]:
-    """Which epochs are compressed.
+    """Return which epochs are compressed.
 
     A dense warm-up; then compressed and dense phases in turn; a last dense and a last compressed phase. What is left
     out takes the share of the published 100-epoch schedule: 10, 5, 10 and 15 % of the epochs, at least one.
@@ -111,7 +111,7 @@ class ACDC(Plugin):
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """The schedule needs a number of epochs, and something must be prunable."""
+        """Return what is wrong: the schedule needs a number of epochs, and something must be prunable."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
         self._run = run
@@ -127,7 +127,7 @@ class ACDC(Plugin):
         return []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """A training that continues within a compressed phase has its masks from the first batch on."""
+        """Give a training that continues within a compressed phase its masks from the first batch on."""
         if self._packed:
             self._freeze(pl_module, {name: unpack(packed) for name, packed in self._packed.items()})
             self._packed = {}
@@ -166,7 +166,7 @@ class ACDC(Plugin):
             trainer.save_checkpoint(self.dense_checkpoint, weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks of a compressed phase, one bit a weight, as bytes; no tensor."""
+        """Return the masks of a compressed phase, one bit a weight, as bytes; no tensor."""
         return {} if self._frozen is None else {"masks": {name: pack(m) for name, m in self._frozen.masks.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -183,12 +183,12 @@ class ACDC(Plugin):
         self._release()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies do not hold the masks of the model that is trained."""
+        """Return the state of copies, which do not hold the masks of the model that is trained."""
         return {**vars(self), "_frozen": None, "_run": None}
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
-        """What the pair is and where."""
+        """Return what the pair is and where."""
         if run.stage != "train" or not self._phases:
             return []
         weights = dict(run.module.named_parameters())
@@ -203,7 +203,7 @@ class ACDC(Plugin):
 
     @hookimpl
     def gw_section(self) -> Section | None:
-        """The phases as a picture."""
+        """Return the phases as a picture."""
         if not self._phases:
             return None
         count = f"{sum(self._phases)} of {len(self._phases)} epochs compressed"
@@ -212,7 +212,7 @@ class ACDC(Plugin):
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
-        """What was pruned, and whether the weights are those of a compressed phase."""
+        """Return what was pruned, and whether the weights are those of a compressed phase."""
         return {"compress": str(self.operator), "compressed": self._frozen is not None}
 
 

@@ -1,4 +1,13 @@
-"""One step of CrAM: move the weights along their gradient, compress them there, take a second gradient, undo.
+r"""The update rule of CrAM: move the weights along their gradient, compress them there, take a second gradient, undo.
+
+CrAM minimises the loss of the compressed model, in a neighbourhood of radius rho:
+``min_w max_{|d| <= rho} L(C(w + d))``. One step of CrAM+ with learning rate eta is
+
+.. math:: w \leftarrow w - \eta\,[\nabla L(w) + \nabla L(C(w + \rho \nabla L(w)))]
+
+and CrAM is the same without the first gradient. ``C`` keeps the entries of largest magnitude; in the Multi variant its
+sparsity is drawn anew for every step. The sum in brackets is :func:`compression_aware_gradient`; the optimizer's step
+is the optimizer's.
 
 Everything happens in place and with one saved copy of the weights. Magnitude and N:M pruning run in a backend's fused
 kernels, which store no mask; any other operator compresses the moved weights itself.
@@ -6,25 +15,28 @@ kernels, which store no mask; any other operator compresses the moved weights it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from groundwire_cram.functional import combine, perturb, published_rank
-from groundwire_cram.interrupts import uninterrupted
-from groundwire_cram.kernels import Kernels, Pattern
-from groundwire_cram.memory import Copies
+from groundwire_cram.kernels.base import Kernels, Part, Pattern
+from groundwire_cram.kernels.buffers import Buffers
 from groundwire_cram.operators import NM, Magnitude, Operator, apply_operator
+from groundwire_cram.threshold import published_rank
 
 Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Move:
-    """How one step moves and compresses.
+    """Plan of one step: how it moves and compresses.
 
     Attributes:
         operator: What compresses.
@@ -43,7 +55,7 @@ class Move:
     grad_norm: bool = False
 
     def scale(self, grads: Mapping[str, Tensor]) -> float:
-        """What the gradient is multiplied with: rho, or rho / (its norm + 1e-12)."""
+        """Return what the gradient is multiplied with: rho, or rho / (its norm + 1e-12)."""
         if not self.grad_norm:
             return self.rho
         values = [g.coalesce().values() if g.is_sparse else g for g in grads.values()]
@@ -57,9 +69,9 @@ def compression_aware_gradient(
     move: Move,
     kernels: Kernels,
     saved: dict[str, Tensor],
-    buffers: Copies,
+    buffers: Buffers,
 ) -> Gradients | None:
-    """The gradient of CrAM for one step; ``weights`` are afterwards as before.
+    """Return the gradient of CrAM for one step; ``weights`` are afterwards as before.
 
     Args:
         weights: By name; changed in place while ``second_pass`` runs.
@@ -82,76 +94,63 @@ def compression_aware_gradient(
         return None
     spare = buffers.like({name: weights[name] for name in first})
     with uninterrupted():
-        for names, pattern in parts:
-            copies = _pick(spare, names)
-            _perturb(kernels, _pick(weights, names), _pick(first, names), scale, pattern, copies)
+        for names, part, pattern in parts:
+            copies = [spare[name] for name in names]
+            kernels.perturb(part, pattern, copies)
             saved.update(zip(names, copies, strict=True))
-    masks = {} if fused(move.operator) else _compress(weights, move)
+    masks = {} if isinstance(move.operator, Magnitude | NM) else _compress(weights, move)
     second = dict(second_pass())
     if move.sparse_grad:
-        _mask(second, masks)
+        for name in masks.keys() & second.keys():
+            second[name].masked_fill_(~masks[name], 0)
     with uninterrupted():
-        for names, pattern in parts:
-            moved, copies, ones = _pick(weights, names), _pick(saved, names), _pick(first, names)
-            masking = pattern if move.sparse_grad else None
-            kernels.combine(moved, copies, ones, [second.get(n) for n in names], scale, masking, plus=move.plus)
+        for names, part, pattern in parts:
+            copies, seconds = [saved[name] for name in names], [second.get(name) for name in names]
+            kernels.combine(part, pattern if move.sparse_grad else None, copies, seconds, plus=move.plus)
             for name in names:
                 del saved[name]
-    return {name: _where_unreached(second.get(name), one, move.plus) for name, one in first.items()}
-
-
-def fused(operator: Operator) -> bool:
-    """Whether the kernels can do what ``operator`` does."""
-    return isinstance(operator, Magnitude | NM)
+    # A weight that the second pass did not reach counts as having gradient zero there.
+    reached = {name: second.get(name) for name in first}
+    return {
+        name: two if two is not None else first[name] if move.plus else torch.zeros_like(first[name])
+        for name, two in reached.items()
+    }
 
 
 def _parts(
     weights: Mapping[str, Tensor], first: Mapping[str, Tensor], move: Move, scale: float, kernels: Kernels
-) -> list[tuple[list[str], Pattern]] | None:
-    """What each kernel call works on: names, and what it sets to zero. None if a moved weight is not finite."""
-    groups = [[name for name in group if name in first] for group in move.groups]
-    compressed = {name for group in groups for name in group}
-    rest = [name for name in first if name not in compressed]
-    parts: list[tuple[list[str], Pattern]] = []
+) -> list[tuple[list[str], Part, Pattern]] | None:
+    """Return what each kernel call works on and sets to zero; None if a moved weight is not finite."""
+
+    def part(names: Sequence[str]) -> Part:
+        return Part([weights[name] for name in names], [first[name] for name in names], scale)
+
     operator = move.operator
+    groups = [[name for name in group if name in first] for group in move.groups]
+    patterns: list[tuple[list[str], Pattern]] = []
     if isinstance(operator, NM):
-        undivided = operator.undivided(_of(weights, compressed))
-        parts.append(([name for name in first if name in compressed and name not in undivided], operator.sizes))
-        rest = [name for name in first if name in undivided or name not in compressed]
+        compressed = [name for group in groups for name in group]
+        undivided = operator.undivided({name: weights[name] for name in compressed})
+        patterns.append(([name for name in compressed if name not in undivided], operator.sizes))
     elif isinstance(operator, Magnitude):
         if operator.scope == "layerwise":
             groups = [[name] for group in groups for name in group]
         for group in groups:
             rank = published_rank(sum(weights[name].numel() for name in group), operator.sparsity)
-            ranks = [] if rank is None else [rank]
-            selection = kernels.thresholds(_pick(weights, group), _pick(first, group), scale, ranks)
-            if not selection.finite:
+            found = kernels.thresholds(part(group), [] if rank is None else [rank])
+            if not found.finite:
                 return None
-            parts.append((group, selection.values[0] if ranks else None))
-    else:
-        rest = list(first)
-    return [*parts, (rest, None)]
-
-
-def _perturb(
-    kernels: Kernels,
-    weights: list[Tensor],
-    grads: list[Tensor],
-    scale: float,
-    pattern: Pattern,
-    copies: list[Tensor],
-) -> None:
-    if isinstance(pattern, tuple):
-        kernels.perturb_nm(weights, grads, scale, *pattern, copies)
-    else:
-        kernels.perturb(weights, grads, scale, pattern, copies)
+            patterns.append((group, found.values[0] if found.values else None))
+    masked = {name for names, _ in patterns for name in names}
+    patterns.append(([name for name in first if name not in masked], None))
+    return [(names, part(names), pattern) for names, pattern in patterns]
 
 
 def _compress(weights: Mapping[str, Tensor], move: Move) -> dict[str, Tensor]:
-    """Masks of what an operator without a kernel left of the moved weights."""
+    """Compress moved weights by an operator without a kernel; return its masks."""
     masks: dict[str, Tensor] = {}
     for group in move.groups:
-        masks.update(apply_operator(_of(weights, group), move.operator))
+        masks.update(apply_operator({name: weights[name] for name in group if name in weights}, move.operator))
     return masks
 
 
@@ -163,30 +162,66 @@ def _unfused(
     scale: float,
     saved: dict[str, Tensor],
 ) -> Gradients:
-    """The same out of plain operations, for gradients that the kernels do not know: sparse or complex ones."""
-    saved.update({name: weights[name].detach().clone() for name in first})
-    perturb(_of(weights, first), first, scale)
-    masks = _compress(_of(weights, first), move)
-    second = second_pass()
-    return combine(first, second, masks, plus=move.plus, sparse_grad=move.sparse_grad)
+    """Do the same out of plain operations, for gradients that the kernels do not know: sparse or complex ones."""
+    reached = {name: weights[name] for name in first}
+    saved.update({name: weight.detach().clone() for name, weight in reached.items()})
+    perturb(reached, first, scale)
+    masks = _compress(reached, move)
+    return combine(first, second_pass(), masks, plus=move.plus, sparse_grad=move.sparse_grad)
 
 
-def _mask(grads: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        if name in grads:
-            grads[name].masked_fill_(~mask, 0)
+def perturb(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> None:
+    """Set ``w <- w + rho * g`` for every weight. The product is rounded before the sum, as in the published code."""
+    for name, weight in weights.items():
+        weight.add_(grads[name] * rho)
 
 
-def _where_unreached(second: Tensor | None, first: Tensor, plus: bool) -> Tensor:
-    """A weight that the second pass did not reach counts as having gradient zero there."""
-    if second is not None:
-        return second
-    return first if plus else torch.zeros_like(first)
+def combine(
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    plus: bool,
+    sparse_grad: bool,
+) -> dict[str, Tensor]:
+    """Return the step's gradient from that of the model and that of the compressed model.
+
+    ``sparse_grad`` keeps only the entries of the second gradient that the compressed model had; ``plus`` adds the
+    first gradient. A weight that the second pass did not reach counts as having gradient zero there.
+
+    Example:
+        >>> first, second = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, 2.0])}
+        >>> masks = {"w": torch.tensor([True, False])}
+        >>> combine(first, second, masks, plus=True, sparse_grad=True)["w"]
+        tensor([3., 1.])
+    """
+    result = {}
+    for name, one in first.items():
+        two = second.get(name)
+        if two is None:
+            two = torch.zeros_like(one)
+        elif sparse_grad and name in masks:
+            two = two * masks[name] if two.is_sparse else two.masked_fill(~masks[name], 0)
+        result[name] = two + one if plus else two
+    return result
 
 
-def _pick(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
-    return [tensors[name] for name in names]
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Context manager that delivers SIGINT (Ctrl-C) when it ends.
 
-
-def _of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: tensors[name] for name in names if name in tensors}
+    A kernel that stops half-way through the weights leaves some that could not be restored. Only the main thread gets
+    the signal, so in others there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        # None stands for a handler that was not set from Python, which cannot be put back through this module.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if waiting and callable(before):
+            before(*waiting[0])

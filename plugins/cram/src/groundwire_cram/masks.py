@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from groundwire_cram.operators import Operator
-from groundwire_cram.selection import Skip, check_selection
+from groundwire_cram.prunable import Skip, check_selection
 
 #: A mask in a checkpoint: its shape, and its bits as bytes.
 Packed = tuple[list[int], bytes]
 
 
 def pack(mask: Tensor) -> Packed:
-    r"""A bool mask in a form for checkpoints: one bit an entry, and no tensor.
+    r"""Return a bool mask in a form for checkpoints: one bit an entry, and no tensor.
 
     Example:
         >>> pack(torch.tensor([[True, False, True]]))
@@ -32,7 +33,7 @@ def pack(mask: Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    r"""The mask that :func:`pack` was given.
+    r"""Return the mask that :func:`pack` was given.
 
     Example:
         >>> unpack(([1, 3], b"\xa0"))
@@ -63,7 +64,7 @@ class Periodic:
         self._masks: dict[str, Tensor] = {}
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The masks of this use.
+        """Return the masks of this use.
 
         Raises:
             ValueError: The operator gives something other than masks, which cannot be kept for other weights.
@@ -80,7 +81,7 @@ class Periodic:
         return str(self.operator)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it was used, and the masks as bytes."""
+        """Return how often it was used, and the masks as bytes."""
         return {"uses": self._uses, "masks": {name: pack(mask) for name, mask in self._masks.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -91,10 +92,12 @@ class Periodic:
 
 #: Frozen parameters and their masks, by identity. An entry goes with its parameter, before its id can be used again.
 _frozen: dict[int, tuple[ref[nn.Parameter], Tensor]] = {}
+#: torch's handle of :func:`_zero_again`, which every optimizer's step calls while something is frozen.
+_step_hook: list[RemovableHandle] = []
 
 
 class Frozen:
-    """What :func:`freeze_masks` gives: ``remove()`` lets the zeros go, and so does leaving a ``with`` block.
+    """Handle of :func:`freeze_masks`: ``remove()`` lets the zeros go, and so does leaving a ``with`` block.
 
     Attributes:
         masks: By parameter name: True where a weight may change.
@@ -111,6 +114,8 @@ class Frozen:
         key = id(parameter)
         _frozen[key] = ref(parameter, lambda _: _frozen.pop(key, None)), mask
         self._undo.append(lambda: _frozen.pop(key, None))
+        if not _step_hook:
+            _step_hook.append(register_optimizer_step_post_hook(_zero_again))
         if parameter.requires_grad:
             # Gradients of zeros count neither in momentum nor in a clipped norm.
             self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)  # type: ignore[no-untyped-call]
@@ -119,6 +124,8 @@ class Frozen:
         """Let the zeros change again."""
         while self._undo:
             self._undo.pop()()
+        if not _frozen and _step_hook:
+            _step_hook.pop().remove()
 
     def __enter__(self) -> Frozen:
         return self
@@ -136,7 +143,7 @@ def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
     Args:
         module: The pruned module; tensors without a zero are left alone.
         skip: Layers whose zeros may change, such as a new classifier head
-            (see :func:`~groundwire_cram.selection.selected`).
+            (see :func:`~groundwire_cram.prunable.selected`).
 
     Returns:
         A handle with ``masks`` and ``remove()``.
@@ -170,14 +177,9 @@ def _masked(mask: Tensor, grad: Tensor) -> Tensor:
 
 
 def _zero_again(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """After any optimizer's step: the frozen zeros of its parameters."""
-    if not _frozen:
-        return
+    """Set the frozen zeros of an optimizer's parameters again, after its step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) in _frozen:
                 with torch.no_grad():
                     parameter.masked_fill_(~_frozen[id(parameter)][1].to(parameter.device), 0)
-
-
-register_optimizer_step_post_hook(_zero_again)

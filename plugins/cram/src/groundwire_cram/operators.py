@@ -6,6 +6,7 @@ changes it. So an operator never edits a tensor.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from groundwire_cram.functional import check_sparsity, published_masks
-from groundwire_cram.nm import nm_mask, parse_pattern
-from groundwire_cram.quantization import check_bits, residual
+from groundwire_cram.threshold import check_sparsity, published_masks
 
 
 @runtime_checkable
@@ -25,7 +24,7 @@ class Operator(Protocol):
     """Something that compresses weights: ``apply`` and a readable ``str()``, which names its variant of the model."""
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What to change in ``params``, by name; a tensor left out stays.
+        """Say what to change in ``params``, by name; a tensor left out stays.
 
         Returns:
             Tensors of the shapes of ``params``. One of dtype bool is a mask: entries that are False become zero, and
@@ -99,7 +98,7 @@ class Magnitude:
             raise ValueError(f'scope must be "global" or "layerwise", got {self.scope!r}')
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Masks of what stays."""
+        """Return masks of what stays."""
         if self.scope == "global":
             return published_masks(params, self.sparsity)
         return {name: published_masks({name: p}, self.sparsity)[name] for name, p in params.items()}
@@ -108,9 +107,70 @@ class Magnitude:
         return f"{self.sparsity:g}" + (" layerwise" if self.scope == "layerwise" else "")
 
 
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Return ``"2:4"`` as (2, 4).
+
+    Raises:
+        ValueError: Not of that form, or not 0 < N < M.
+
+    Example:
+        >>> parse_pattern("4:8")
+        (4, 8)
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < n < m:
+        raise ValueError(f'an N:M pattern is two numbers 0 < N < M, such as "2:4", got {pattern!r}')
+    return n, m
+
+
+def check_nm(tensor: Tensor, n: int, m: int) -> None:
+    """Raise if the pattern n:m does not apply to ``tensor``.
+
+    Example:
+        >>> check_nm(torch.ones(3, 8), 2, 4)
+    """
+    if not 0 < n < m:
+        raise ValueError(f"an N:M pattern needs 0 < N < M, got {n}:{m}")
+    size = tensor.numel()
+    reason = "fewer than two dimensions" if tensor.dim() < 2 else f"{size} weights are not divided by {m} into groups"
+    if tensor.dim() < 2 or size % m:
+        raise ValueError(f"{n}:{m} does not fit the shape {tuple(tensor.shape)}: {reason} -> leave this tensor out")
+
+
+def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Return what an N:M pattern keeps: in each group of ``m`` the ``n`` entries of largest magnitude.
+
+    Groups are consecutive entries of the weight with its input channels moved last, as the sparse tensor cores want
+    them and as the published rule counts them. Of equal magnitudes the first in its group go first.
+
+    Args:
+        weight: (O, I, ...), with a number of entries that ``m`` divides.
+        n: How many of a group stay, 0 < n < m.
+        m: Size of a group.
+
+    Returns:
+        bool, the shape of ``weight``.
+
+    Raises:
+        ValueError: ``m`` does not divide the number of entries, or there are no input channels.
+
+    Example:
+        >>> nm_mask(torch.tensor([[1.0, -4.0, 3.0, 2.0]]), 2, 4)
+        tensor([[False,  True,  True, False]])
+    """
+    check_nm(weight, n, m)
+    moved = weight.detach().movedim(1, -1).abs()
+    groups = moved.reshape(-1, m)
+    # A stable ascending sort puts the earlier of equals first, so they are among the m - n that go.
+    order = groups.sort(dim=1, stable=True).indices[:, m - n :]
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+    return keep.reshape(moved.shape).movedim(-1, 1)
+
+
 @dataclass(frozen=True)
 class NM:
-    """Keep the N largest magnitudes of every M consecutive input channels (:func:`~groundwire_cram.nm.nm_mask`).
+    """Keep the N largest magnitudes of every M consecutive input channels (:func:`~groundwire_cram.operators.nm_mask`).
 
     A tensor whose number of entries M does not divide stays dense.
 
@@ -136,7 +196,7 @@ class NM:
         return parse_pattern(self.pattern)
 
     def undivided(self, params: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors that M does not divide."""
+        """Return the names of the tensors that M does not divide."""
         return [name for name, p in params.items() if p.numel() % self.sizes[1]]
 
     def check(self, params: Mapping[str, Tensor], strict: bool, stacklevel: int = 2) -> None:
@@ -153,7 +213,7 @@ class NM:
             warnings.warn(f"{text}, so it is not pruned to {self}", stacklevel=stacklevel + 1)
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Masks of what stays."""
+        """Return masks of what stays."""
         undivided = self.undivided(params)
         return {name: nm_mask(p, *self.sizes) for name, p in params.items() if name not in undivided}
 
@@ -161,9 +221,61 @@ class NM:
         return self.pattern
 
 
+def check_bits(bits: int) -> int:
+    """Return ``bits`` if it is a whole number from 2 to 8.
+
+    Raises:
+        ValueError: It is not.
+
+    Example:
+        >>> check_bits(4)
+        4
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+    return bits
+
+
+def quantized(weight: Tensor, bits: int) -> Tensor:
+    r"""Return the nearest values that ``bits``-bit integers with one scale per output channel can express.
+
+    .. math:: q = s\,\mathrm{round}(w / s), \qquad s = \max|w| / (2^{bits-1} - 1)
+
+    Args:
+        weight: (O, ...); dimension 0 is that of the channels (embeddings: rows; transposed convolutions: inputs).
+        bits: 2 to 8. The integers are symmetric, from ``-(2**(bits-1) - 1)`` to ``2**(bits-1) - 1``; 0 stays 0.
+
+    Returns:
+        The shape and dtype of ``weight``; computed in float32 (float64 for float64).
+
+    Example:
+        >>> quantized(torch.tensor([[0.0, 0.4, -1.4, 7.0]]), 4)
+        tensor([[ 0.,  0., -1.,  7.]])
+    """
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    largest = 2 ** (check_bits(bits) - 1) - 1
+    scale = wide.abs().amax(dim=tuple(range(1, wide.dim())), keepdim=True) / largest
+    steps = torch.where(scale > 0, wide / scale, 0).round().clamp(-largest, largest)
+    nearest: Tensor = steps * scale
+    return nearest.to(weight.dtype)
+
+
+def residual(weight: Tensor, bits: int) -> Tensor:
+    """Return what has to be added to ``weight`` for :func:`quantized`.
+
+    The sum is exact: a value and the grid point nearest to it are within a factor of two of each other or the grid
+    point is 0, and then their difference is a floating-point number (Sterbenz' lemma).
+
+    Example:
+        >>> residual(torch.tensor([[0.5, -1.5, 7.0]]), 4)
+        tensor([[-0.5000, -0.5000,  0.0000]])
+    """
+    return quantized(weight, bits) - weight.detach()
+
+
 @dataclass(frozen=True)
 class Quantize:
-    """Round to ``bits``-bit integers, one scale per channel (:func:`~groundwire_cram.quantization.quantized`).
+    """Round to ``bits``-bit integers, one scale per channel (:func:`~groundwire_cram.operators.quantized`).
 
     Args:
         bits: 2 to 8.
@@ -182,7 +294,7 @@ class Quantize:
         check_bits(self.bits)
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Residuals to the nearest grid point."""
+        """Return residuals to the nearest grid point."""
         return {name: residual(p, self.bits) for name, p in params.items()}
 
     def __str__(self) -> str:
@@ -209,7 +321,7 @@ class Chain:
         object.__setattr__(self, "operators", tuple(_flat(self.operators)))
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The sum of all changes, as residuals (:func:`apply_operator` keeps the masks apart)."""
+        """Return the sum of all changes, as residuals (:func:`apply_operator` keeps the masks apart)."""
         copies = {name: p.detach().clone() for name, p in params.items()}
         apply_operator(copies, self)
         return {name: copy - params[name].detach() for name, copy in copies.items()}
@@ -224,7 +336,7 @@ def _flat(operators: Iterable[Operator]) -> list[Operator]:
 
 
 def operators_of(sparsities: Sequence[float], pattern: str) -> tuple[Operator, ...]:
-    """What ``CrAM(sparsities, pattern=...)`` draws from.
+    """Return what ``CrAM(sparsities, pattern=...)`` draws from.
 
     Raises:
         ValueError: The pattern is unknown, or a sparsity outside [0, 1).

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,33 +13,78 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire import Finding, GradientStep, RunContext, hookimpl
-from groundwire.guard import unseen
-from groundwire.optimizers import in_a_run
-from groundwire.replay import all_finite
-from groundwire_cram.method import Method
-from groundwire_cram.operators import Operator
-from groundwire_cram.selection import Skip
+from groundwire.finite import all_finite
+from groundwire.optimizers import in_a_run, require_run
+from groundwire.undo.without_trace import without_trace
+from groundwire_cram.minimizer import Minimizer
+from groundwire_cram.settings import Settings, with_settings
 
 Closure = Callable[[], Any]
 
 
-class _OfTheBase:
+class _OfBase:
     """An attribute that somebody sets on the optimizer for its step, and that has to reach the base optimizer."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: CrAMOptimizer, owner: type) -> Any:
+    def __get__(self, instance: Delegating, owner: type) -> Any:
         return getattr(instance.base_optimizer, self.name)
 
-    def __set__(self, instance: CrAMOptimizer, value: Any) -> None:
+    def __set__(self, instance: Delegating, value: Any) -> None:
         setattr(instance.base_optimizer, self.name, value)
 
-    def __delete__(self, instance: CrAMOptimizer) -> None:
+    def __delete__(self, instance: Delegating) -> None:
         delattr(instance.base_optimizer, self.name)
 
 
-class CrAMOptimizer(Optimizer):
+@dataclass(eq=False, repr=False)
+class Delegating(Optimizer):
+    """An optimizer whose state, groups and defaults are those of another one, live.
+
+    Args:
+        base_optimizer: The optimizer to step, an instance.
+    """
+
+    base_optimizer: Optimizer
+
+    #: Set by a gradient scaler on fused optimizers, which unscale inside their step.
+    grad_scale, found_inf = _OfBase(), _OfBase()
+
+    def __post_init__(self) -> None:
+        base = self.__dict__.pop("base_optimizer")
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"base_optimizer must be an optimizer, got {base!r} -> "
+                "CrAMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))"
+            )
+        # torch sets up what every optimizer has, then gives way to the base's groups, state and defaults.
+        super().__init__([torch.empty(0)], {})
+        for name in ("param_groups", "state", "defaults"):
+            del self.__dict__[name]
+        self.base_optimizer = base
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the base optimizer's attribute for what is not its own."""
+        if name.startswith("__") or "base_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all of it: torch's own keeps only groups, state and defaults."""
+        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's wrapper
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.add_param_group(param_group)
+        else:  # torch's __init__, before there is a base
+            super().add_param_group(param_group)
+
+
+@with_settings
+@dataclass(eq=False, repr=False)
+class CrAMOptimizer(Settings, Delegating):
     """CrAM for a plain PyTorch loop: gives ``base_optimizer`` the compression-aware gradient, and lets it step.
 
     It has no state and no parameter groups of its own: both are the base optimizer's, live, so schedulers, checkpoints
@@ -54,21 +100,8 @@ class CrAMOptimizer(Optimizer):
     the module's own step is then replayed, under accumulation, mixed precision and DDP, and no closure is needed.
 
     Args:
-        base_optimizer: The optimizer to step, an instance.
-        sparsities: As of :class:`~groundwire_cram.CrAM`, like all further ones of its name.
-        rho: Length of the move, in units of the gradient.
-        pattern: What is pruned: "global", "layerwise", an N:M such as "2:4", "n:m mix".
-        plus: Add the gradient of the model itself (CrAM+).
-        sparse_grad: Let pruned entries get no gradient from the compressed model.
-        interval: Uses for which the mask of a sparsity is kept.
-        skip: Layers to leave dense. Names are known if ``module`` is given or the optimizer was made from
-            ``named_parameters()``; otherwise they are "group.index".
-        grad_norm: Divide the move by the norm of the whole gradient.
-        compress: Operators to draw from, in place of ``sparsities`` and ``pattern``.
-        compat: "reference" for one threshold for each parameter group.
-        strict: Refuse an N:M pattern that does not divide a layer.
-        backend: Which kernels to use.
-        seed: Seed of the draws, which are a function of it and of the number of the step.
+        base_optimizer: The optimizer to step, an instance. Names for ``skip`` are known if ``module`` is given or it
+            was made from ``named_parameters()``; otherwise they are "group.index".
         first_pass: "present" expects the gradient at the weights to be there when ``step`` is called, as the
             published optimizer does; "closure" calls the closure once more to compute it.
         module: The model. Its buffers (BatchNorm statistics), metrics and random states are put back after the second
@@ -93,87 +126,28 @@ class CrAMOptimizer(Optimizer):
     #: A step whose gradient is not finite changes nothing.
     skips_nonfinite = True
     name = "cram"
-    #: Set by a gradient scaler on fused optimizers, which unscale inside their step.
-    grad_scale, found_inf = _OfTheBase(), _OfTheBase()
 
-    def __init__(
-        self,
-        base_optimizer: Optimizer,
-        sparsities: float | Sequence[float] | None = None,
-        rho: float = 0.05,
-        *,
-        pattern: str = "global",
-        plus: bool = True,
-        sparse_grad: bool = True,
-        interval: int = 1,
-        skip: Skip = (),
-        grad_norm: bool = False,
-        compress: Operator | Sequence[Operator] | None = None,
-        compat: Literal["reference"] | None = None,
-        strict: bool = False,
-        backend: str = "auto",
-        seed: int = 0,
-        first_pass: Literal["present", "closure"] = "present",
-        module: nn.Module | None = None,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    ) -> None:
-        if not isinstance(base_optimizer, Optimizer):
-            raise TypeError(
-                f"base_optimizer must be an optimizer, got {base_optimizer!r} -> "
-                "CrAMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))"
-            )
-        if first_pass not in ("present", "closure"):
-            raise ValueError(f'first_pass must be "present" or "closure", got {first_pass!r}')
-        self._become_a_face_of(base_optimizer)
-        self.method = Method(
-            sparsities,
-            rho,
-            pattern=pattern,
-            plus=plus,
-            sparse_grad=sparse_grad,
-            interval=interval,
-            skip=skip,
-            grad_norm=grad_norm,
-            compress=compress,
-            compat=compat,
-            strict=strict,
-            backend=backend,
-            seed=seed,
-        )
-        self.first_pass, self.module, self.loss_fn = first_pass, module, loss_fn
+    _: KW_ONLY
+    first_pass: Literal["present", "closure"] = "present"
+    module: nn.Module | None = None
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.first_pass not in ("present", "closure"):
+            raise ValueError(f'first_pass must be "present" or "closure", got {self.first_pass!r}')
+        Delegating.__post_init__(self)
+        Settings.__post_init__(self)
+        self.minimizer = Minimizer(self)
         self.steps = self.skipped_steps = 0
-        self.method.check(self._named())
-
-    def _become_a_face_of(self, base: Optimizer) -> None:
-        """Let torch set up what every optimizer has, then give way to the base's groups, state and defaults."""
-        super().__init__([torch.empty(0)], {})
-        for name in ("param_groups", "state", "defaults"):
-            del self.__dict__[name]
-        self.base_optimizer = base
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not its own is the base optimizer's."""
-        if name.startswith("__") or "base_optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All of it: torch's own keeps only groups, state and defaults."""
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's wrapper
+        self.minimizer.check(self._named())
+        require_run(self)
 
     def __repr__(self) -> str:
-        return f"CrAMOptimizer({', '.join(map(str, self.method.operators))}; {self.base_optimizer!r})"
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.add_param_group(param_group)
-        else:  # torch's __init__, before there is a base
-            super().add_param_group(param_group)
+        return f"CrAMOptimizer({', '.join(map(str, self.operators))}; {self.base_optimizer!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, with the number of steps and no tensor more under "cram"."""
-        mine = {"steps": self.steps, "skipped_steps": self.skipped_steps, **self.method.state_dict()}
+        """Return the base optimizer's, with the number of steps and no tensor more under "cram"."""
+        mine = {"steps": self.steps, "skipped_steps": self.skipped_steps, **self.minimizer.state_dict()}
         return {**self.base_optimizer.state_dict(), "cram": mine}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -181,10 +155,10 @@ class CrAMOptimizer(Optimizer):
         mine = state_dict.get("cram", {})
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "cram"})
         self.steps, self.skipped_steps = mine.get("steps", 0), mine.get("skipped_steps", 0)
-        self.method.load_state_dict(mine)
+        self.minimizer.load_state_dict(mine)
 
     def step(self, closure: Closure | None = None) -> Any:
-        """One step of CrAM.
+        """Make one step of CrAM.
 
         Args:
             closure: Computes the loss and its gradient (``backward``) at the weights as they are; called at the
@@ -210,7 +184,7 @@ class CrAMOptimizer(Optimizer):
             raise RuntimeError('no parameter has a gradient -> call backward() first, or use first_pass="closure"')
         if not all_finite(first.values()):
             return self._skip(loss)
-        if not self.method.neutral:
+        if not self.minimizer.neutral:
             second_loss = self._second_pass(first, closure)
             loss = second_loss if self.first_pass == "present" else loss
         self.steps += 1
@@ -239,17 +213,17 @@ class CrAMOptimizer(Optimizer):
         found: Mapping[str, Tensor] | None = None
         try:
             with self._restored(weights) as saved:
-                found = self.method.gradient(weights, first, gradient, self, self.steps, saved)
+                found = self.minimizer.gradient(weights, first, gradient, self, self.steps, saved)
         finally:
             good = found is not None and all_finite(found.values())
-            self.method.overflows += found is not None and not good
+            self.minimizer.overflows += found is not None and not good
             for name, p in weights.items():
                 p.grad = found[name] if found is not None and good and name in found else first.get(name)
         return losses[-1] if losses else None
 
     @contextmanager
     def _restored(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """A dict for copies of weights; what it still holds at the end is restored."""
+        """Yield a dict for copies of weights; what it still holds at the end is restored."""
         saved: dict[str, Tensor] = {}
         with torch.no_grad():
             try:
@@ -259,7 +233,7 @@ class CrAMOptimizer(Optimizer):
                     weights[name].copy_(copy)
 
     def _module_unseen(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.module is None else unseen(self.module)
+        return nullcontext() if self.module is None else without_trace(self.module)
 
     def _skip(self, loss: Any) -> Any:
         self.skipped_steps += 1
@@ -271,7 +245,7 @@ class CrAMOptimizer(Optimizer):
         return loss
 
     def _named(self) -> dict[str, Tensor]:
-        """The parameters by their name in the module or the optimizer, else by group and index."""
+        """Return the parameters by their name in the module or the optimizer, else by group and index."""
         known = {} if self.module is None else {id(p): name for name, p in self.module.named_parameters()}
         named = {}
         for number, group in enumerate(self.base_optimizer.param_groups):
@@ -281,21 +255,21 @@ class CrAMOptimizer(Optimizer):
 
     @hookimpl
     def gw_gradient(self, step: GradientStep, run: RunContext) -> Mapping[str, Tensor] | None:
-        """CrAM's gradient for a step of a Trainer; other optimizers of the module are left alone."""
-        if self.method.neutral or step.optimizer is not self:
+        """Return CrAM's gradient for a step of a Trainer; other optimizers of the module are left alone."""
+        if self.minimizer.neutral or step.optimizer is not self:
             return None
         saved: dict[str, Tensor] = {}
         with step.perturbed(saved=saved) as weights:
-            return self.method.gradient(
+            return self.minimizer.gradient(
                 weights, step.grads, lambda: step.replay(self.loss_fn), self, run.step_seed, saved
             )
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
-        """Which kernels were used, and steps in which a moved weight was not finite."""
-        return self.method.findings() if run.stage == "train" else []
+        """Return which kernels were used, and steps in which a moved weight was not finite."""
+        return self.minimizer.findings() if run.stage == "train" else []
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
-        """The settings that tell how compressible the weights are."""
-        return self.method.provenance()
+        """Return the settings that tell how compressible the weights are."""
+        return self.minimizer.provenance()

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from groundwire_cram.functional import check_sparsity, exact_masks
-from groundwire_cram.nm import parse_pattern
-from groundwire_cram.operators import NM, Magnitude, Operator, Quantize, apply_changes, apply_operator
-from groundwire_cram.selection import Skip, check_selection
+from groundwire_cram.operators import NM, Magnitude, Operator, Quantize, apply_changes, apply_operator, parse_pattern
+from groundwire_cram.prunable import Skip, check_selection
+from groundwire_cram.threshold import check_sparsity, exact_masks
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -64,7 +63,7 @@ def prune(
 def quantize(module: _Module, bits: int = 8, *, skip: Skip = (), inplace: bool = False) -> _Module:
     """Round weights to ``bits``-bit integers with one scale per output channel; they stay floating-point numbers.
 
-    Zeros stay zeros, so it goes after :func:`prune`. See :func:`~groundwire_cram.quantization.quantized` for the rule.
+    Zeros stay zeros, so it goes after :func:`prune`. See :func:`~groundwire_cram.operators.quantized` for the rule.
 
     Args:
         module: Any module.
@@ -127,7 +126,7 @@ def _edited(module: _Module, skip: Skip, inplace: bool, edit: Callable[[Mapping[
 def _masks(
     sparsity: float | None, pattern: str, compat: str | None, strict: bool
 ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    """The rule that ``prune`` applies."""
+    """Return the rule that ``prune`` applies."""
     if compat not in (None, "reference"):
         raise ValueError(f'compat must be None or "reference", got {compat!r}')
     if pattern not in ("global", "layerwise"):
@@ -150,7 +149,7 @@ def _divided(weights: Mapping[str, Tensor], operator: NM, strict: bool) -> Mappi
 
 @contextmanager
 def compressed(module: nn.Module, operator: Operator, skip: Skip = ()) -> Iterator[nn.Module]:
-    """``module`` compressed while open, and its own weights back afterwards, whatever happens.
+    """Context manager: ``module`` compressed while open, and its own weights back afterwards, whatever happens.
 
     Global and layerwise magnitudes are pruned to the exact count, as by :func:`prune`.
 

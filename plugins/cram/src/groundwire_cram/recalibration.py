@@ -18,15 +18,15 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from groundwire.batch import default_fields, unknown_batch
 from groundwire.errors import PluginError
-from groundwire.fields import default_fields, unknown_batch
-from groundwire.guard import unseen
+from groundwire.undo.without_trace import without_trace
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def batchnorms(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers of ``module`` (1d, 2d, 3d, Sync) that keep running statistics.
+    """Return the BatchNorm layers of ``module`` (1d, 2d, 3d, Sync) that keep running statistics.
 
     Example:
         >>> len(batchnorms(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))))
@@ -75,8 +75,8 @@ def recalibrate_batchnorm(module: _Module, loader: Iterable[Any], batches: int =
 
 
 def _collect(module: nn.Module, layers: list[_BatchNorm], loader: Iterable[Any], batches: int) -> list[dict[str, Any]]:
-    """The new statistics; the module itself is as before when this returns."""
-    with unseen(module), torch.no_grad():
+    """Return the new statistics; the module itself is as before when this returns."""
+    with without_trace(module), torch.no_grad():
         module.eval()
         for layer in layers:
             layer.reset_running_stats()
@@ -106,6 +106,6 @@ def _forward(module: nn.Module, batch: Any, batch_idx: int) -> None:
 
 
 def _defines_forward(module: nn.Module) -> bool:
-    """Whether ``forward`` is the user's: Lightning's own, in either package, only raises."""
+    """Return whether ``forward`` is the user's: Lightning's own, in either package, only raises."""
     home = type(module).forward.__module__ or ""
     return not (hasattr(module, "training_step") and home.split(".")[0] in ("lightning", "pytorch_lightning", "torch"))

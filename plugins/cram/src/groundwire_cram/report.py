@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groundwire import Finding, Section, Table
+from groundwire_cram.settings import Settings
 from groundwire_cram.variants import described
 
-if TYPE_CHECKING:
-    from groundwire_cram.callback import CrAM
 
-
-def section(cram: CrAM, findings: list[Finding]) -> Section:
-    """Settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
-    method, trained = cram.method, cram.method.operators
+def section(settings: Settings, findings: list[Finding], plugin: str = "cram") -> Section:
+    """Return the settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
+    trained_for = ", ".join(described(str(operator)) for operator in settings.operators)
     text = (
-        f"Trained with {'CrAM+' if method.plus else 'CrAM'} for: {', '.join(described(str(o)) for o in trained)}; "
-        f"rho {method.rho:g}{' times the normalised gradient' if method.grad_norm else ''}"
-        f"{', sparse gradients' if method.sparse_grad else ''}. A compressed version is the model with its weights "
+        f"Trained with {'CrAM+' if settings.plus else 'CrAM'} for: {trained_for}; "
+        f"rho {settings.rho:g}{' times the normalised gradient' if settings.grad_norm else ''}"
+        f"{', sparse gradients' if settings.sparse_grad else ''}. A compressed version is the model with its weights "
         "changed so in one shot, without any retraining."
     )
-    results = latest(findings, cram.name)
+    results = latest(findings, plugin)
     tables = [
         Table(f"{metric} after one-shot compression", ("version", metric), list(values.items()))
         for metric, values in results.items()
@@ -31,7 +29,7 @@ def section(cram: CrAM, findings: list[Finding]) -> Section:
 
 
 def latest(findings: list[Finding], name: str = "cram") -> dict[str, dict[str, float]]:
-    """Value by sparsity for each metric, of the last epoch in which it was measured.
+    """Return the value by sparsity for each metric, of the last epoch in which it was measured.
 
     Example:
         >>> latest([Finding("cram", "acc@0.9", "info", 0.8, ""), Finding("cram", "acc@0.9", "info", 0.9, "", epoch=1)])
@@ -46,7 +44,7 @@ def latest(findings: list[Finding], name: str = "cram") -> dict[str, dict[str, f
 
 
 def curve(metric: str, values: dict[str, float]) -> Any:
-    """A matplotlib figure of ``metric`` over sparsity, or by version."""
+    """Draw ``metric`` over sparsity, or by version."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")

@@ -12,12 +12,12 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from groundwire import Variant
-from groundwire.window import copy_containers
-from groundwire_cram.method import Method
+from groundwire.batch import copy_containers
+from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.operators import Magnitude, Operator
+from groundwire_cram.prunable import Skip
 from groundwire_cram.pruning import compressed
 from groundwire_cram.recalibration import batchnorms, recalibrate_batchnorm
-from groundwire_cram.selection import Skip
 
 Statistics = list[dict[str, Tensor]]
 
@@ -34,7 +34,7 @@ class Calibrated:
         self._known: dict[str, Statistics] = {}
 
     def of(self, module: nn.Module, name: str) -> Statistics | None:
-        """The statistics of the version ``name``, if they were collected for these weights."""
+        """Return the statistics of the version ``name``, if they were collected for these weights."""
         if self._counts != _counts(module):
             self._known.clear()
         return self._known.get(name)
@@ -44,7 +44,7 @@ class Calibrated:
         self._known[name] = statistics
 
     def unchanged(self, module: nn.Module) -> None:
-        """The weights are the same as when :meth:`of` was asked, whatever their counters say."""
+        """Note that the weights are the same as when :meth:`of` was asked, whatever their counters say."""
         self._counts = _counts(module)
 
 
@@ -53,25 +53,25 @@ def _counts(module: nn.Module) -> list[tuple[int, int]]:
 
 
 def host_copy(batch: Any) -> Any:
-    """``batch`` in host memory, in containers of its own."""
+    """Return ``batch`` in host memory, in containers of its own."""
     return move_data_to_device(copy_containers(batch), torch.device("cpu"))
 
 
 def variants(
-    module: nn.Module, method: Method, data: Iterable[Any], batches: int, calibrated: Calibrated
+    module: nn.Module, minimizer: Minimizer, data: Iterable[Any], batches: int, calibrated: Calibrated
 ) -> list[Variant]:
-    """What CrAM trained for, recalibrated where the module has BatchNorm and ``data`` is not empty."""
-    operators = [o for o in method.operators if not (isinstance(o, Magnitude) and o.sparsity == 0)]
+    """Return what CrAM trained for, recalibrated where the module has BatchNorm and ``data`` is not empty."""
+    operators = [o for o in minimizer.operators if not (isinstance(o, Magnitude) and o.sparsity == 0)]
     blind = bool(batchnorms(module)) and not data
     found = []
     for operator in operators:
-        apply = partial(_applied, module, operator, method.skip, [] if blind else data, batches, calibrated)
+        apply = partial(_applied, module, operator, minimizer.settings.skip, [] if blind else data, batches, calibrated)
         found.append(Variant(f"{operator} (not recalibrated)" if blind else str(operator), apply))
     return found
 
 
 def described(label: str) -> str:
-    """A variant's name, or "dense", in words.
+    """Return a variant's name, or "dense", in words.
 
     Example:
         >>> described("0.5 (not recalibrated)"), described("2:4")

@@ -2,12 +2,11 @@
 
 from groundwire_flea.callback import FLEA
 from groundwire_flea.datamodule import FLEADataModule
-from groundwire_flea.dataset_rows import SourceDatasets
 from groundwire_flea.fair_loss import DemographicParityLoss, demographic_parity_penalty
-from groundwire_flea.filtering import filter_sources
+from groundwire_flea.inputs.dataset import SourceDatasets
 from groundwire_flea.result import Caution, FLEAResult, FLEAWarning
 from groundwire_flea.reweighing import Reweighing, reweighing
-from groundwire_flea.selector import FLEASelector
+from groundwire_flea.selector import FLEASelector, filter_sources
 
 __all__ = [
     "FLEA",

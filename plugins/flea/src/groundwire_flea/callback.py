@@ -1,4 +1,4 @@
-"""FLEA inside Lightning: decide once which sources to train on, before the first batch."""
+"""FLEA inside Lightning: choose once the sources to train on, before the first batch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from groundwire import Finding, Plugin, Problem, RunContext, Section, TrainData, hookimpl
-from groundwire_flea.deciding import Deciding, apply
-from groundwire_flea.decision import Decision
-from groundwire_flea.embedding import resolve
-from groundwire_flea.functional import check_n_clean
+from groundwire_flea.distances.sources import FAIRNESS, Fairness
+from groundwire_flea.inputs.embedding import resolve_embed
+from groundwire_flea.loader_filter import LoaderFilter, apply_result
 from groundwire_flea.report import section
-from groundwire_flea.settings import FAIRNESS, MODES, Fairness, Mode
+from groundwire_flea.result import SavedResult
+from groundwire_flea.selection import MODES, Mode, check_n_clean
 
 
 class FLEA(Plugin):
@@ -33,6 +33,7 @@ class FLEA(Plugin):
             the LightningModule. Features are reduced to 30 principal components.
         seed: Of the permutations and of the choice of rows.
         always_keep: Sources that you vouch for.
+        count_copies_once: Count sources that are near copies of each other as one, and train on one of them.
         keep_unsuspicious: Keep more than ``n_clean`` sources where a permutation test finds nothing suspicious.
         permutations: For p-values in the report; 0 for none.
         max_rows_per_source: Compare at most so many rows of a source; None for all.
@@ -61,6 +62,7 @@ class FLEA(Plugin):
         seed: int = 0,
         *,
         always_keep: Sequence[int | str] = (),
+        count_copies_once: bool = False,
         keep_unsuspicious: bool = False,
         permutations: int = 20,
         max_rows_per_source: int | None = 2000,
@@ -73,10 +75,11 @@ class FLEA(Plugin):
         check_n_clean(n_clean)
         self.source, self.groups, self.n_clean, self.fairness = source, groups, n_clean, fairness
         self.mode, self.embed, self.seed, self.always_keep = mode, embed, seed, always_keep
+        self.count_copies_once = count_copies_once
         self.keep_unsuspicious, self.permutations = keep_unsuspicious, permutations
         self.max_rows_per_source, self.append_sensitive, self.n_jobs = max_rows_per_source, append_sensitive, n_jobs
         #: What was decided in the latest fit, or restored from a checkpoint.
-        self.decision: Decision | None = None
+        self.decision: SavedResult | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Another fit, another decision; that of a checkpoint is restored after this."""
@@ -88,7 +91,7 @@ class FLEA(Plugin):
         """A part of the module that does not exist yet is looked for again when it does."""
         if run.ready and isinstance(self.embed, str) and run.trainer.state.fn == "fit":
             try:
-                resolve(self.embed, run.module)
+                resolve_embed(self.embed, run.module)
             except ValueError as error:
                 return [Problem(self.name, *str(error).split(" -> "))]
         return []
@@ -96,24 +99,25 @@ class FLEA(Plugin):
     @hookimpl
     def gw_train_data(self, data: TrainData, run: RunContext) -> None:
         """Rank 0 reads and decides; all ranks train on the same rows."""
-        self.decision, rows = self.deciding.agree(run.trainer, data.loader, self.decision, run.fields, run.module)
-        apply(self.decision, rows, self.mode, data)
+        self.decision, rows = self.loader_filter.decide(run.trainer, data.loader, self.decision, run.fields, run.module)
+        apply_result(self.decision, rows, self.mode, data)
 
     @property
-    def deciding(self) -> Deciding:
-        """How these arguments decide."""
+    def loader_filter(self) -> LoaderFilter:
+        """The filter with these arguments."""
         options = {
             "n_clean": self.n_clean,
             "fairness": self.fairness,
             "mode": self.mode,
             "append_sensitive": self.append_sensitive,
             "always_keep": self.always_keep,
+            "count_copies_once": self.count_copies_once,
             "keep_unsuspicious": self.keep_unsuspicious,
             "permutations": self.permutations,
             "random_state": self.seed,
             "n_jobs": self.n_jobs,
         }
-        return Deciding(self.source, self.groups, self.embed, self.max_rows_per_source, options)
+        return LoaderFilter(self.source, self.groups, self.embed, self.max_rows_per_source, options)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Scores go to the Trainer's loggers at once, not only when training is over."""
@@ -130,11 +134,11 @@ class FLEA(Plugin):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The decision of the run that is resumed."""
         state = state_dict.get("decision")
-        self.decision = None if state is None else Decision.from_state(state)
+        self.decision = None if state is None else SavedResult.from_state(state)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
-        """What was decided, once, at the end of training."""
+        """Report the decision once, at the end of training."""
         if self.decision is None or run.stage != "train":
             return []
         d = self.decision
@@ -160,6 +164,6 @@ class FLEA(Plugin):
 
     @hookimpl
     def gw_provenance(self) -> Mapping[str, Any]:
-        """Which sources the weights come from."""
+        """Name the sources that the weights come from."""
         d = self.decision
         return {} if d is None else {"kept": d.named(True), "suppressed": d.named(False), "sources": d.hash}

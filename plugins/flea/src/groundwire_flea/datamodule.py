@@ -11,11 +11,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Fields, PluginError, TrainData
-from groundwire.fields import default_fields, unknown_batch
+from groundwire.batch import default_fields, unknown_batch
 from groundwire_flea.callback import FLEA
-from groundwire_flea.dataset_rows import SourceDatasets
-from groundwire_flea.deciding import apply
-from groundwire_flea.decision import Decision
+from groundwire_flea.inputs.dataset import SourceDatasets
+from groundwire_flea.loader_filter import LoaderFilter, apply_result
+from groundwire_flea.result import SavedResult
 
 
 class FLEADataModule(LightningDataModule):
@@ -61,8 +61,8 @@ class FLEADataModule(LightningDataModule):
         super().__init__()
         self.inner = data if isinstance(data, LightningDataModule) else None
         self.flea = flea or FLEA()
-        self.decision: Decision | None = None
-        self._dataset, self._deciding = _training_set(data, self.flea)
+        self.decision: SavedResult | None = None
+        self._dataset, self._loader_filter = _training_set(data, self.flea)
         self._val, self._test, self._given_fields = val, test, fields
         self._options = {"batch_size": 32, "shuffle": True, **(loader or {})}
         self._hide_missing_loaders()
@@ -76,9 +76,9 @@ class FLEADataModule(LightningDataModule):
         inner = self.inner.train_dataloader() if self.inner is not None else DataLoader(self._dataset, **self._options)
         trainer = self.trainer
         module = None if trainer is None else trainer.lightning_module
-        self.decision, rows = self._deciding.agree(trainer, inner, self.decision, self._fields, module)
+        self.decision, rows = self._loader_filter.decide(trainer, inner, self.decision, self._fields, module)
         data = TrainData(inner)
-        apply(self.decision, rows, self.flea.mode, data)
+        apply_result(self.decision, rows, self.flea.mode, data)
         return data.result()
 
     def _fields(self, batch: Any) -> Fields:
@@ -135,19 +135,19 @@ class FLEADataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The decision of the run that is resumed."""
         state = state_dict["decision"]
-        self.decision = None if state is None else Decision.from_state(state)
+        self.decision = None if state is None else SavedResult.from_state(state)
         if self.inner is not None:
             self.inner.load_state_dict(state_dict["inner"])
 
 
-def _training_set(data: Any, flea: FLEA) -> tuple[Any, Any]:
-    """The data set, and how to decide about it: where sources were given, they count."""
+def _training_set(data: Any, flea: FLEA) -> tuple[Any, LoaderFilter]:
+    """The data set and its filter: where sources were given, they count."""
     if isinstance(data, LightningDataModule):
-        return None, flea.deciding
+        return None, flea.loader_filter
     if isinstance(data, Mapping):
-        return SourceDatasets(data), replace(flea.deciding, source=None)
+        return SourceDatasets(data), replace(flea.loader_filter, source=None)
     if isinstance(data, tuple) and len(data) == 2:
-        return data[0], replace(flea.deciding, source=data[1])
+        return data[0], replace(flea.loader_filter, source=data[1])
     raise PluginError(
         f"FLEADataModule: data is a {type(data).__name__} -> give data sets by source, (data set, source of each row), "
         "or a LightningDataModule"

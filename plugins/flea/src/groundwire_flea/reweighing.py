@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from groundwire_flea.columns import codes_of, column_of, same_length, values_of
-from groundwire_flea.functional import Array
+from groundwire_flea.inputs.validation import codes_of, column_of, same_length, values_of
 
 
-def reweighing(y: Any, *, sensitive_features: Any, sample_weight: Any = None) -> Array:
+def reweighing(y: Any, *, sensitive_features: Any, sample_weight: Any = None) -> NDArray[Any]:
     r"""Weights after which labels do not depend on groups (Kamiran and Calders, 2012, section 5.2).
 
     .. math:: w(a, y) = \frac{P(a)\,P(y)}{P(a, y)}
@@ -44,7 +44,7 @@ def reweighing(y: Any, *, sensitive_features: Any, sample_weight: Any = None) ->
     np.add.at(joint, (group, label), weight)
     joint /= joint.sum()
     expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    result: Array = weight * np.divide(expected, joint, out=np.zeros_like(joint), where=joint > 0)[group, label]
+    result: NDArray[Any] = weight * np.divide(expected, joint, out=np.zeros_like(joint), where=joint > 0)[group, label]
     return result
 
 

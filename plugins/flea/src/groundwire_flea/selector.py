@@ -1,29 +1,31 @@
-"""The filter as a scikit-learn style selector of sources."""
+"""The filter as a scikit-learn style selector of sources, and as one function."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.random import RandomState
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from groundwire_flea.cautions import cautions
-from groundwire_flea.checks import check_arguments, check_compat, check_power, check_sources
-from groundwire_flea.columns import column_of, plain, same_length
-from groundwire_flea.distances import Distances, distances
-from groundwire_flea.encoding import Encoder
-from groundwire_flea.exposure import exposure
-from groundwire_flea.functional import COMPONENTS, Array, clean_count, q_scores, select
-from groundwire_flea.result import FLEAResult, FLEAWarning, SourceId
-from groundwire_flea.rows import Rows
-from groundwire_flea.settings import Fairness, Mode, Settings
-from groundwire_flea.significance import Significance, significance
-from groundwire_flea.summary import summarize
+from groundwire_flea.copies import first_copies, representatives
+from groundwire_flea.diagnostics import diagnostics
+from groundwire_flea.distances.pairwise import COMPONENTS, DistanceOptions, Distances, distances
+from groundwire_flea.distances.sources import FAIRNESS, Fairness, Sources, check_sources
+from groundwire_flea.inputs.encoding import Encoder
+from groundwire_flea.inputs.validation import column_of, plain, same_length
+from groundwire_flea.result import FLEAResult, FLEAWarning
+from groundwire_flea.selection import MODES, Mode, SourceId, check_n_clean, clean_count, select_sources
+from groundwire_flea.significance import check_power
 
 
 class FLEASelector(BaseEstimator):  # type: ignore[misc]
@@ -43,6 +45,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         compat: "reference" computes each pair as the published code does, slowly.
         append_sensitive: Append the encoded group to X, unless X has an identical column.
         always_keep: Sources that the user vouches for. They count among the K that are kept.
+        count_copies_once: Count near copies as one source, of which the first is kept or suppressed, and the others are
+            suppressed. By default they are named (W8), and each counts.
         keep_unsuspicious: Keep, beyond K, every source whose cross-fitted score is not suspicious at ``alpha``.
         alpha: Level of that permutation test.
         permutations: Number of permutations for p-values; 0 for none (20 if ``keep_unsuspicious``).
@@ -74,12 +78,12 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
     """
 
     n_clean_: int
-    D_: Array
-    disc_: Array
-    disp_: Array
-    disb_: Array
-    q_: Array
-    support_: Array
+    D_: NDArray[Any]
+    disc_: NDArray[Any]
+    disp_: NDArray[Any]
+    disb_: NDArray[Any]
+    q_: NDArray[Any]
+    support_: NDArray[Any]
     report_: pd.DataFrame
     result_: FLEAResult
 
@@ -94,6 +98,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         compat: str | None = None,
         append_sensitive: bool = False,
         always_keep: Sequence[SourceId] = (),
+        count_copies_once: bool = False,
         keep_unsuspicious: bool = False,
         alpha: float = 0.05,
         permutations: int = 0,
@@ -112,6 +117,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self.compat = compat
         self.append_sensitive = append_sensitive
         self.always_keep = always_keep
+        self.count_copies_once = count_copies_once
         self.keep_unsuspicious = keep_unsuspicious
         self.alpha = alpha
         self.permutations = permutations
@@ -136,16 +142,15 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             ValueError: An input or an argument cannot be used; see the text.
             TypeError: ``n_clean`` is a bool or no number.
         """
-        check_arguments(self)
-        self._encoder = Encoder(self.append_sensitive)
-        encoded = self._encoder.fit_encode(X, y, sensitive_features)
-        check_compat(self.compat, self._encoder)
-        self._rows: Rows | None = None
-        self._distances: Distances | None = None
-        self._source: Array = np.zeros(0, dtype=int)
-        self.source_ids_: tuple[SourceId, ...] = ()
-        self._random = check_random_state(self.random_state)
-        return self._add(*encoded, sources)
+        self._check_arguments()
+        encoder = Encoder(self.append_sensitive)
+        encoded = encoder.fit_encode(X, y, sensitive_features)
+        if self.compat == "reference" and max(len(encoder.labels), len(encoder.groups)) > 2:
+            raise ValueError(
+                f"compat='reference' knows two labels and two groups, the data have {len(encoder.labels)} and "
+                f"{len(encoder.groups)} -> leave compat out"
+            )
+        return self._add(_Compared(encoder, check_random_state(self.random_state)), *encoded, sources)
 
     def partial_fit(self, X: Any, y: Any, *, sensitive_features: Any, sources: Any) -> FLEASelector:  # noqa: N803
         """Add sources that came later; only pairs with a new source are compared. Scores of old ones may change.
@@ -156,10 +161,11 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         """
         if not hasattr(self, "result_"):
             return self.fit(X, y, sensitive_features=sensitive_features, sources=sources)
-        return self._add(*self._encoder.encode(X, y, sensitive_features), sources)
+        known = replace(self._compared, random=copy.deepcopy(self._compared.random))
+        return self._add(known, *known.encoder.encode(X, y, sensitive_features), sources)
 
-    def get_support(self, indices: bool = False) -> Array:
-        """Which sources are kept: bool (n,), or their places in ``source_ids_``.
+    def get_support(self, indices: bool = False) -> NDArray[Any]:
+        """Return the sources that are kept: bool (n,), or their places in ``source_ids_``.
 
         Raises:
             NotFittedError: Before ``fit``.
@@ -167,8 +173,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "support_")
         return np.flatnonzero(self.support_) if indices else self.support_
 
-    def select_rows(self, sources: Any) -> Array:
-        """Which rows are of kept sources: bool (R,).
+    def select_rows(self, sources: Any) -> NDArray[Any]:
+        """Return the rows that are of kept sources: bool (R,).
 
         Args:
             sources: (R,) the source of each row.
@@ -182,7 +188,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         unseen = sorted({repr(plain(s)) for s in series if plain(s) not in known})
         if unseen:
             raise ValueError(f"sources {', '.join(unseen[:5])} were never compared -> use partial_fit for new sources")
-        result: Array = self.support_[[known[plain(s)] for s in series]]
+        result: NDArray[Any] = self.support_[[known[plain(s)] for s in series]]
         return result
 
     def fit_resample(self, X: Any, y: Any, *, sensitive_features: Any, sources: Any) -> tuple[Any, Any]:  # noqa: N803
@@ -191,52 +197,29 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         mask = self.result_.mask
         return _rows_of(X, mask), _rows_of(y, mask)
 
-    def _add(self, numbers: Array, labels: Array, groups: Array, sources: Any) -> FLEASelector:
-        names = column_of(sources, "sources")
-        same_length(X=numbers, sources=names)
+    def _add(self, known: _Compared, x: NDArray[Any], y: NDArray[Any], a: NDArray[Any], sources: Any) -> FLEASelector:
+        """Compare new rows with the known ones, and select. Nothing of the selector changes unless all succeeds."""
+        encoder, names = known.encoder, column_of(sources, "sources")
+        same_length(X=x, sources=names)
         codes, found = pd.factorize(names)
-        ids = tuple(plain(v) for v in found)
-        known = [s for s in ids if s in self.source_ids_]
-        if known:
-            raise ValueError(f"source {known[0]!r} was compared already -> give only new sources, or fit again")
-        chosen = self._choose_rows(codes, labels, groups)
-        new = self._made_rows(numbers[chosen], labels[chosen], groups[chosen], np.bincount(codes[chosen]))
-        rows = new if self._rows is None else self._rows.followed_by(new)
-        check_sources(rows, (*self.source_ids_, *ids), self._encoder, self.fairness, self.always_keep)
-        k = clean_count(self.n_clean, rows.n)
+        new_ids = tuple(plain(v) for v in found)
+        twice = [s for s in new_ids if s in known.ids]
+        if twice:
+            raise ValueError(f"source {twice[0]!r} was compared already -> give only new sources, or fit again")
+        chosen = self._choose_rows(codes, y, a, known.random)
+        data = self._sources(encoder, x[chosen], y[chosen], a[chosen], np.bincount(codes[chosen]))
+        data = data if known.data is None else known.data.followed_by(data)
+        ids = (*known.ids, *new_ids)
+        check_sources(data, ids, encoder.labels, encoder.groups, self.fairness)
+        unknown = [source for source in self.always_keep if source not in ids]
+        if unknown:
+            raise ValueError(f"always_keep names {unknown[0]!r}, which is none of the sources {list(ids)}")
+        stands_for = representatives(first_copies(data), [ids.index(source) for source in self.always_keep])
+        k = clean_count(self.n_clean, len(set(stands_for.tolist())) if self.count_copies_once else data.n)
+        permutations = self.permutations or (20 if self.keep_unsuspicious else 0)
         if self.keep_unsuspicious:
-            check_power(self.alpha, self._permutations, k)
-        self._source = np.concatenate([self._source, codes + len(self.source_ids_)])
-        self._rows, self.source_ids_ = rows, (*self.source_ids_, *ids)
-        self._distances = distances(rows, self._settings(), self._distances)
-        self._decide(rows, self._distances)
-        return self
-
-    def _choose_rows(self, codes: Array, labels: Array, groups: Array) -> Array:
-        """Rows in order of their sources; of each source at most ``max_rows_per_source``, alike in all its cells."""
-        order = np.argsort(codes, kind="stable")
-        if self.max_rows_per_source is None:
-            return order
-        shuffled = pd.Series(self._random.permutation(len(codes)))
-        cell = [codes, labels, groups]
-        place = (shuffled.groupby(cell).rank() - 0.5) / shuffled.groupby(cell).transform("size")
-        wanted = place.groupby(codes).rank(method="first") <= self.max_rows_per_source
-        chosen: Array = order[wanted.to_numpy()[order]]
-        return chosen
-
-    def _made_rows(self, x: Array, y: Array, a: Array, sizes: Array) -> Rows:
-        encoder = self._encoder
-        if self.positive_label is not None and self.positive_label not in encoder.labels:
-            raise ValueError(f"positive_label={self.positive_label!r} is none of the labels {encoder.labels}")
-        positive = len(encoder.labels) - 1 if self.positive_label is None else encoder.labels.index(self.positive_label)
-        return Rows(x, y, a, sizes, len(encoder.labels), len(encoder.groups), positive)
-
-    @property
-    def _permutations(self) -> int:
-        return self.permutations or (20 if self.keep_unsuspicious else 0)
-
-    def _settings(self) -> Settings:
-        return Settings(
+            check_power(self.alpha, permutations, k)
+        options = DistanceOptions(
             fairness=self.fairness,
             components=tuple(self.components),
             aggregation=self.aggregation,
@@ -245,33 +228,152 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             n_jobs=self.n_jobs,
             progress=self.progress,
         )
-
-    def _decide(self, rows: Rows, found: Distances) -> None:
-        settings = self._settings()
-        self.n_clean_ = clean_count(self.n_clean, rows.n)
-        self.disc_, self.disp_, self.disb_ = found.disc, found.disp, found.disb
-        self.D_ = found.total(self.aggregation)
-        self.q_ = q_scores(self.D_, self.n_clean_)
-        always = [self.source_ids_.index(source) for source in self.always_keep]
-        self.support_ = select(self.q_, self.n_clean_, always)
-        trusted = select(self.q_, self.n_clean_)
-        tested = significance(rows, settings, trusted, self._permutations, self._random)
-        if self.keep_unsuspicious and tested is not None:
-            self.support_ = self.support_ | (tested.p > self.alpha)
-        self._finish(rows, found, tested, always)
-
-    def _finish(self, rows: Rows, found: Distances, tested: Significance | None, always: list[int]) -> None:
-        exposed = exposure(rows, self.n_clean_, self.fairness)
-        known = cautions(
-            rows, self.source_ids_, self.D_, self.q_, self.support_, self.n_clean_, tested, self.disb_, exposed, always
+        parts = distances(data, options, known.distances)
+        selection = select_sources(
+            data,
+            ids,
+            encoder.labels,
+            encoder.groups,
+            parts,
+            options,
+            k=k,
+            stands_for=stands_for,
+            count_copies_once=self.count_copies_once,
+            always_keep=self.always_keep,
+            keep_unsuspicious=self.keep_unsuspicious,
+            alpha=self.alpha,
+            permutations=permutations,
+            random=known.random,
         )
-        for caution in known:
-            warnings.warn(str(caution), FLEAWarning, stacklevel=5)
-        self.result_ = summarize(self, rows, found, tested, always, known, exposed)
-        self.report_ = self.result_.report
+        row_source = np.concatenate([known.row_source, codes + len(known.ids)])
+        cautions = diagnostics(selection)
+        result = FLEAResult.of(selection, cautions, row_source=row_source, mode=self.mode, alpha=self.alpha)
+        self._compared = _Compared(encoder, known.random, ids, data, parts, row_source)
+        self.source_ids_, self.n_clean_, self.q_, self.support_ = ids, selection.k, selection.q, selection.kept
+        self.D_, self.disc_, self.disp_, self.disb_ = selection.total, parts.disc, parts.disp, parts.disb
+        self.result_, self.report_ = result, result.report
+        for caution in result.warnings:
+            warnings.warn(str(caution), FLEAWarning, stacklevel=3)
+        return self
+
+    def _choose_rows(
+        self, codes: NDArray[Any], labels: NDArray[Any], groups: NDArray[Any], random: RandomState
+    ) -> NDArray[Any]:
+        """Rows in order of their sources; of each source at most ``max_rows_per_source``, alike in all its cells.
+
+        Of copies in the same order the same rows, so that they stay copies.
+        """
+        order = np.argsort(codes, kind="stable")
+        if self.max_rows_per_source is None:
+            return order
+        within = pd.Series(codes).groupby(codes).cumcount()
+        shuffled = pd.Series(random.permutation(within.max() + 1)[within])
+        cell = [codes, labels, groups]
+        place = (shuffled.groupby(cell).rank() - 0.5) / shuffled.groupby(cell).transform("size")
+        wanted = place.groupby(codes).rank(method="first") <= self.max_rows_per_source
+        chosen: NDArray[Any] = order[wanted.to_numpy()[order]]
+        return chosen
+
+    def _sources(
+        self, encoder: Encoder, x: NDArray[Any], y: NDArray[Any], a: NDArray[Any], sizes: NDArray[Any]
+    ) -> Sources:
+        if self.positive_label is not None and self.positive_label not in encoder.labels:
+            raise ValueError(f"positive_label={self.positive_label!r} is none of the labels {encoder.labels}")
+        positive = len(encoder.labels) - 1 if self.positive_label is None else encoder.labels.index(self.positive_label)
+        return Sources(x, y, a, sizes, len(encoder.labels), len(encoder.groups), positive)
+
+    def _check_arguments(self) -> None:
+        """Refuse arguments that no data could make right."""
+        given: dict[str, Any] = self.get_params()
+        choices = {
+            "fairness": FAIRNESS,
+            "mode": MODES,
+            "aggregation": ("sum", "max"),
+            "compat": (None, "reference"),
+        }
+        for name, allowed in choices.items():
+            if given[name] not in allowed:
+                raise ValueError(f"{name}={given[name]!r} -> choose one of {', '.join(map(repr, allowed))}")
+        components, vouched, alpha = given["components"], given["always_keep"], given["alpha"]
+        most, permutations = given["max_rows_per_source"], given["permutations"]
+        if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
+            raise ValueError(f"components={components!r} -> choose some of {COMPONENTS}")
+        if isinstance(vouched, str) or not isinstance(vouched, Collection):
+            raise ValueError(f"always_keep={vouched!r} -> give a list of sources")
+        if not isinstance(alpha, Real) or not 0 < float(alpha) < 1:
+            raise ValueError(f"alpha={alpha!r} -> use a number in (0, 1)")
+        if most is not None and (not isinstance(most, Integral) or most < 4):
+            raise ValueError(f"max_rows_per_source={most!r} -> use some hundreds")
+        if not isinstance(permutations, Integral) or permutations < 0:
+            raise ValueError(f"permutations={permutations!r} -> use an int, 0 for none")
+        if self.compat == "reference" and self.fairness != "demographic_parity":
+            raise ValueError("compat='reference' knows demographic parity only -> leave compat out")
+        check_n_clean(self.n_clean)
 
 
-def _rows_of(values: Any, mask: Array) -> Any:
+@dataclass(frozen=True)
+class _Compared:
+    """Rows that a selector compared so far, and what it needs to compare more of them alike."""
+
+    encoder: Encoder
+    random: RandomState
+    ids: tuple[SourceId, ...] = ()
+    data: Sources | None = None
+    distances: Distances | None = None
+    row_source: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=int))
+
+
+def _rows_of(values: Any, mask: NDArray[Any]) -> Any:
     if isinstance(values, pd.DataFrame | pd.Series):
         return values.loc[mask]
     return [v for v, kept in zip(values, mask, strict=True) if kept] if isinstance(values, list) else values[mask]
+
+
+def filter_sources(
+    X: Any,  # noqa: N803
+    y: Any,
+    *,
+    sensitive_features: Any,
+    sources: Any,
+    n_clean: int | float | None = None,
+    fairness: Fairness = "demographic_parity",
+    **options: Any,
+) -> FLEAResult:
+    """Find the data sources that would make a classifier unfair or wrong (FLEA).
+
+    Every two sources are compared by the largest difference in error that a linear classifier can have on them
+    (discrepancy), the largest difference in unfairness (disparity), and the difference of their group frequencies
+    (disbalance). A source is kept if it is close to K - 1 others, where K sources are assumed clean.
+
+    Args:
+        X: (R, d) array, data frame or tensor of features, used as given; text columns are one-hot encoded.
+        y: (R,) labels of two or more classes.
+        sensitive_features: (R,) groups, two or more.
+        sources: (R,) the source of each row; at least 3 different ones.
+        n_clean: K: an int in 1..n, or a float in (0, 1] meaning ``ceil(n_clean * n)``; ``n // 2 + 1`` when left out.
+        fairness: "demographic_parity", "equal_opportunity" or "equalized_odds".
+        options: Any other argument of :class:`FLEASelector`.
+
+    Returns:
+        What is kept, and everything behind the decision.
+
+    Raises:
+        ValueError: An input cannot be used: too few sources, a source without some label or group, missing or infinite
+            numbers, unequal lengths, an argument out of range.
+        TypeError: ``n_clean`` is a bool or no number.
+
+    Warns:
+        FLEAWarning: Once for each entry of ``FLEAResult.warnings``.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> a, source = rng.integers(2, size=1500), np.repeat(["A", "B", "C"], 500)
+        >>> X = np.column_stack([rng.normal(size=1500), a])
+        >>> y = (X[:, 0] + rng.normal(size=1500) > 0).astype(int)
+        >>> y[source == "B"] = 1 - y[source == "B"]
+        >>> filter_sources(X, y, sensitive_features=a, sources=source).kept
+        ('A', 'C')
+    """
+    selector = FLEASelector(n_clean, fairness=fairness, **options)
+    return selector.fit(X, y, sensitive_features=sensitive_features, sources=sources).result_

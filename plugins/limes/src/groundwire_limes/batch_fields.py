@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groundwire import Fields, PluginError
-from groundwire.window import tensors_in
+from groundwire.batch import tensors_in
 
 
 def find_in_batch(key: str | Callable[[Any], Any], batch: Any, fields: Fields) -> Any:

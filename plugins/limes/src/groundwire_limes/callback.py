@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
-from groundwire.checkpoint import read
 from groundwire.modules import outputs_of
+from groundwire.services.checkpoint.load import read
 from groundwire_limes.adaptation import adapted_offset, remember
 from groundwire_limes.batch_fields import row_weights
 from groundwire_limes.class_counts import accumulation_dtype

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from groundwire import PluginError, RunContext
+from groundwire.batch import tensors_in
 from groundwire.modules import is_compiled
-from groundwire.window import tensors_in
 
 
 def prior_changes(module: nn.Module, trainer: Any) -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from groundwire import PluginError, RunContext
+from groundwire.batch import tensors_in
 from groundwire.modules import is_compiled, outputs_of
-from groundwire.window import tensors_in
 from groundwire_limes.time_steps import BatchSteps
 
 

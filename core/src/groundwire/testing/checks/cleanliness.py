@@ -13,11 +13,13 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from groundwire._lightning import instance_attribute
+from groundwire.context import RunContext
 from groundwire.host import Host
-from groundwire.run import RunContext
+from groundwire.modules import overrides
+from groundwire.run import Run
 from groundwire.testing.fitting import Fit, differences, make_trainer, train
 from groundwire.testing.isolation import seeded
-from groundwire.testing.loaders import evaluation_loader, overrides
+from groundwire.testing.loaders import evaluation_loader
 from groundwire.testing.subject import Subject, ViolationError, refuse, transformed
 from groundwire.testing.traces import holds, left_behind, traces
 
@@ -33,7 +35,7 @@ def _traces(done: Fit) -> Counter[str]:
 
 
 class PlannedError(RuntimeError):
-    """What ``training_step`` raises here."""
+    """The error that ``training_step`` raises here."""
 
 
 def clean_after_exception(subject: Subject) -> None:
@@ -139,7 +141,7 @@ class _Copier(Callback):
 def copies_hold_nothing(subject: Subject) -> None:
     """A deep copy of the module, made during the run or after it, holds neither plugin nor run nor Trainer."""
     plugin = subject.factory()
-    copier = _Copier((type(plugin), Host, RunContext))
+    copier = _Copier((type(plugin), Host, Run, RunContext))
     done = subject.fit([plugin, copier])
     copier.look(done.module, "after the run")
     refuse(sorted(copier.found))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from groundwire.checkpoint import init_arguments, plugins_in
-from groundwire.hooks import implementations
-from groundwire.order import name_of
+from groundwire.discovery import init_arguments
+from groundwire.hooks.ordering import name_of
+from groundwire.hooks.registry import implementations
 from groundwire.testing.loaders import stateful, unshuffled
 from groundwire.testing.modules import without_dropout
 from groundwire.testing.resuming import resume
@@ -89,6 +89,9 @@ class _SaveOnce(Callback):
 
 def provenance_loads(subject: Subject) -> None:
     """Every checkpoint names the plugin and loads with ``torch.load(weights_only=True)``."""
+    # Only here, so that the other checks work where checkpoints are not installed.
+    from groundwire.services.checkpoint.provenance import plugins_in
+
     plugin, during = subject.factory(), subject.directory / "during.ckpt"
     done = subject.fit([plugin, _SaveOnce(during)])
     paths = {during: "during the run"}

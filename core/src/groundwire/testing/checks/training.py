@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch
 import torch
 
-from groundwire import Plugins
+from groundwire.plugin import Plugins
 from groundwire.testing.fitting import Fit, differences, make_trainer, train
 from groundwire.testing.modules import of_package
 from groundwire.testing.subject import NotApplicableError, Subject, refuse

@@ -17,95 +17,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire_cram.kernels import radix
-from groundwire_cram.kernels.interface import Pattern, Selection, check_nm, check_ranks, gradients
-from groundwire_cram.kernels.layout import channels_last, pieces
+from groundwire_cram.kernels.base import Part, Pattern
+from groundwire_cram.kernels.strides import channels_last, pieces
+from groundwire_cram.operators import check_nm
+from groundwire_cram.threshold import HIGH_BINS, LOW_BINS, Histogram, OrderStatistics, from_histograms
 
 #: Entries of one piece on a CPU: four of them in f32 fill 2 MB.
 PIECE = 1 << 17
 
-#: Weights, each with its gradient.
-Pairs = list[tuple[Tensor, Tensor | None]]
-
 
 class Aten:
-    """Stock ATen; see :class:`~groundwire_cram.kernels.interface.Kernels`.
+    """Stock ATen; see :class:`~groundwire_cram.kernels.base.Kernels`.
 
     Example:
-        >>> w, saved = [torch.tensor([[1.0, -2.0, 3.0]])], [torch.empty(1, 3)]
-        >>> Aten().perturb(w, None, 0.0, threshold=1.0, saved=saved)
-        >>> w, saved
+        >>> part, saved = Part([torch.tensor([[1.0, -2.0, 3.0]])], None, 0.0), [torch.empty(1, 3)]
+        >>> Aten().perturb(part, 1.0, saved)
+        >>> part.weights, saved
         ([tensor([[ 0., -2.,  3.]])], [tensor([[ 1., -2.,  3.]])])
     """
 
     name = "aten"
 
     @torch.no_grad()
-    def thresholds(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None] | None, scale: float, ranks: Sequence[int]
-    ) -> Selection:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.thresholds`. Off the CPU it stores all magnitudes."""
-        check_ranks(ranks, sum(w.numel() for w in weights))
-        pairs = list(zip(weights, gradients(weights, grads), strict=True))
-        if any(w.device.type != "cpu" or w.dtype == torch.float64 for w in weights):
-            return _by_kthvalue(pairs, scale, ranks)
-        return radix.select(ranks, high_counts(pairs, scale), partial(low_counts, pairs, scale))
+    def thresholds(self, part: Part, ranks: Sequence[int]) -> OrderStatistics:
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.thresholds`. Off the CPU it stores all magnitudes."""
+        part.check_ranks(ranks)
+        if any(w.device.type != "cpu" or w.dtype == torch.float64 for w in part.weights):
+            return _by_kthvalue(part, ranks)
+        return from_histograms(ranks, high_histogram(part), partial(low_histograms, part))
 
     @torch.no_grad()
-    def perturb(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor | None] | None,
-        scale: float,
-        threshold: float | None,
-        saved: Sequence[Tensor],
-    ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.perturb`."""
-        for tensors in zip(weights, gradients(weights, grads), saved, strict=True):
-            for w, g, save in _pieces(*tensors):
+    def perturb(self, part: Part, pattern: Pattern, saved: Sequence[Tensor]) -> None:
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.perturb`."""
+        part.check_pattern(pattern)
+        for (weight, grad), copy in zip(part.pairs, saved, strict=True):
+            for w, g, save in _pieces(weight, grad, copy):
                 save.copy_(w)
-                _move(save, g, scale, out=w)
-                if threshold is not None:
-                    torch.hardshrink(w, within(threshold, w.dtype), out=w)
-
-    @torch.no_grad()
-    def perturb_nm(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor | None] | None,
-        scale: float,
-        n: int,
-        m: int,
-        saved: Sequence[Tensor],
-    ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.perturb_nm`."""
-        for w in weights:
-            check_nm(w, n, m)
-        self.perturb(weights, grads, scale, None, saved)
-        for w in weights:
-            w.masked_fill_(smallest(w, n, m), 0)
+                _move(save, g, part.scale, out=w)
+                if isinstance(pattern, float | int):
+                    torch.hardshrink(w, within(pattern, w.dtype), out=w)
+            if isinstance(pattern, tuple):
+                weight.masked_fill_(smallest(weight, *pattern), 0)
 
     @torch.no_grad()
     def combine(
-        self,
-        weights: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        first: Sequence[Tensor | None] | None,
-        second: Sequence[Tensor | None],
-        scale: float,
-        pattern: Pattern,
-        *,
-        plus: bool,
+        self, part: Part, pattern: Pattern, saved: Sequence[Tensor], second: Sequence[Tensor | None], *, plus: bool
     ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.combine`."""
-        for tensors in zip(weights, saved, gradients(weights, first), second, strict=True):
-            if isinstance(pattern, tuple) and tensors[3] is not None:
-                save_moved(*tensors[:3], scale)
-                tensors[3].masked_fill_(smallest(tensors[0], *pattern), 0)
-            for w, save, one, two in _pieces(*tensors):
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.combine`."""
+        for (weight, first), copy, masked in zip(part.pairs, saved, second, strict=True):
+            if isinstance(pattern, tuple) and masked is not None:
+                save_moved(weight, copy, first, part.scale)
+                masked.masked_fill_(smallest(weight, *pattern), 0)
+            for w, save, one, two in _pieces(weight, copy, first, masked):
                 w.copy_(save)
                 if two is not None and isinstance(pattern, float | int):
-                    v = save if one is None else _move(save, one, scale, out=torch.empty_like(w))
+                    v = save if one is None else _move(save, one, part.scale, out=torch.empty_like(w))
                     limit = within(pattern, w.dtype)
                     torch.ops.aten.hardshrink_backward.grad_input(two, v, limit, grad_input=two)
                 if two is not None and one is not None and plus:
@@ -118,53 +84,53 @@ def _pieces(*tensors: Tensor | None) -> Any:
 
 
 def _move(weight: Tensor, grad: Tensor | None, scale: float, out: Tensor) -> Tensor:
-    """``weight + scale * grad`` into ``out``, which may be ``weight``."""
+    """Write ``weight + scale * grad`` into ``out``, which may be ``weight``."""
     if grad is None:
         return out.copy_(weight)
     return torch.add(weight, grad * scale, out=out)
 
 
 def save_moved(weight: Tensor, saved: Tensor, grad: Tensor | None, scale: float) -> None:
-    """``weight <- saved + scale * grad``, for a weight that is restored afterwards."""
+    """Set ``weight <- saved + scale * grad``, for a weight that is restored afterwards."""
     for w, save, g in _pieces(weight, saved, grad):
         _move(save, g, scale, out=w)
 
 
-def _by_kthvalue(pairs: Pairs, scale: float, ranks: Sequence[int]) -> Selection:
-    magnitudes = torch.cat([torch.abs(w if g is None else w + g * scale).flatten() for w, g in pairs])
+def _by_kthvalue(part: Part, ranks: Sequence[int]) -> OrderStatistics:
+    magnitudes = torch.cat([torch.abs(w if g is None else w + g * part.scale).flatten() for w, g in part.pairs])
     finite = bool(magnitudes.isfinite().all())
-    return Selection(tuple(magnitudes.kthvalue(m).values.item() if finite else math.nan for m in ranks), finite)
+    return OrderStatistics(tuple(magnitudes.kthvalue(m).values.item() if finite else math.nan for m in ranks), finite)
 
 
-def _magnitude_bits(pairs: Pairs, scale: float) -> Iterator[Any]:
-    """``|v|`` as f32 bits, piece by piece. NumPy's integer operations are several times faster than torch's."""
-    for w, g in pairs:
+def _magnitude_bits(part: Part) -> Iterator[Any]:
+    """Yield ``|v|`` as f32 bits, piece by piece. NumPy's integer operations are several times faster than torch's."""
+    for w, g in part.pairs:
         for w_piece, g_piece in _pieces(w.detach(), g):
-            v = w_piece if g_piece is None else _move(w_piece, g_piece, scale, out=torch.empty_like(w_piece))
+            v = w_piece if g_piece is None else _move(w_piece, g_piece, part.scale, out=torch.empty_like(w_piece))
             yield v.float().abs().numpy().reshape(-1).view(np.int32)
 
 
-def high_counts(pairs: Pairs, scale: float) -> radix.Counts:
-    """How many magnitudes of ``w + scale * g`` have each upper half, for weights and gradients on the CPU."""
-    counts = torch.zeros(radix.HIGH_BINS, dtype=torch.int64)
-    for bits in _magnitude_bits(pairs, scale):
-        counts += torch.bincount(torch.from_numpy(bits >> 16), minlength=radix.HIGH_BINS)
+def high_histogram(part: Part) -> Histogram:
+    """Count the upper halves of the magnitudes of a part on the CPU."""
+    counts = torch.zeros(HIGH_BINS, dtype=torch.int64)
+    for bits in _magnitude_bits(part):
+        counts += torch.bincount(torch.from_numpy(bits >> 16), minlength=HIGH_BINS)
     return counts.numpy()
 
 
-def low_counts(pairs: Pairs, scale: float, bins: list[int]) -> radix.Counts:
-    """How many of those with each of the upper halves ``bins`` have each lower half."""
+def low_histograms(part: Part, bins: list[int]) -> Histogram:
+    """Count the lower halves of those with each of the upper halves ``bins``."""
     found: dict[int, list[Any]] = {b: [np.empty(0, np.int32)] for b in bins}
-    for bits in _magnitude_bits(pairs, scale):
+    for bits in _magnitude_bits(part):
         upper = bits >> 16
         for b, parts in found.items():
             parts.append(bits[np.flatnonzero(upper == b)] & 0xFFFF)
-    counts = (np.bincount(np.concatenate(parts), minlength=radix.LOW_BINS) for parts in found.values())
+    counts = (np.bincount(np.concatenate(parts), minlength=LOW_BINS) for parts in found.values())
     return np.stack(list(counts))
 
 
 def within(threshold: float, dtype: torch.dtype) -> float:
-    """The largest number of ``dtype`` that is not above ``threshold``: hardshrink would round to the nearest."""
+    """Return the largest number of ``dtype`` that is not above ``threshold``: hardshrink would round to the nearest."""
     nearest = torch.tensor(threshold, dtype=dtype)
     if nearest.double() > threshold:
         nearest = torch.nextafter(nearest, torch.zeros_like(nearest))
@@ -172,7 +138,7 @@ def within(threshold: float, dtype: torch.dtype) -> float:
 
 
 def smallest(v: Tensor, n: int, m: int) -> Tensor:
-    """True for all but the n largest of each group, by counting for each entry how many of its group are smaller."""
+    """Return True for all but the n largest of each group: for each entry, count the smaller of its group."""
     check_nm(v, n, m)
     last = channels_last(v)
     # NaN compares as false with everything, so the bits are compared: for magnitudes they are in the same order.

@@ -1,4 +1,4 @@
-"""What backends with loops of their own have in common: which tensors the loops take, and what becomes of others.
+"""Base of the backends with compiled loops, Numba and Triton: which tensors the loops take, and the way of others.
 
 Tensors that they cannot take (another dtype or device, no gradient, a layout with gaps or one that differs between a
 weight and its gradient, a subclass) go through stock ATen, with the same result entry by entry.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from groundwire_cram.kernels import radix
 from groundwire_cram.kernels.aten import Aten, save_moved, smallest, within
-from groundwire_cram.kernels.interface import Pattern, Selection, check_nm, check_ranks, gradients
-from groundwire_cram.kernels.layout import flat, groups_in_memory
+from groundwire_cram.kernels.base import Part, Pattern
+from groundwire_cram.kernels.strides import flat, groups_in_memory
+from groundwire_cram.threshold import Histogram, OrderStatistics, from_histograms
 
 #: A threshold that masks nothing.
 _NONE = -1.0
@@ -44,79 +43,51 @@ class Compiled(ABC):
     def __init__(self) -> None:
         self._aten = Aten()
 
-    def thresholds(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None] | None, scale: float, ranks: Sequence[int]
-    ) -> Selection:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.thresholds`."""
-        if any(w.dtype == torch.float64 for w in weights):
-            return self._aten.thresholds(weights, grads, scale, ranks)
-        check_ranks(ranks, sum(w.numel() for w in weights))
-        ours, others = self._sorted_out(zip(weights, gradients(weights, grads), strict=True))
-        high = self._high(ours, scale)
-        if others:
-            high = high + self._other_high(others, scale)
-        return radix.select(ranks, high, partial(self._all_low, ours, others, scale))
+    def thresholds(self, part: Part, ranks: Sequence[int]) -> OrderStatistics:
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.thresholds`."""
+        if any(w.dtype == torch.float64 for w in part.weights):
+            return self._aten.thresholds(part, ranks)
+        part.check_ranks(ranks)
+        ours, rest = self._divided(part.pairs)
+        others = Part([w for w, _ in rest], [g for _, g in rest], part.scale)
 
-    def perturb(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor | None] | None,
-        scale: float,
-        threshold: float | None,
-        saved: Sequence[Tensor],
-    ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.perturb`."""
-        ours, others = self._sorted_out(zip(weights, gradients(weights, grads), saved, strict=True))
-        self._perturb(ours, scale, _limit(threshold))
+        def low(bins: list[int]) -> Histogram:
+            counts = self._low(ours, part.scale, bins)
+            return counts + self._other_low(others, bins) if rest else counts
+
+        high = self._high(ours, part.scale)
+        return from_histograms(ranks, high + self._other_high(others) if rest else high, low)
+
+    def perturb(self, part: Part, pattern: Pattern, saved: Sequence[Tensor]) -> None:
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.perturb`."""
+        part.check_pattern(pattern)
+        threshold = None if isinstance(pattern, tuple) else pattern
+        ours, others = self._divided((w, g, save) for (w, g), save in zip(part.pairs, saved, strict=True))
+        self._perturb(ours, part.scale, _limit(threshold))
         for w, g, save in others:
-            self._aten.perturb([w], [g], scale, threshold, [save])
-        increment_version(weights)
-
-    def perturb_nm(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor | None] | None,
-        scale: float,
-        n: int,
-        m: int,
-        saved: Sequence[Tensor],
-    ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.perturb_nm`."""
-        for w in weights:
-            check_nm(w, n, m)
-        self.perturb(weights, grads, scale, None, saved)
-        for w in weights:
-            self._mask(w, w, n, m)
+            self._aten.perturb(Part([w], [g], part.scale), threshold, [save])
+        if isinstance(pattern, tuple):
+            for w in part.weights:
+                self._mask(w, w, *pattern)
+        increment_version(part.weights)
 
     def combine(
-        self,
-        weights: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        first: Sequence[Tensor | None] | None,
-        second: Sequence[Tensor | None],
-        scale: float,
-        pattern: Pattern,
-        *,
-        plus: bool,
+        self, part: Part, pattern: Pattern, saved: Sequence[Tensor], second: Sequence[Tensor | None], *, plus: bool
     ) -> None:
-        """See :meth:`~groundwire_cram.kernels.interface.Kernels.combine`."""
-        first = gradients(weights, first)
+        """See :meth:`~groundwire_cram.kernels.base.Kernels.combine`."""
+        tensors = [(w, save, one, two) for (w, one), save, two in zip(part.pairs, saved, second, strict=True)]
         if isinstance(pattern, tuple):
-            self._mask_second(zip(weights, saved, first, second, strict=True), scale, *pattern)
-            pattern = None
-        ours, others = self._sorted_out(zip(weights, saved, first, second, strict=True))
-        self._combine(ours, scale, _limit(pattern), plus)
+            with torch.no_grad():
+                for w, save, one, two in tensors:
+                    if two is not None:  # Weights, restored below, serve as memory for the moved ones.
+                        save_moved(w, save, one, part.scale)
+                        self._mask(w, two, *pattern)
+        threshold = None if isinstance(pattern, tuple) else pattern
+        ours, others = self._divided(tensors)
+        self._combine(ours, part.scale, _limit(threshold), plus)
         for w, save, one, two in others:
-            self._aten.combine([w], [save], [one], [two], scale, pattern, plus=plus)
-        increment_version([*weights, *(two for two in second if two is not None)])
-
-    def _mask_second(self, tensors: Iterable[Any], scale: float, n: int, m: int) -> None:
-        """Zeros in second gradients; weights, restored afterwards, serve as memory for the moved ones."""
-        with torch.no_grad():
-            for w, save, one, two in tensors:
-                if two is not None:
-                    save_moved(w, save, one, scale)
-                    self._mask(w, two, n, m)
+            self._aten.combine(Part([w], [one], part.scale), threshold, [save], [two], plus=plus)
+        increment_version([*part.weights, *(two for two in second if two is not None)])
 
     def _mask(self, v: Tensor, target: Tensor, n: int, m: int) -> None:
         geometry = groups_in_memory(v)
@@ -125,12 +96,8 @@ class Compiled(ABC):
         elif v.numel():
             self._mask_groups(v, target, *geometry, n, m)
 
-    def _all_low(self, ours: list[Together], others: list[Any], scale: float, bins: list[int]) -> radix.Counts:
-        counts = self._low(ours, scale, bins)
-        return counts + self._other_low(others, scale, bins) if others else counts
-
-    def _sorted_out(self, tensors: Iterable[tuple[Tensor | None, ...]]) -> tuple[list[Any], list[Any]]:
-        """Those that the loops take, and the others."""
+    def _divided(self, tensors: Iterable[tuple[Tensor | None, ...]]) -> tuple[list[Any], list[Any]]:
+        """Divide into those that the loops take, and the others."""
         ours: list[Any] = []
         others: list[Any] = []
         for together in tensors:
@@ -151,36 +118,36 @@ class Compiled(ABC):
         return dtype in self.dtypes and weight.device.type in self.devices and (contiguous or flat(tensors) is not None)
 
     @abstractmethod
-    def _high(self, ours: list[Together], scale: float) -> radix.Counts:
-        """How many of the magnitudes of w, g have each upper half."""
+    def _high(self, ours: list[Together], scale: float) -> Histogram:
+        """Count the upper halves of the magnitudes of w, g."""
 
     @abstractmethod
-    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> radix.Counts:
-        """How many with each of these upper halves have each lower half."""
+    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> Histogram:
+        """Count the lower halves of those with each of these upper halves."""
 
     @abstractmethod
-    def _other_high(self, others: list[Any], scale: float) -> radix.Counts:
-        """As ``_high``, for what the loops do not take."""
+    def _other_high(self, others: Part) -> Histogram:
+        """Count as ``_high`` does, for what the loops do not take."""
 
     @abstractmethod
-    def _other_low(self, others: list[Any], scale: float, bins: list[int]) -> radix.Counts:
-        """As ``_low``, for what the loops do not take."""
+    def _other_low(self, others: Part, bins: list[int]) -> Histogram:
+        """Count as ``_low`` does, for what the loops do not take."""
 
     @abstractmethod
     def _perturb(self, ours: list[Together], scale: float, threshold: float) -> None:
-        """For w, g, saved."""
+        """Move and mask: w, g, saved."""
 
     @abstractmethod
     def _combine(self, ours: list[Together], scale: float, threshold: float, plus: bool) -> None:
-        """For w, saved, first, second."""
+        """Restore, mask and add: w, saved, first, second."""
 
     @abstractmethod
     def _mask_groups(self, v: Tensor, target: Tensor, channels: int, positions: int, n: int, m: int) -> None:
-        """Zeros in ``target`` at all but the n largest of each group of m in ``v``."""
+        """Set zeros in ``target`` at all but the n largest of each group of m in ``v``."""
 
 
 def _unwritten(t: Tensor) -> bool:
-    """Whether memory does not hold the entries: sparse, lazily negated, or zeros that autograd never wrote down."""
+    """Return whether memory lacks the entries: sparse, lazily negated, or zeros that autograd never wrote down."""
     return t.layout is not torch.strided or t.is_neg() or t._is_zerotensor()
 
 

@@ -10,46 +10,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire_cram.kernels import loops, radix
-from groundwire_cram.kernels.aten import high_counts, low_counts
+from groundwire_cram.kernels import numba_kernels
+from groundwire_cram.kernels.aten import high_histogram, low_histograms
+from groundwire_cram.kernels.base import Part
 from groundwire_cram.kernels.compiled import Compiled, Together
 from groundwire_cram.kernels.threads import cut, in_parallel
+from groundwire_cram.threshold import HIGH_BINS, LOW_BINS, Histogram
 
 #: For each dtype an entry as the loops see it.
 _LIKE: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 
 
 class Numba(Compiled):
-    """Compiled loops; see :class:`~groundwire_cram.kernels.interface.Kernels`.
+    """Compiled loops; see :class:`~groundwire_cram.kernels.base.Kernels`.
 
     Example:
-        >>> w, g = [torch.tensor([[1.0, -2.0, 3.0]])], [torch.tensor([[1.0, 1.0, 1.0]])]
-        >>> Numba().thresholds(w, g, 2.0, ranks=[1, 2])
-        Selection(values=(0.0, 3.0), finite=True)
+        >>> part = Part([torch.tensor([[1.0, -2.0, 3.0]])], [torch.tensor([[1.0, 1.0, 1.0]])], 2.0)
+        >>> Numba().thresholds(part, ranks=[1, 2])
+        OrderStatistics(values=(0.0, 3.0), finite=True)
     """
 
     name = "numba"
     dtypes = frozenset(_LIKE)
     devices = frozenset({"cpu"})
 
-    def _high(self, ours: list[Together], scale: float) -> radix.Counts:
-        return _counted(partial(loops.count_high, scale=np.float32(scale)), ours, radix.HIGH_BINS)
+    def _high(self, ours: list[Together], scale: float) -> Histogram:
+        return _counted(partial(numba_kernels.count_high, scale=np.float32(scale)), ours, HIGH_BINS)
 
-    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> radix.Counts:
-        loop = partial(loops.count_low, scale=np.float32(scale), uppers=np.array(bins, np.uint32))
-        return _counted(loop, ours, (len(bins), radix.LOW_BINS))
+    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> Histogram:
+        loop = partial(numba_kernels.count_low, scale=np.float32(scale), uppers=np.array(bins, np.uint32))
+        return _counted(loop, ours, (len(bins), LOW_BINS))
 
-    def _other_high(self, others: list[Any], scale: float) -> radix.Counts:
-        return high_counts(others, scale)
+    def _other_high(self, others: Part) -> Histogram:
+        return high_histogram(others)
 
-    def _other_low(self, others: list[Any], scale: float, bins: list[int]) -> radix.Counts:
-        return low_counts(others, scale, bins)
+    def _other_low(self, others: Part, bins: list[int]) -> Histogram:
+        return low_histograms(others, bins)
 
     def _perturb(self, ours: list[Together], scale: float, threshold: float) -> None:
-        _run(partial(loops.perturb, scale=np.float32(scale), threshold=np.float32(threshold)), ours)
+        _run(partial(numba_kernels.perturb, scale=np.float32(scale), threshold=np.float32(threshold)), ours)
 
     def _combine(self, ours: list[Together], scale: float, threshold: float, plus: bool) -> None:
-        _run(partial(loops.combine, scale=np.float32(scale), threshold=np.float32(threshold), plus=plus), ours)
+        _run(partial(numba_kernels.combine, scale=np.float32(scale), threshold=np.float32(threshold), plus=plus), ours)
 
     def _mask_groups(self, v: Tensor, target: Tensor, channels: int, positions: int, n: int, m: int) -> None:
         fixed = (v.data_ptr(), target.data_ptr(), channels, positions)
@@ -57,11 +59,11 @@ class Numba(Compiled):
             np.array([(*fixed, start, stop - start) for _, start, stop in part], np.int64)
             for part in cut([v.numel() // m], m)
         ]
-        in_parallel(partial(loops.mask_groups, like=_LIKE[v.dtype], n=n, m=m), tables)
+        in_parallel(partial(numba_kernels.mask_groups, like=_LIKE[v.dtype], n=n, m=m), tables)
 
 
 def _tables(tensors: Sequence[Together]) -> list[tuple[Any, Any]]:
-    """For each thread a table, and the type of its entries; tensors are cut where one is too large for a thread."""
+    """Return for each thread a table, and the type of its entries; a tensor too large for a thread is cut."""
     of_dtype: dict[torch.dtype, list[tuple[int, ...]]] = {}
     for together in tensors:
         row = (*[t.data_ptr() for t in together], together[0].numel())
@@ -83,8 +85,8 @@ def _run(loop: Callable[..., None], tensors: Sequence[Together]) -> None:
     in_parallel(lambda table: loop(*table), _tables(tensors))
 
 
-def _counted(loop: Callable[..., None], tensors: Sequence[Together], shape: Any) -> radix.Counts:
-    """The sum of what ``loop`` adds to counts of that shape."""
+def _counted(loop: Callable[..., None], tensors: Sequence[Together], shape: Any) -> Histogram:
+    """Sum what ``loop`` adds to counts of that shape."""
 
     def work(table: tuple[Any, Any]) -> Any:
         counts = np.zeros(shape, np.uint32)

@@ -29,7 +29,7 @@ Slice = tuple[int, int, int]
 
 
 def cut(sizes: Sequence[int], entries_each: int = 1) -> list[list[Slice]]:
-    """Tensors of these sizes, shared out evenly to as many threads as torch uses and are worthwhile.
+    """Return slices of tensors of these sizes, shared out evenly to as many threads as torch uses and are worthwhile.
 
     Args:
         sizes: How many items each tensor has.
@@ -63,7 +63,7 @@ def cut(sizes: Sequence[int], entries_each: int = 1) -> list[list[Slice]]:
 
 
 def in_parallel(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
-    """What ``work`` returns for each part; the calling thread does the first.
+    """Return what ``work`` returns for each part; the calling thread does the first.
 
     Example:
         >>> in_parallel(len, [[(0, 0, 3)], [(0, 3, 5), (1, 0, 2)]])

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire_cram.kernels import programs, radix
+from groundwire_cram.kernels import triton_kernels
+from groundwire_cram.kernels.base import Part
 from groundwire_cram.kernels.compiled import Compiled, Together
 from groundwire_cram.kernels.reference import moved
+from groundwire_cram.threshold import HIGH_BINS, LOW_BINS, Histogram
 
 #: Entries of one program.
 BLOCK = 1024
@@ -23,7 +25,7 @@ COPIES = 8
 
 
 class Triton(Compiled):
-    """Triton programs; see :class:`~groundwire_cram.kernels.interface.Kernels`."""
+    """Triton programs; see :class:`~groundwire_cram.kernels.base.Kernels`."""
 
     name = "triton"
     dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -32,49 +34,46 @@ class Triton(Compiled):
         super().__init__()
         self.devices = frozenset({"cpu" if interpreted() else "cuda"})
 
-    def _high(self, ours: list[Together], scale: float) -> radix.Counts:
-        counts = {
-            device: torch.zeros(COPIES, radix.HIGH_BINS, dtype=torch.int32, device=device) for device in _devices(ours)
-        }
+    def _high(self, ours: list[Together], scale: float) -> Histogram:
+        counts = {device: torch.zeros(COPIES, HIGH_BINS, dtype=torch.int32, device=device) for device in _devices(ours)}
         for w, g in ours:
-            _launch(programs.count_high, w, g, w.numel(), scale, counts[w.device], COPIES=COPIES, BINS=radix.HIGH_BINS)
-        return sum((c.sum(0).cpu().numpy() for c in counts.values()), np.zeros(radix.HIGH_BINS, np.int64))
+            _launch(triton_kernels.count_high, w, g, w.numel(), scale, counts[w.device], COPIES=COPIES, BINS=HIGH_BINS)
+        return sum((c.sum(0).cpu().numpy() for c in counts.values()), np.zeros(HIGH_BINS, np.int64))
 
-    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> radix.Counts:
+    def _low(self, ours: list[Together], scale: float, bins: list[int]) -> Histogram:
         counts = {
-            device: torch.zeros(len(bins), radix.LOW_BINS, dtype=torch.int32, device=device)
-            for device in _devices(ours)
+            device: torch.zeros(len(bins), LOW_BINS, dtype=torch.int32, device=device) for device in _devices(ours)
         }
         for w, g in ours:
             for upper, row in zip(bins, counts[w.device], strict=True):
-                _launch(programs.count_low, w, g, w.numel(), scale, upper, row)
-        return sum((c.cpu().numpy() for c in counts.values()), np.zeros((len(bins), radix.LOW_BINS), np.int64))
+                _launch(triton_kernels.count_low, w, g, w.numel(), scale, upper, row)
+        return sum((c.cpu().numpy() for c in counts.values()), np.zeros((len(bins), LOW_BINS), np.int64))
 
-    def _other_high(self, others: list[Any], scale: float) -> radix.Counts:
-        return self._high(_as_ours(others, scale), 0.0)
+    def _other_high(self, others: Part) -> Histogram:
+        return self._high(_moved_densely(others), 0.0)
 
-    def _other_low(self, others: list[Any], scale: float, bins: list[int]) -> radix.Counts:
-        return self._low(_as_ours(others, scale), 0.0, bins)
+    def _other_low(self, others: Part, bins: list[int]) -> Histogram:
+        return self._low(_moved_densely(others), 0.0, bins)
 
     def _perturb(self, ours: list[Together], scale: float, threshold: float) -> None:
         for w, g, saved in ours:
-            _launch(programs.perturb, w, g, saved, w.numel(), scale, threshold)
+            _launch(triton_kernels.perturb, w, g, saved, w.numel(), scale, threshold)
 
     def _combine(self, ours: list[Together], scale: float, threshold: float, plus: bool) -> None:
         for w, saved, first, second in ours:
-            _launch(programs.combine, w, saved, first, second, w.numel(), scale, threshold, PLUS=plus)
+            _launch(triton_kernels.combine, w, saved, first, second, w.numel(), scale, threshold, PLUS=plus)
 
     def _mask_groups(self, v: Tensor, target: Tensor, channels: int, positions: int, n: int, m: int) -> None:
         padded = 1 << (m - 1).bit_length()
         fixed = {"N": n, "M": m, "PADDED": padded}
         groups = v.numel() // m
         block = max(1, BLOCK // padded**2)
-        _launch(programs.mask_groups, v, target, groups, channels, positions, items=groups, block=block, **fixed)
+        _launch(triton_kernels.mask_groups, v, target, groups, channels, positions, items=groups, block=block, **fixed)
 
 
 def interpreted() -> bool:
-    """Whether programs run in Triton's interpreter."""
-    return "Interpreted" in type(programs.perturb).__name__
+    """Return whether programs run in Triton's interpreter."""
+    return "Interpreted" in type(triton_kernels.perturb).__name__
 
 
 def _launch(
@@ -87,7 +86,7 @@ def _launch(
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, not on that of the tensors."""
+    """Make a device current: Triton launches on the current device, not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -95,7 +94,7 @@ def _devices(ours: list[Together]) -> set[torch.device]:
     return {together[0].device for together in ours}
 
 
-def _as_ours(others: list[Any], scale: float) -> list[Together]:
-    """Moved weights where memory has no gaps, each with itself as gradient, to be counted at scale 0."""
-    dense = (moved(w.detach(), g, scale).contiguous() for w, g in others)
+def _moved_densely(others: Part) -> list[Together]:
+    """Return moved weights where memory has no gaps, each with itself as gradient, to be counted at scale 0."""
+    dense = (moved(w.detach(), g, others.scale).contiguous() for w, g in others.pairs)
     return [(v, v) for v in dense]

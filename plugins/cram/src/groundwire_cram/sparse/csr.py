@@ -1,9 +1,4 @@
-"""Compressed sparse rows: the format, and the product that beats the dense one.
-
-The product of a layer's weight W (out, in) with a batch x (B, in) is taken as ``W @ x.T``, W in CSR with int32 indices
-and ``x.T`` made contiguous: then MKL streams over columns of the batch. ``F.linear(x, W)`` on the same W leaves x as it
-is, and loses to dense. A batch larger than the tile goes in parts, because ``x.T`` of a part stays in the cache.
-"""
+"""Compressed sparse rows: the format of a pruned weight."""
 
 from __future__ import annotations
 
@@ -13,14 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Columns of ``x.T`` per product. Of 8 to 128, 32 was best or within 5 % of it for n = 1024 to 4096 at batch 128.
-TILE = 32
-
 
 class CSR(NamedTuple):
-    """A matrix as its nonzero ``values`` row by row, their ``columns``, and where each row starts (int32).
+    """Matrix as its nonzero ``values`` row by row, their ``columns``, and where each row starts (int32).
 
-    The columns are int32, or uint16 for the compiled products (:func:`narrowed`).
+    The columns are int32, or uint16 for the Numba products (:func:`narrowed`).
     """
 
     values: Tensor
@@ -29,7 +21,7 @@ class CSR(NamedTuple):
 
 
 def encode(weight: Tensor) -> CSR:
-    """The nonzero entries of ``weight`` (out, in); NaN counts as nonzero.
+    """Return the nonzero entries of ``weight`` (out, in); NaN counts as nonzero.
 
     Example:
         >>> encode(torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 4.0]]))
@@ -44,7 +36,7 @@ def encode(weight: Tensor) -> CSR:
 
 
 def narrowed(columns: Tensor) -> Tensor:
-    """Int32 columns below 65536 as uint16, seen as int16 because torch cannot pickle the former.
+    """Return int32 columns below 65536 as uint16, seen as int16 because torch cannot pickle the former.
 
     Example:
         >>> narrowed(torch.tensor([1, 40000], dtype=torch.int32))
@@ -54,7 +46,7 @@ def narrowed(columns: Tensor) -> Tensor:
 
 
 def widened(columns: Tensor) -> Tensor:
-    """Columns as int32, from either form.
+    """Return columns as int32, from either form.
 
     Example:
         >>> widened(torch.tensor([1, -25536], dtype=torch.int16))
@@ -64,7 +56,7 @@ def widened(columns: Tensor) -> Tensor:
 
 
 def decode(csr: CSR, columns: int) -> Tensor:
-    """The dense matrix (out, columns).
+    """Return the dense matrix (out, columns).
 
     Example:
         >>> decode(encode(torch.eye(2)), 2)
@@ -78,7 +70,7 @@ def decode(csr: CSR, columns: int) -> Tensor:
 
 
 def matrix(csr: CSR, columns: int) -> Tensor:
-    """A torch sparse CSR tensor, on the same memory if the columns are int32. The caller vouches for the invariants."""
+    """Return a torch sparse CSR tensor, on the same memory if the columns are int32; its invariants are not checked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
@@ -87,7 +79,7 @@ def matrix(csr: CSR, columns: int) -> Tensor:
 
 
 def problem(csr: CSR, out_features: int, in_features: int) -> str | None:
-    """What is wrong with ``csr`` as a matrix (out_features, in_features), or None. A wrong index would read at random.
+    """Say what is wrong with ``csr`` as a matrix of that shape, or None. A wrong index would read at random.
 
     Example:
         >>> problem(encode(torch.eye(2)), 2, 1)
@@ -106,34 +98,3 @@ def problem(csr: CSR, out_features: int, in_features: int) -> str | None:
     if len(columns) and (int(columns.min()) < 0 or int(columns.max()) >= in_features):
         return f"a column index is outside [0, {in_features})"
     return None
-
-
-def times_columns(weight: Tensor, bias: Tensor | None, x: Tensor, tile: int | None = TILE) -> Tensor:
-    """``weight @ x + bias[:, None]`` for a sparse weight (out, in) and x (in, B).
-
-    Args:
-        weight: Sparse CSR tensor.
-        bias: (out,) or None.
-        x: Dense, any strides.
-        tile: Columns per product; None for all at once.
-
-    Returns:
-        (out, B), contiguous.
-    """
-    parts = [weight @ part.contiguous() for part in _parts(x, 1, tile)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return y if bias is None else y.add_(bias[:, None])
-
-
-def times_rows(weight: Tensor, bias: Tensor | None, x: Tensor, tile: int | None = TILE) -> Tensor:
-    """``x @ weight.T + bias`` for a sparse weight (out, in) and x (B, in), as :func:`times_columns` of the transposed.
-
-    Returns:
-        (B, out), contiguous as that of ``F.linear``.
-    """
-    y = torch.cat([(weight @ part.t().contiguous()).t() for part in _parts(x, 0, tile)])
-    return y if bias is None else y.add_(bias)
-
-
-def _parts(x: Tensor, dim: int, tile: int | None) -> tuple[Tensor, ...]:
-    return (x,) if tile is None else x.chunk(max(1, -(-x.shape[dim] // tile)), dim)

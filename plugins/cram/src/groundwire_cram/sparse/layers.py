@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundwire_cram.sparse import compiled
-from groundwire_cram.sparse import csr as formats
-from groundwire_cram.sparse.operator import sparse_linear
+from groundwire_cram.sparse import products
+from groundwire_cram.sparse.csr import CSR, decode, encode, matrix, narrowed, problem, widened
 
 #: A loaded weight with this many times the nonzero entries of the measured one gets a warning.
 _DENSER = 1.5
 
 
 def _recorded() -> bool:
-    """Whether this call is only taken down, to be run later."""
+    """Return whether this call is only taken down, to be run later."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class SparseLayer(nn.Module):
-    """What the sparse layers share: a weight (out, in) in CSR, moves, state and refusals.
+    """Base of the sparse layers: a weight (out, in) in CSR, moves, state and refusals.
 
-    The state dict has ``values``, ``columns`` (int32, or uint16 seen as int16 for the compiled kernels; either loads),
+    The state dict has ``values``, ``columns`` (int32, or uint16 seen as int16 for the Numba kernels; either loads),
     ``row_starts`` (int32) and ``bias``; a state dict with a dense ``weight`` in their place loads too. There are no
     parameters, so an optimizer finds nothing to change by mistake.
     """
@@ -36,21 +35,21 @@ class SparseLayer(nn.Module):
     row_starts: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tile: int | None = formats.TILE) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, tile: int | None = products.TILE) -> None:
         super().__init__()
-        encoded = formats.encode(weight.flatten(1))
+        encoded = encode(weight.flatten(1))
         self.shape = tuple(weight.shape)
         self.register_buffer("values", encoded.values)
         self.register_buffer("columns", encoded.columns)
         self.register_buffer("row_starts", encoded.rows)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.tile = tile
-        self._made: tuple[formats.CSR, Tensor] | None = None
+        self._made: tuple[CSR, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a dense copy: reading is right though slow, writing has no effect."""
-        return formats.decode(self._csr(), self.shape[1]).reshape(self.shape)
+        """Weight as a dense copy: reading is right though slow, writing has no effect."""
+        return decode(self._csr(), self.shape[1]).reshape(self.shape)
 
     @property
     def density(self) -> float:
@@ -66,52 +65,52 @@ class SparseLayer(nn.Module):
         """Shape and density."""
         return f"{self.shape[1]}, {self.shape[0]}, density={self.density:.3g}, bias={self.bias is not None}"
 
-    def _csr(self) -> formats.CSR:
+    def _csr(self) -> CSR:
         # Not as attributes: those of a module that are buffers take as long as a small product.
         buffers: Any = self._buffers
-        return formats.CSR(buffers["values"], buffers["columns"], buffers["row_starts"])
+        return CSR(buffers["values"], buffers["columns"], buffers["row_starts"])
 
     def use_compiled(self) -> None:
-        """Take the compiled kernels from now on, with the columns in the form that they need.
+        """Take the Numba kernels from now on, with the columns in the form that they need.
 
         Raises:
-            RuntimeError: They cannot be compiled here, or cannot take this weight.
+            RuntimeError: There are none, or cannot take this weight.
         """
-        if not compiled.suits(self.shape[1], self.values.dtype):
-            raise RuntimeError(f"the kernels need float32 and at most {compiled.MOST_COLUMNS} inputs")
-        kernels = compiled.load()
+        if not products.suits_numba(self.shape[1], self.values.dtype):
+            raise RuntimeError(f"the kernels need float32 and at most {products.MOST_COLUMNS} inputs")
+        kernels = products.load_numba()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
         if not self.is_compiled:
-            self.columns = formats.narrowed(self.columns)
+            self.columns = narrowed(self.columns)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the layer takes the compiled kernels, wherever there are some, and not the product of MKL."""
+        """True if the layer takes the Numba kernels, wherever there are some, and not the product of MKL."""
         return self.columns.dtype == torch.int16
 
     def _matrix(self) -> Tensor:
-        """The sparse matrix of the buffers that there are now; something may have exchanged them."""
+        """Return the sparse matrix of the buffers that there are now; something may have exchanged them."""
         buffers = self._csr()
         if self._made is None or any(a is not b for a, b in zip(self._made[0], buffers, strict=True)):
-            self._made = (buffers, formats.matrix(buffers, self.shape[1]))
+            self._made = (buffers, matrix(buffers, self.shape[1]))
         return self._made[1]
 
-    def _fused(self, csr: formats.CSR, x: Tensor) -> bool:
-        return csr.columns.dtype == torch.int16 and x.dtype == torch.float32 and compiled.ready()
+    def _fused(self, csr: CSR, x: Tensor) -> bool:
+        return csr.columns.dtype == torch.int16 and x.dtype == torch.float32 and products.has_numba()
 
     def _rows(self, x: Tensor) -> Tensor:
-        """From x (B, in) to (B, out)."""
+        """Multiply: x (B, in) to (B, out)."""
         csr, bias = self._csr(), self._buffers["bias"]
         if _recorded():
-            found: Tensor = sparse_linear(x, *csr, bias, self.tile)
+            found: Tensor = products.sparse_linear(x, *csr, bias, self.tile)
             return found
         if self._fused(csr, x):
-            return compiled.times_rows(csr, bias, x)
-        return formats.times_rows(self._matrix(), bias, x, self.tile)
+            return products.numba_times_rows(csr, bias, x)
+        return products.mkl_times_rows(self._matrix(), bias, x, self.tile)
 
     def _call(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``product(x)`` after the refusals, in the layer's dtype; under autocast the result has autocast's."""
+        """Return ``product(x)`` after the refusals, in the layer's dtype; under autocast the result has autocast's."""
         name = type(self).__name__
         if self.training:
             raise RuntimeError(f"{name} is for inference -> call .eval(), or densify(module) to train again")
@@ -147,19 +146,19 @@ class SparseLayer(nn.Module):
             if tuple(weight.shape) != self.shape:
                 reports[-1].append(f"{prefix}weight has shape {tuple(weight.shape)}, the layer {self.shape}")
                 return
-            state_dict.update(zip(names, formats.encode(weight.flatten(1)), strict=True))
+            state_dict.update(zip(names, encode(weight.flatten(1)), strict=True))
         if all(name in state_dict for name in names):
-            loaded = formats.CSR(*(state_dict[name] for name in names))
-            found = formats.problem(loaded, *self.shape[:2])
+            loaded = CSR(*(state_dict[name] for name in names))
+            found = problem(loaded, *self.shape[:2])
             if found is not None:
                 reports[-1].append(f"{prefix}values, columns, row_starts: {found}")
                 return
-            columns = formats.widened(loaded.columns)
-            state_dict[names[1]] = formats.narrowed(columns) if self.is_compiled else columns
+            columns = widened(loaded.columns)
+            state_dict[names[1]] = narrowed(columns) if self.is_compiled else columns
             self._make_room(prefix, loaded)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
-    def _make_room(self, prefix: str, loaded: formats.CSR) -> None:
+    def _make_room(self, prefix: str, loaded: CSR) -> None:
         if len(loaded.values) > _DENSER * len(self.values):
             warnings.warn(
                 f"{prefix or type(self).__name__}: the loaded weight has {len(loaded.values)} nonzero entries, the one "
@@ -178,7 +177,7 @@ class SparseLayer(nn.Module):
 class SparseLinear(SparseLayer):
     """``y = x W^T + b`` for a pruned W, on the CPU, without gradients.
 
-    The product is MKL's, or after :meth:`use_compiled` that of a kernel compiled here. Differs from ``F.linear`` by the
+    The product is MKL's, or after :meth:`use_compiled` that of a Numba kernel. Differs from ``F.linear`` by the
     order of summation; where x is infinite or NaN, a weight of zero gives 0 instead of NaN.
 
     Args:
@@ -229,7 +228,7 @@ class SparseConv(SparseLayer):
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], tile: int | None = formats.TILE
+        self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], tile: int | None = products.TILE
     ) -> None:
         super().__init__(weight, bias, tile)
         self.stride = stride
@@ -263,12 +262,12 @@ class SparseConv(SparseLayer):
             return self._by_position(x)
         positions, csr = math.prod(x.shape[2:]), self._csr()
         if self._fused(csr, x):
-            if positions < compiled.LANES:
+            if positions < products.LANES:
                 return self._by_position(x)
-            y = compiled.times_columns(csr, self.bias, x.reshape(*x.shape[:2], positions))
+            y = products.numba_times_columns(csr, self.bias, x.reshape(*x.shape[:2], positions))
             return y.view(len(x), self.out_channels, *x.shape[2:])
         flat = x.transpose(0, 1).reshape(self.in_channels, len(x) * positions)
-        y = formats.times_columns(self._matrix(), self.bias, flat, self.tile)
+        y = products.mkl_times_columns(self._matrix(), self.bias, flat, self.tile)
         return y.view(self.out_channels, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
 
     def _by_position(self, x: Tensor) -> Tensor:

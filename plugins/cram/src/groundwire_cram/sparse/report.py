@@ -1,4 +1,4 @@
-"""What became of each layer, as a table."""
+"""Report of a sparsified module: what became of each layer, as a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerRow:
         dense_seconds: Median time of a call of the dense layer.
         sparse_seconds: Median time of a call of the sparse layer.
         speedup: Median over the rounds of dense time divided by sparse time.
-        decision: ``"dense"``, ``"csr"`` (MKL), ``"compiled"``, ``"gather"`` (compiled, batch 1) or ``"2:4"``.
+        decision: ``"dense"``, ``"csr"`` (MKL), ``"compiled"`` (Numba), ``"gather"`` (Numba, batch 1) or ``"2:4"``.
         reason: Why.
     """
 
@@ -58,18 +58,18 @@ class SparsityReport:
 
     @property
     def sparse(self) -> tuple[LayerRow, ...]:
-        """The rows of layers that became sparse."""
+        """Rows of layers that became sparse."""
         return tuple(row for row in self.rows if row.decision != "dense")
 
     def __getitem__(self, name: str) -> LayerRow:
-        """The row of the layer called ``name``."""
+        """Return the row of the layer called ``name``."""
         for row in self.rows:
             if row.name == name:
                 return row
         raise KeyError(f"no layer {name!r}; there are {[row.name for row in self.rows]}")
 
     def __rich__(self) -> Table:
-        """For ``rich.print``."""
+        """Return a table for ``rich.print``."""
         title = f"{len(self.sparse)} of {len(self.rows)} layers sparse ({self.threads} thread(s))"
         caption = f"without compiled kernels: {self.note}" if self.note else None
         table = Table("layer", "shape", "density", "MB dense", "MB sparse", "batch", title=title, caption=caption)
@@ -82,7 +82,7 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         text = StringIO()
         Console(file=text, width=160, color_system=None).print(self)
         return text.getvalue()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Whether each group of four along a row has two zeros at least.
+    """Return whether each group of four along a row has two zeros at least.
 
     Example:
         >>> is_two_of_four(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), is_two_of_four(torch.ones(1, 4))
@@ -22,7 +22,7 @@ def is_two_of_four(weight: Tensor) -> bool:
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Why a layer on CUDA must stay dense, or None."""
+    """Say why a layer on CUDA must stay dense, or None."""
     weight = layer.weight
     if not isinstance(layer, nn.Linear) or not isinstance(weight, Tensor):
         return "on CUDA, only Linear layers are supported"
@@ -34,7 +34,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def converted(layer: nn.Linear) -> nn.Linear:
-    """A copy of ``layer`` whose weight is a semi-structured tensor.
+    """Return a copy of ``layer`` whose weight is a semi-structured tensor.
 
     Raises:
         RuntimeError: torch cannot hold a weight of this shape so.
@@ -46,12 +46,12 @@ def converted(layer: nn.Linear) -> nn.Linear:
 
 
 def is_converted(layer: nn.Module) -> bool:
-    """Whether ``layer`` came from :func:`converted`."""
+    """Return whether ``layer`` came from :func:`converted`."""
     return type(layer) is nn.Linear and isinstance(layer.weight.data, torch.sparse.SparseSemiStructuredTensor)
 
 
 def size(layer: nn.Module) -> int:
-    """Bytes of a converted weight: half of the values, and where they are."""
+    """Return the bytes of a converted weight: half of the values, and where they are."""
     weight: Any = layer.weight
     return sum(
         part.numel() * part.element_size() for part in (weight.data.packed, weight.data.meta) if part is not None

@@ -1,0 +1,1 @@
+"""Hooks: how implementations are marked, put in order, found and called."""

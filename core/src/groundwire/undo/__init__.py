@@ -1,0 +1,1 @@
+"""Running a module's code once more without leaving a trace."""

@@ -1,0 +1,95 @@
+"""An upper bound of a model's Lipschitz constant, proved step by step along its graph."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from groundwire_aol.certify.consistency import random_states, refuse_other_results
+from groundwire_aol.certify.falsifier import search
+from groundwire_aol.certify.graph import is_leaf, trace
+from groundwire_aol.certify.linear_norms import rescales_in
+from groundwire_aol.certify.plain_copy import evaluation_copy, plain_copy, rows_of
+from groundwire_aol.certify.propagation import LayerBound, Propagation
+from groundwire_aol.certify.rounding import Rounding
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound of a model's Lipschitz constant in L2, from its input to its output, in evaluation.
+
+    Attributes:
+        value: The bound; ``float(bound)`` is the same.
+        layers: One :class:`LayerBound` per step, in order.
+        input_shape: Shape of one sample for which it holds.
+        rounding: How far the computed output can be from the one of exact arithmetic.
+    """
+
+    value: float
+    layers: tuple[LayerBound, ...]
+    input_shape: tuple[int, ...]
+    rounding: Rounding = field(repr=False)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {b.path:<20} {b.operation:<14} {b.constant:9.6f}  {b.proof}"
+            for b in self.layers
+            if abs(b.constant - 1) > 1e-5
+        ]
+        lines = [f"Lipschitz constant <= {self.value:.9g} in L2, for inputs of shape {self.input_shape}", *rows]
+        return "\n".join([*lines, f"  and {len(self.layers) - len(rows)} steps with constant 1", str(self.rounding)])
+
+
+def lipschitz_bound(module: nn.Module, example_input: Tensor, *, falsify: bool = True, seed: int = 0) -> Bound:
+    """Prove an upper bound of the Lipschitz constant (L2) of ``module`` in evaluation mode.
+
+    A baked copy is traced with torch.fx and walked in order: constants multiply along chains, add at sums, and are
+    combined by the root of their squares at concatenations. AOL layers are proved again in float64 from the weights as
+    they are rounded; other linear layers get their exact norm (singular values) where they are small enough, otherwise
+    a proved upper bound; activations and pools their known constants.
+
+    The bound is for exact arithmetic with these weights and inputs of this shape. What rounding does to the scores is
+    bounded beside it, in ``bound.rounding``: :func:`certified_radius` takes it off with ``inputs=``. ``module`` is not
+    changed.
+
+    Args:
+        module: A model whose ``forward`` takes one tensor. Its scores must be its output: no softmax.
+        example_input: Shape (B, ...), floating; its shape and dtype matter, and the search begins there.
+        falsify: Whether to search for a contradiction before the bound is returned, see
+            :func:`groundwire_aol.certify.falsifier.search`. It takes at most as long as the proof.
+        seed: Of the search, and of the draws in which the model is compared with its graph. The states of all random
+            generators on the CPU are afterwards what they were.
+
+    Raises:
+        UnknownLipschitzError: An operation without a known finite constant, with its path; or the model computes
+            something else in another draw, batch or mode.
+        UnsoundError: Weights that are not finite or below 32 bits, or an input that is no float tensor; or two inputs
+            were found that contradict the bound.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
+        >>> _ = model[0].weight.data.copy_(3 * torch.eye(2))
+        >>> round(float(lipschitz_bound(model, torch.zeros(1, 2))), 6)
+        3.0
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), random_states(seed):
+        started = time.perf_counter()
+        example = rows_of(example_input).cpu()
+        live = evaluation_copy(nn.Sequential(module) if is_leaf(module) else module)
+        rescales = rescales_in(live)
+        # Not every device has float64. The weights are baked where they live, so they are the ones that will be used.
+        plain = plain_copy(live).cpu()
+        live = live.cpu()
+        propagation = Propagation(plain, trace(plain), rescales)
+        lipschitz = propagation.run(example.clone())
+        refuse_other_results(live, plain, propagation.graph, example)
+        rounding = propagation.rounding()
+        if falsify:
+            search(live, example, lipschitz, rounding, seed=seed, seconds=time.perf_counter() - started)
+    return Bound(lipschitz, tuple(propagation.layers), tuple(example.shape[1:]), rounding)

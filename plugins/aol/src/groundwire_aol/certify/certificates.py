@@ -1,0 +1,198 @@
+"""Certified radii and accuracies: how far an input can move, in L2, without changing the prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groundwire_aol.certify.rounding import Rounding, not_standard
+from groundwire_aol.errors import UnsoundError
+
+#: The radii of the literature, in units of pixels in [0, 1].
+RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
+#: Covers the rounding of the float64 arithmetic here.
+_DOWN = 1 - 1e-12
+_UP = 1 + 1e-12
+
+
+def certified_radius(
+    logits: Tensor,
+    target: Tensor,
+    lipschitz: Any = 1.0,
+    *,
+    input_std: Any = None,
+    slack: Any = 0.0,
+    last_layer: Tensor | None = None,
+    inputs: Tensor | None = None,
+) -> Tensor:
+    r"""Radius in L2 within which the prediction is certain to stay ``target``; 0 where it is not ``target``.
+
+    ``r = (s_y - max_j s_j) / (sqrt(2) L)``: moving the input by less than r moves the difference of two scores by less
+    than the margin. A prediction is certified at eps if ``r > eps``, strictly.
+
+    Args:
+        logits: Shape (B, K), K >= 2, floating.
+        target: Shape (B,), integers in [0, K).
+        lipschitz: Bound L of the model that made ``logits``: a number or :func:`groundwire_aol.lipschitz_bound`'s
+            result.
+        input_std: Deviations that the data was divided by, outside the model. Radii are then in units of the undivided
+            pixels: L is multiplied by ``1 / min(input_std)``.
+        slack: What else the margin must cover, a number or a tensor (B,): errors of a score difference, both at the
+            input and at the moved one.
+        last_layer: Weight (K, d) of the final linear layer. L is then the bound of the model up to that layer, and each
+            pair of classes is divided by ``||w_y - w_j||`` instead of sqrt(2).
+        inputs: Shape (B, ...), what the scores were computed from. The radius then covers the rounding of the forward
+            pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
+            (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
+            the certificate is one of exact arithmetic.
+
+    Returns:
+        Shape (B,), float64, at least 0; 0 also for scores that are not finite.
+
+    Raises:
+        ValueError: Shapes, classes or dtypes do not fit.
+        UnsoundError: L is not a positive finite number, so there is nothing to certify with; or ``inputs`` are given
+            and the rounding has no bound, for this model or on this device.
+
+    Example:
+        >>> certified_radius(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        tensor([1.4142, 0.0000], dtype=torch.float64)
+    """
+    _check(logits, target)
+    constant = total_lipschitz(lipschitz, input_std)
+    scores = logits.detach().double()
+    own = scores.gather(1, target.view(-1, 1).long())
+    margins = own - scores - torch.as_tensor(slack, dtype=torch.float64, device=scores.device).reshape(-1, 1)
+    if inputs is not None:
+        rounding = _rounding(lipschitz, logits, inputs, last_layer)
+        norms = inputs.detach().double().flatten(1).norm(dim=1) * _UP
+        margins = margins - 2 * math.sqrt(2) * rounding.error(norms)[:, None]
+        constant += rounding.slope / smallest_std(input_std)
+    if last_layer is None:
+        radii = margins / (math.sqrt(2) * constant)
+    else:
+        radii = margins / (constant * _pair_norms(last_layer, target, scores.shape[1]))
+    radii = radii.scatter(1, target.view(-1, 1).long(), math.inf).amin(1) * _DOWN
+    sound = torch.isfinite(scores).all(1) & torch.isfinite(radii)
+    if inputs is not None:
+        # Within the ball nothing may leave the range of the dtype either.
+        sound &= torch.isfinite(rounding.error(norms + radii.clamp_min(0) / smallest_std(input_std)))
+    return torch.where(sound, radii, 0.0).clamp_min(0.0)
+
+
+def certified_accuracy(
+    logits: Tensor,
+    target: Tensor,
+    eps: Sequence[float] = RADII,
+    lipschitz: Any = 1.0,
+    **options: Any,
+) -> Tensor:
+    """Fraction of samples that are predicted right and certified at each radius (strictly above it).
+
+    Args:
+        logits: Shape (B, K).
+        target: Shape (B,).
+        eps: Radii, each at least 0; 0 is the clean accuracy without ties.
+        lipschitz: As for :func:`certified_radius`.
+        options: As for :func:`certified_radius`.
+
+    Returns:
+        Shape (len(eps),), float64.
+
+    Example:
+        >>> certified_accuracy(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), eps=(0.0, 1.0))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    radii = certified_radius(logits, target, lipschitz, **options)
+    return (radii[:, None] > check_radii(eps).to(radii.device)).double().mean(0)
+
+
+def check_radii(eps: Sequence[float]) -> Tensor:
+    """``eps`` as a float64 tensor.
+
+    Raises:
+        ValueError: A radius is negative or not finite, or there is none.
+    """
+    values = torch.tensor([float(e) for e in eps], dtype=torch.float64)
+    if not len(values) or not bool((torch.isfinite(values) & (values >= 0)).all()):
+        raise ValueError(f"eps must be radii of at least 0, such as (36 / 255, 1.0), got {tuple(eps)}")
+    return values
+
+
+def total_lipschitz(lipschitz: Any, input_std: Any = None) -> float:
+    """Return the constant from undivided pixels to scores: ``L / min(input_std)``.
+
+    Raises:
+        UnsoundError: ``lipschitz`` is not a positive finite number.
+        ValueError: A deviation is not positive.
+
+    Example:
+        >>> total_lipschitz(1.0, (0.25, 0.5))
+        4.0
+    """
+    try:
+        constant = float(lipschitz)
+    except (TypeError, ValueError) as error:
+        raise UnsoundError(
+            f"a certificate needs the model's Lipschitz constant, got {type(lipschitz).__name__} -> "
+            "lipschitz=lipschitz_bound(model, example_input)"
+        ) from error
+    if not (math.isfinite(constant) and constant > 0):
+        raise UnsoundError(f"a model with Lipschitz constant {constant} has no certificates -> lipschitz(model) first")
+    return constant / smallest_std(input_std)
+
+
+def smallest_std(input_std: Any) -> float:
+    """Return the smallest of the deviations that the data was divided by; 1.0 for None."""
+    if input_std is None:
+        return 1.0
+    values = torch.as_tensor(input_std, dtype=torch.float64).reshape(-1)
+    if not len(values) or not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise ValueError(f"input_std must be positive numbers, got {input_std!r}")
+    return float(values.min())
+
+
+def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor, last_layer: Tensor | None) -> Rounding:
+    """Return the rounding of a bound, if it is about these scores."""
+    found = getattr(lipschitz, "rounding", None)
+    if not isinstance(found, Rounding) or last_layer is not None:
+        raise ValueError(
+            "inputs= needs the bound of the whole model, got "
+            f"{'last_layer=' if last_layer is not None else type(lipschitz).__name__} -> "
+            "lipschitz=lipschitz_bound(model, inputs)"
+        )
+    shape = (len(logits), *lipschitz.input_shape)
+    if inputs.shape != shape or not inputs.dtype == logits.dtype == found.dtype:
+        raise ValueError(
+            f"inputs= must be what gave the logits, {found.dtype} of shape {shape}, got {inputs.dtype} "
+            f"{tuple(inputs.shape)} and {logits.dtype} logits -> compute them without autocast"
+        )
+    reason = found.unknown or not_standard(logits.device)
+    if reason:
+        raise UnsoundError(f"the rounding of the scores has no bound: {reason} -> leave inputs= out, or run on a CPU")
+    return found
+
+
+def _check(logits: Tensor, target: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floats of shape (B, K) with K >= 2, got {logits.dtype} {tuple(logits.shape)}")
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise ValueError(f"target must be integers of shape ({len(logits)},), got {target.dtype} {tuple(target.shape)}")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise ValueError(
+            f"target has classes {int(target.min())} to {int(target.max())}, but logits have {logits.shape[1]} classes "
+            "-> give the model as many scores as there are classes"
+        )
+
+
+def _pair_norms(weight: Tensor, target: Tensor, classes: int) -> Tensor:
+    if weight.dim() != 2 or len(weight) != classes:
+        raise ValueError(
+            f"last_layer must be the weight of a Linear layer with {classes} outputs, got {tuple(weight.shape)}"
+        )
+    rows = weight.detach().double()
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")[target.long()] * (1 + 1e-9)

@@ -1,0 +1,1 @@
+"""Conversion of a stock network into a 1-Lipschitz one."""

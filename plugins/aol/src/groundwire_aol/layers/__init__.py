@@ -1,0 +1,1 @@
+"""Layers with spectral norm at most 1, their weights, activations, normalization and initial values."""

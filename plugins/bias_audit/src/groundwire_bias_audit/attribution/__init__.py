@@ -1,0 +1,1 @@
+"""Attributions by captum, and how they shift from the model to a variant."""

@@ -1,0 +1,1 @@
+"""Arithmetic of an audit: groups, counts, rates, intervals, tests, gate. No Lightning here."""

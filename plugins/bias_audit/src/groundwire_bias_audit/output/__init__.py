@@ -1,0 +1,1 @@
+"""Tables, pictures, pages and files of an audit."""
