@@ -160,7 +160,7 @@ class LIMES(Plugin):
             names = [getattr(other, "name", type(other).__name__) for other in others]
             text = "{!r} and {!r} both correct the scores of the head"
             return [Problem(self.name, text.format(self.name, name), "keep one of them") for name in names]
-        self._run, self._processes = run, Processes(run.trainer.world_size)
+        self._run, self._processes = run, Processes(run.trainer)
         if run.trainer.state.fn != "fit":
             self._restore_from(run.trainer)
         if run.head is not None:
