@@ -160,7 +160,7 @@ class LIMES(Plugin):
             names = [getattr(other, "name", type(other).__name__) for other in others]
             text = "{!r} and {!r} both correct the scores of the head"
             return [Problem(self.name, text.format(self.name, name), "keep one of them") for name in names]
-        self._run, self._processes = run, Processes(run.trainer.world_size)
+        self._run, self._processes = run, Processes(run.trainer)
         if run.trainer.state.fn != "fit":
             self._restore_from(run.trainer)
         if run.head is not None:
@@ -224,16 +224,15 @@ class LIMES(Plugin):
         if first_result is not None:
             offset = first_result
         elif stage == "train":
-            offset = self._training_offset(tracker, batch, run)
+            offset = self._training_offset(tracker, batch, run, device_of(run.head.module))
         else:
-            offset = self._evaluation_offset(self._evaluation_tracker or tracker, hook, batch, run)
+            offset = self._evaluation_offset(self._evaluation_tracker or tracker, batch, run)
         hook.write(run.head.module, offset)
         return offset
 
-    def _training_offset(self, tracker: PriorTracker, batch: Any, run: RunContext) -> Tensor:
+    def _training_offset(self, tracker: PriorTracker, batch: Any, run: RunContext, device: torch.device) -> Tensor:
         """Agree on the time step, finish those before it, and return the offset of a training batch."""
-        assert run.head is not None
-        fields, device = run.fields(batch), device_of(run.head.module)
+        fields = run.fields(batch)
         if fields.targets is None and not self._warned_of_labels:
             self._warned_of_labels = True
             warn([("no_labels", NO_LABELS)])
@@ -258,18 +257,19 @@ class LIMES(Plugin):
         running = tracker.running_offset(agreed, self._processes.total(tracker.new_labels(agreed, device)))
         return by_row(steps, lambda step: running if step == agreed else tracker.offset(step, device))
 
-    def _evaluation_offset(self, tracker: PriorTracker, hook: LogitOffset, batch: Any, run: RunContext) -> Tensor:
+    def _evaluation_offset(self, tracker: PriorTracker, batch: Any, run: RunContext) -> Tensor:
         """Return the offset of a batch that is only predicted, from the forecast for its time."""
         assert run.head is not None
-        layer = run.head.module
+        assert self._hook is not None
+        device = device_of(run.head.module)
         current = tracker.current or 0 if run.trainer.state.fn == "fit" else self.next_step
         steps = self._time_index.of_evaluation_batch(batch, run.fields(batch), otherwise=current)
-        offset = by_row(steps, lambda step: tracker.offset(step, device_of(layer)))
-        if not self.unlabelled or hook.is_off:
+        offset = by_row(steps, lambda step: tracker.offset(step, device))
+        if not self.unlabelled or self._hook.is_off:
             return offset
-        hook.write(layer, offset)
+        self._hook.write(run.head.module, offset)  # the last batch's may be of other rows
         adapted = adapted_offset(tracker, self._labelled_scores, run, batch, steps)
-        return offset if adapted is None else adapted
+        return offset if adapted is None else adapted.to(device)
 
     # Training
 

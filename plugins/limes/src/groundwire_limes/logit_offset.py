@@ -57,7 +57,7 @@ class LogitOffset:
     def write(self, layer: nn.Module, offset: Tensor) -> None:
         """Set the ``offset`` of ``layer`` for the coming forward passes: (K,), or (B, K) for rows that differ.
 
-        Not while it is off.
+        It is on the layer's device. Nothing is set while the hook is off.
 
         Raises:
             PluginError: It is of another shape, or not finite.
@@ -71,9 +71,9 @@ class LogitOffset:
             raise PluginError(
                 f"an offset for {layer} has values that are not finite -> clamp the priors away from zero"
             )
-        offset = offset.detach().to(device_of(layer), torch.float32)
         if self.is_off:
             return
+        offset = offset.detach().float()
         if offset.dim() == 2:
             self.rows = offset
         else:
