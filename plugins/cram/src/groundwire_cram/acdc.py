@@ -11,7 +11,7 @@ import torch
 from groundwire import Finding, Plugin, Problem, RunContext, Section, hookimpl
 from groundwire_cram.masks import Frozen, pack, unpack
 from groundwire_cram.operators import operators_of
-from groundwire_cram.prunable import Skip, check_selection, selected
+from groundwire_cram.prunable import Skip, check_selection, selected, weights_of
 from groundwire_cram.threshold import check_sparsity
 
 
@@ -120,7 +120,7 @@ class ACDC(Plugin):
             return [Problem(self.name, f"phases are counted in epochs, and max_epochs is {epochs}", "set max_epochs")]
         try:
             self._phases = schedule(epochs, self.warmup, self.phase, self.final_dense, self.final_sparse)
-            check_selection(dict(run.module.named_parameters()), self.skip)
+            check_selection(run.module, self.skip)
         except ValueError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem(self.name, message, hint)]
@@ -136,8 +136,7 @@ class ACDC(Plugin):
         """Begin the phase of this epoch, if it is another one."""
         compressed = self._phases[trainer.current_epoch]
         if compressed and self._frozen is None:
-            weights = dict(pl_module.named_parameters())
-            chosen = {name: weights[name] for name in selected(weights, self.skip)}
+            chosen = weights_of(pl_module, selected(pl_module, self.skip))
             self._freeze(pl_module, self.operator.apply(chosen))
         elif not compressed and self._frozen is not None:
             self._release()
@@ -191,8 +190,7 @@ class ACDC(Plugin):
         """Return what the pair is and where."""
         if run.stage != "train" or not self._phases:
             return []
-        weights = dict(run.module.named_parameters())
-        chosen = [weights[name] for name in selected(weights, self.skip)]
+        chosen = weights_of(run.module, selected(run.module, self.skip)).values()
         zeros = sum(int((w == 0).sum()) for w in chosen) / max(1, sum(w.numel() for w in chosen))
         text = f"{100 * zeros:.2f} % of the weights are zero."
         found = [Finding(self.name, "sparsity", "info", zeros, text, "train")]

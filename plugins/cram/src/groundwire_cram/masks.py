@@ -54,14 +54,25 @@ class Periodic:
     Example:
         >>> from groundwire_cram.operators import Magnitude
         >>> periodic = Periodic(Magnitude(0.5), interval=2)
-        >>> [periodic.apply({"w": w})["w"].tolist() for w in torch.tensor([[[1.0, 2.0]], [[2.0, 1.0]], [[2.0, 1.0]]])]
-        [[[False, False]], [[False, False]], [[False, False]]]
+        >>> for w in torch.tensor([[[1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0]], [[3.0, 2.0, 1.0]]]):
+        ...     periodic.next_use()
+        ...     print(periodic.apply({"w": w})["w"].tolist())
+        [[False, False, True]]
+        [[False, False, True]]
+        [[True, False, False]]
     """
 
     def __init__(self, operator: Operator, interval: int) -> None:
         self.operator, self.interval = operator, interval
         self._uses = 0
+        self._known: set[str] = set()
         self._masks: dict[str, Tensor] = {}
+
+    def next_use(self) -> None:
+        """Begin another use, in which :meth:`apply` is called once for each group of tensors."""
+        if self._uses % self.interval == 0:
+            self._known, self._masks = set(), {}
+        self._uses += 1
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the masks of this use.
@@ -69,12 +80,12 @@ class Periodic:
         Raises:
             ValueError: The operator gives something other than masks, which cannot be kept for other weights.
         """
-        if self._uses % self.interval == 0 or not all(n in self._masks for n in params):
-            self._masks = dict(self.operator.apply(params))
-            for change in self._masks.values():
-                if change.dtype != torch.bool:
-                    raise ValueError(f"interval > 1 keeps masks, and {self.operator} gives residuals -> interval=1")
-        self._uses += 1
+        if not params.keys() <= self._known:
+            masks = self.operator.apply(params)
+            if any(mask.dtype != torch.bool for mask in masks.values()):
+                raise ValueError(f"interval > 1 keeps masks, and {self.operator} gives residuals -> interval=1")
+            self._masks.update(masks)
+            self._known |= params.keys()
         return {name: mask.to(params[name].device) for name, mask in self._masks.items() if name in params}
 
     def __str__(self) -> str:
@@ -82,12 +93,14 @@ class Periodic:
 
     def state_dict(self) -> dict[str, Any]:
         """Return how often it was used, and the masks as bytes."""
-        return {"uses": self._uses, "masks": {name: pack(mask) for name, mask in self._masks.items()}}
+        masks = {name: pack(mask) for name, mask in self._masks.items()}
+        return {"uses": self._uses, "masks": masks, "dense": sorted(self._known - masks.keys())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
         self._uses = state["uses"]
         self._masks = {name: unpack(packed) for name, packed in state["masks"].items()}
+        self._known = {*self._masks, *state.get("dense", ())}
 
 
 #: Frozen parameters and their masks, by identity. An entry goes with its parameter, before its id can be used again.
@@ -164,7 +177,7 @@ def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
         [[0.0, 0.0]]
     """
     parameters = dict(module.named_parameters())
-    names = check_selection(parameters, skip)
+    names = check_selection(module, skip)
     masks = {name: parameters[name].detach() != 0 for name in names}
     masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     if not masks:

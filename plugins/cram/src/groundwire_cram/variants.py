@@ -15,9 +15,9 @@ from groundwire import Variant
 from groundwire.window import copy_containers
 from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.operators import Magnitude, Operator
-from groundwire_cram.prunable import Skip
 from groundwire_cram.pruning import compressed
 from groundwire_cram.recalibration import batchnorms, recalibrate_batchnorm
+from groundwire_cram.settings import Settings
 
 Statistics = list[dict[str, Tensor]]
 
@@ -65,7 +65,7 @@ def variants(
     blind = bool(batchnorms(module)) and not data
     found = []
     for operator in operators:
-        apply = partial(_applied, module, operator, minimizer.settings.skip, [] if blind else data, batches, calibrated)
+        apply = partial(_applied, module, operator, minimizer.settings, [] if blind else data, batches, calibrated)
         found.append(Variant(f"{operator} (not recalibrated)" if blind else str(operator), apply))
     return found
 
@@ -89,13 +89,13 @@ def described(label: str) -> str:
 
 @contextmanager
 def _applied(
-    module: nn.Module, operator: Operator, skip: Skip, data: Iterable[Any], batches: int, calibrated: Calibrated
+    module: nn.Module, operator: Operator, settings: Settings, data: Iterable[Any], batches: int, calibrated: Calibrated
 ) -> Iterator[None]:
     layers = batchnorms(module) if data else []
     saved = _statistics(layers)
     known = calibrated.of(module, str(operator))
     try:
-        with compressed(module, operator, skip):
+        with compressed(module, operator, settings.skip, settings.compat):
             try:
                 if known is not None:
                     _set(layers, known)
