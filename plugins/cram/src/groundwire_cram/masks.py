@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 from weakref import ref
 
@@ -119,19 +120,11 @@ class Frozen:
     def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.masks = dict(masks)
         parameters = dict(module.named_parameters())
-        self._undo: list[Callable[[], Any]] = []
-        for name, mask in masks.items():
-            self._freeze(parameters[name], mask)
-
-    def _freeze(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        key = id(parameter)
-        _frozen[key] = ref(parameter, lambda _: _frozen.pop(key, None)), mask
-        self._undo.append(lambda: _frozen.pop(key, None))
-        if not _step_hook:
-            _step_hook.append(register_optimizer_step_post_hook(_zero_again))
-        if parameter.requires_grad:
-            # Gradients of zeros count neither in momentum nor in a clipped norm.
-            self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)  # type: ignore[no-untyped-call]
+        self._undo = _freeze([(parameters[name], mask) for name, mask in masks.items()])
+        spawned = _Spawned([(ref(parameters[name]), mask) for name, mask in masks.items()])
+        kept = module.__dict__.setdefault(_SPAWNED, [])
+        kept.append(spawned)
+        self._undo.append(lambda: kept.remove(spawned))
 
     def remove(self) -> None:
         """Let the zeros change again."""
@@ -145,6 +138,45 @@ class Frozen:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+
+def _freeze(frozen: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Callable[[], Any]]:
+    """Freeze parameters in this process; return what undoes it."""
+    undo: list[Callable[[], Any]] = []
+    for parameter, mask in frozen:
+        forget = partial(_frozen.pop, id(parameter), None)
+        _frozen[id(parameter)] = ref(parameter, lambda _, forget=forget: forget()), mask  # type: ignore[misc]
+        undo.append(forget)
+        if parameter.requires_grad:
+            # Gradients of zeros count neither in momentum nor in a clipped norm.
+            hook = partial(_masked, mask)
+            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # spawned processes make their own
+            undo.append(parameter.register_hook(hook).remove)  # type: ignore[no-untyped-call]
+    if not _step_hook:
+        _step_hook.append(register_optimizer_step_post_hook(_zero_again))
+    return undo
+
+
+#: Attribute of a module with frozen masks: what takes them into spawned processes.
+_SPAWNED = "_groundwire_frozen_masks"
+
+
+class _Spawned:
+    """Record in a module that freezes its masks again in a process that is spawned with the module.
+
+    Lightning's ddp_spawn pickles the module; parameters are then other objects, and without their hooks. In other
+    copies and pickles nothing is frozen.
+    """
+
+    def __init__(self, frozen: Sequence[tuple[ref[nn.Parameter], Tensor]]) -> None:
+        self.frozen = frozen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as parameters with their masks for a process that is spawned, otherwise as an empty list."""
+        if get_spawning_popen() is None:
+            return list, ()
+        alive = [(reference(), mask) for reference, mask in self.frozen]
+        return _freeze, ([(parameter, mask) for parameter, mask in alive if parameter is not None],)
 
 
 def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
