@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from groundwire import Report
-from groundwire_cram import ACDC, NM, CrAM, CrAMOptimizer, Quantize, compress, prune, quantize
+from groundwire import PluginError, Report
+from groundwire_cram import ACDC, NM, CrAM, CrAMOptimizer, Quantize, compress, freeze_masks, prune, quantize
 from groundwire_cram.operators import quantized
 from groundwire_cram.prunable import describe, selected
 
@@ -288,3 +288,104 @@ def test_several_groups_keep_the_interval_under_compat(interval):
         plain.zero_grad()
     pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) == 0.0
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+class Centred(nn.Module):
+    def forward(self, weight):
+        return weight - weight.mean()
+
+
+def applied(parametrization):
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", parametrization())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), 0),
+        (lambda: applied(Centred), 0),
+        (lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), None),
+        (lambda: applied(Doubled), None),
+    ],
+)
+def test_parametrizations_that_lose_zeros_are_refused_and_others_have_them_in_the_weight_as_used(make, kept, kit):
+    net = nn.Sequential(make())
+    calls = {
+        "prune": lambda: prune(net, 0.5),
+        "compress": lambda: compress(net, NM("2:4")),
+        "freeze": lambda: freeze_masks(net),
+        "optimizer": lambda: CrAMOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), module=net),
+    }
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    if kept is None:
+        for name in ("prune", "compress"):
+            assert int((calls[name]()[0].eval().weight == 0).sum()) == 32, name
+        return
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"does not keep zeros: with 50 % zeros in it, the weight as used has 0 %"):
+            call()
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()), name
+
+    class Module(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = nn.Sequential(make(), nn.Linear(8, 16))
+
+    for plugin in (CrAM(), ACDC(0.5, warmup=1, phase=1, final_dense=1, final_sparse=1)):
+        with pytest.raises(PluginError, match="does not keep zeros"):
+            kit.fit(Module(), plugin, max_epochs=4)
+    kit.fit(Module(), CrAM(skip="net.0.0"))
+
+
+def masked():
+    net = nn.Sequential(nn.Linear(8, 8))
+    torch.nn.utils.prune.l1_unstructured(net[0], "weight", 0.5)
+    net(torch.ones(1, 8))
+    return net
+
+
+def normalised():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        net = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 8)))
+    net(torch.ones(1, 8))
+    return net
+
+
+def spectral():
+    net = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(8, 8)))
+    net(torch.ones(1, 8))
+    return net
+
+
+def masked_bias():
+    net = nn.Sequential(nn.Linear(8, 8))
+    torch.nn.utils.prune.l1_unstructured(net[0], "bias", 0.5)
+    net(torch.ones(1, 8))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (masked, r"masks it -> torch\.nn\.utils\.prune\.remove\(layer, 'weight'\) first"),
+        (normalised, "weight-normalised layer cannot be pruned.*remove_weight_norm"),
+        (spectral, "a hook computes the weight from it"),
+        (masked_bias, "Sequential cannot be copied .* -> inplace=True"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), r"0\.weight has no shape yet -> run one batch through the module"),
+    ],
+)
+def test_weights_that_a_layer_does_not_use_as_they_are_get_our_message(make, message):
+    net = make()
+    calls = [lambda: prune(net, 0.5), lambda: quantize(net, 4)]
+    if make is not masked_bias:
+        calls += [lambda: CrAM().minimizer.check(net), lambda: freeze_masks(net), lambda: prune(net, 0.5, inplace=True)]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()

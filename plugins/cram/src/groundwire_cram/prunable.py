@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from groundwire_cram.operators import Layout, Weights
+from groundwire_cram.threshold import exact_masks
 
 #: A pattern such as "net.0" or "*.downsample.*", or a predicate of name and tensor; or several of them.
 Skip = str | Callable[[str, Tensor], bool] | Sequence[str | Callable[[str, Tensor], bool]]
@@ -57,6 +61,9 @@ def describe(module: nn.Module | Mapping[str, Tensor], skip: Skip = (), compat: 
             predicates ``skip(name, tensor) -> bool``.
         compat: "reference" for the published rule: everything that has more than one dimension.
 
+    Raises:
+        ValueError: A module is lazy, so that a parameter has no shape yet.
+
     Example:
         >>> for row in describe(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm([2, 2]))):
         ...     print(row.name, row.pruned, row.reason)
@@ -67,6 +74,9 @@ def describe(module: nn.Module | Mapping[str, Tensor], skip: Skip = (), compat: 
     """
     rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
     parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else module
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet -> run one batch through the module first: module(batch)")
     verdicts = _by_layer(module) if isinstance(module, nn.Module) and compat is None else {}
     rows = []
     for name, parameter in parameters.items():
@@ -145,8 +155,9 @@ def check_selection(module: nn.Module | Mapping[str, Tensor], skip: Skip = (), c
     """Return :func:`selected`, after looking whether it makes sense.
 
     Raises:
-        ValueError: Nothing is selected, a pattern of ``skip`` names nothing prunable, or a selected layer is
-            weight-normalised: a direction of zeros has no length to divide by.
+        ValueError: Nothing is selected, a pattern of ``skip`` names nothing prunable, or a selected weight is not
+            what its layer uses: weight-normalised (a direction of zeros has no length to divide by), masked, or under
+            a parametrization that does not keep zeros.
 
     Example:
         >>> check_selection(nn.Linear(2, 2))
@@ -170,12 +181,46 @@ def check_selection(module: nn.Module | Mapping[str, Tensor], skip: Skip = (), c
     if not chosen:
         raise ValueError(f"skip={skip!r} leaves nothing to prune of {names} -> skip less")
     for name in chosen:
-        if re.search(r"(\.original\d|weight_[gv])$", name):
-            raise ValueError(
-                f"{name}: a weight-normalised layer cannot be pruned, zeros would give NaN -> remove_parametrizations "
-                "(or remove_weight_norm) first"
-            )
+        obstacle = _obstacle(module, name)
+        if obstacle is not None:
+            raise ValueError(f"{name}: {obstacle}, or name it in skip")
     return chosen
+
+
+def _obstacle(module: nn.Module | Mapping[str, Tensor], name: str) -> str | None:
+    """Say why zeros in a parameter would not be zeros of the weight that its layer uses, and what to do; or None."""
+    if re.search(r"(\.original\d|weight_[gv])$", name):
+        return (
+            "a weight-normalised layer cannot be pruned, zeros would give NaN -> remove_parametrizations "
+            "(or remove_weight_norm) first"
+        )
+    if not isinstance(module, nn.Module):
+        return None
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if attribute.endswith("_orig"):
+        weight = attribute.removesuffix("_orig")
+        if f"{weight}_mask" in owner._buffers:
+            return f"torch.nn.utils.prune masks it -> torch.nn.utils.prune.remove(layer, {weight!r}) first"
+        return "a hook computes the weight from it -> remove the hook, or use torch.nn.utils.parametrizations, first"
+    return _lost_zeros(owner) if isinstance(owner, ParametrizationList) else None
+
+
+def _lost_zeros(parametrizations: ParametrizationList) -> str | None:
+    """Try with half of the entries set to zero whether they are zeros in the weight as used."""
+    names = " and ".join(type(parametrization).__name__ for parametrization in parametrizations)
+    twin: Any = copy.deepcopy(parametrizations).eval()
+    with torch.no_grad():
+        zeros = ~exact_masks({"": twin.original}, 0.5)[""]
+        twin.original.masked_fill_(zeros, 0)
+        used = twin()
+    if used.shape == zeros.shape and not used[zeros].any():
+        return None
+    kept = float((used == 0).float().mean())
+    return (
+        f"{names} does not keep zeros: with {100 * float(zeros.float().mean()):.0f} % zeros in it, the weight as used "
+        f"has {100 * kept:.0f} % -> torch.nn.utils.parametrize.remove_parametrizations first"
+    )
 
 
 def weights_of(module: nn.Module, names: Sequence[str], compat: str | None = None) -> Weights:

@@ -122,10 +122,14 @@ def _edited(
     edit: Callable[[Mapping[str, Tensor]], Any],
     compat: str | None = None,
 ) -> _Module:
-    module = module if inplace else copy.deepcopy(module)
-    weights = weights_of(module, check_selection(module, skip, compat), compat)
+    names = check_selection(module, skip, compat)
+    if not inplace:
+        try:
+            module = copy.deepcopy(module)
+        except RuntimeError as error:  # Tensors that a forward pass left in the module: masked biases, cached outputs.
+            raise ValueError(f"{type(module).__name__} cannot be copied ({error}) -> inplace=True") from error
     with torch.no_grad():
-        edit(weights)
+        edit(weights_of(module, names, compat))
     return module
 
 
