@@ -134,7 +134,7 @@ class CrAM(Settings, Plugin):
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
         """Return the model compressed in each way, with BatchNorm recalibrated."""
         data = list(self._recent) if self.calibration is None else self.calibration
-        return variants(module, self.minimizer, data, self.calibration_batches, self._calibrated)
+        return variants(module, self.minimizer, data, self.calibration_batches, self._calibrated, self.loss_fn)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
