@@ -101,6 +101,9 @@ class FLEA(Plugin):
         """Rank 0 reads and decides; all ranks train on the same rows."""
         self.decision, rows = self.loader_filter.decide(run.trainer, data.loader, self.decision, run.fields, run.module)
         apply_result(self.decision, rows, self.mode, data)
+        # At once, not only when training is over.
+        scores = {f"q/{source}": q for source, q in zip(self.decision.sources, self.decision.q, strict=True)}
+        run.send({**scores, "kept": float(sum(self.decision.kept))})
 
     @property
     def loader_filter(self) -> LoaderFilter:
@@ -118,14 +121,6 @@ class FLEA(Plugin):
             "n_jobs": self.n_jobs,
         }
         return LoaderFilter(self.source, self.groups, self.embed, self.max_rows_per_source, options)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Scores go to the Trainer's loggers at once, not only when training is over."""
-        if self.decision is None:
-            return
-        scores = {f"flea/q/{source}": q for source, q in zip(self.decision.sources, self.decision.q, strict=True)}
-        for logger in trainer.loggers:
-            logger.log_metrics({**scores, "flea/kept": float(sum(self.decision.kept))}, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The decision, in plain types."""

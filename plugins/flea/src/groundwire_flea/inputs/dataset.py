@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from groundwire import Fields, PluginError
 from groundwire.undo.random_states import preserve_rng
-from groundwire_flea.inputs.embedding import evaluating, features, principal_components
+from groundwire_flea.inputs.embedding import features, principal_components, without_training
 
 #: Rows that are read together.
 CHUNK = 256
@@ -93,7 +93,7 @@ class DatasetReader:
         index = None if every is None or max_rows is None else sample_rows(every, max_rows, seed)
         groups = self._without_rows(loader.dataset, self.groups, "groups")
         parts: dict[str, list[Any]] = {"x": [], "y": [], "groups": [], "source": []}
-        with preserve_rng(), evaluating(self.embed):
+        with preserve_rng(), without_training(self.embed):
             for batch, places in batches(loader, index):
                 found = self._fields(batch)
                 parts["x"].append(self._features(found.inputs))
