@@ -33,7 +33,7 @@ class AutoEncoder(pl.LightningModule):
         return self.reconstruct(batch)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.reconstruct(batch))
+        self.log("val_loss", self.reconstruct(batch), batch_size=8)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -19,7 +19,8 @@ from groundwire_cram.operators import Layout, Weights
 from groundwire_cram.threshold import exact_masks
 
 #: A pattern such as "net.0" or "*.downsample.*", or a predicate of name and tensor; or several of them.
-Skip = str | Callable[[str, Tensor], bool] | Sequence[str | Callable[[str, Tensor], bool]]
+#: Sequences stand before predicates, so that jsonargparse can write a list into the config.yaml of LightningCLI.
+Skip = str | Sequence[str | Callable[[str, Tensor], bool]] | Callable[[str, Tensor], bool]
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _KIN = ("Linear", "Conv", "Embedding")
