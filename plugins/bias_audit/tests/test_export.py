@@ -183,3 +183,19 @@ def test_it_runs_as_a_module(file):
     done = subprocess.run([*command, "--groups", "region", "--control", "sex"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "stands out" in done.stdout
+
+
+def test_one_question_mark_among_the_labels_is_an_error_and_no_pass(tmp_path, capsys):
+    table = predictions(rows=4000, gap=0.3)
+    table["y"] = table["y"].astype(str).where(table.index != 7, "?")
+    table.to_csv(tmp_path / "p.csv", index=False)
+    assert main([str(tmp_path / "p.csv"), "--label", "y", "--pred", "pred", "--groups", "region"]) == 2
+    error = capsys.readouterr().err
+    assert "'?'" in error
+    assert "[0, 1]" in error or "[1, 0]" in error
+
+
+@pytest.mark.parametrize("twice", [["--pred", "y"], ["--pred", "pred", "--baseline", "pred"]])
+def test_a_column_is_not_compared_with_itself(file, capsys, twice):
+    assert main([file(), "--label", "y", "--groups", "sex", *twice]) == 2
+    assert "with itself" in capsys.readouterr().err

@@ -94,6 +94,14 @@ def _audited(options: argparse.Namespace) -> AuditResult:
     used = [*options.label, *(options.score or options.pred), *options.groups, *(options.control or [])]
     used += [*(options.baseline or []), *([options.weight] if options.weight else [])]
     _known(used, table, options.file)
+    compared = (
+        [*options.label, *(options.score or options.pred)],
+        [*(options.score or options.pred), *(options.baseline or [])],
+    )
+    for columns in compared:
+        twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
+        if twice:
+            raise ValueError(f"the column {twice[0]!r} would be compared with itself -> name another one")
     gate = Gate(
         tolerance=options.tolerance, alpha=options.alpha, metrics=options.metrics, min_count=options.min_count,
         correction=options.correction, intersections=options.intersections,
