@@ -42,7 +42,7 @@ def test_json_is_strict_and_complete():
     table = predictions(gap=0.3)
     result = audit(table["y"], table["score"], sensitive_features=table[["region", "sex"]], baseline_pred=table["pred"])
     found = json.loads(result.to_json(), parse_constant=lambda c: pytest.fail(c))
-    assert (found["schema"], found["verdict"], found["rows"]) == (1, "disparity", 600)
+    assert (found["schema"], found["verdict"], found["rows"]) == (2, "disparity", 600)
     assert set(found["by_group"]) == {"region", "sex", "region x sex"}
     assert found["by_group"]["region"][0]["accuracy"] == result.to_frame("region")["accuracy"].iloc[0]
     assert found["by_group"]["region x sex"][0]["group"] == ["north", "f"]

@@ -14,7 +14,7 @@ import pandas as pd
 from groundwire_bias_audit.audit.change import Comparison
 from groundwire_bias_audit.audit.counts import GroupCounts
 from groundwire_bias_audit.audit.gap_tests import gap_tests
-from groundwire_bias_audit.audit.gate import Gate, Test, Verdict, verdict_of
+from groundwire_bias_audit.audit.gate import Gate, Test, Verdict, conclusion, verdict_of
 from groundwire_bias_audit.audit.groups import by_target, unwrapped
 from groundwire_bias_audit.audit.rates import rate, spread
 from groundwire_bias_audit.audit.tables import (
@@ -163,12 +163,17 @@ class AuditRecord:
     @cached_property
     def tests(self) -> list[Test]:
         """Every gated gap with its P value, corrected over all of them."""
-        return gap_tests(self.counts, self.gate, self.random_state)
+        return gap_tests(self.counts, self.gate)
 
     @cached_property
     def verdict(self) -> Verdict:
         """``disparity``, ``insufficient data`` or ``pass``; see :class:`Gate`."""
         return verdict_of(self.tests)
+
+    @property
+    def conclusion(self) -> str:
+        """Reasons of the verdict in words: the disparities, the largest gap that is ruled out, or what is missing."""
+        return conclusion(self.tests, self.gate)
 
     @property
     def disparities(self) -> list[Test]:
@@ -179,9 +184,13 @@ class AuditRecord:
         """The tests as a table."""
         columns = [
             "attribute", "metric", "target", "control", "gap", "p_value", "p_adjusted", "disparity", "outliers",
-            "small",
+            "small", "insufficient",
         ]  # fmt: skip
-        return pd.DataFrame([[getattr(test, name) for name in columns] for test in self.tests], columns=columns)
+        table = pd.DataFrame([[getattr(test, name) for name in columns] for test in self.tests], columns=columns)
+        bounds = np.array([test.bounds for test in self.tests]).reshape(-1, 2)
+        table.insert(5, "gap_low", bounds[:, 0])
+        table.insert(6, "gap_high", bounds[:, 1])
+        return table
 
     def _counts_by(self, features: str | Sequence[str] | None) -> GroupCounts:
         if features is None:
