@@ -18,7 +18,7 @@ from groundwire_bias_audit.audit.groups import Groups, as_tuple, by_target, unwr
 from groundwire_bias_audit.audit.hypothesis_tests import adjust, mcnemar
 from groundwire_bias_audit.audit.intervals import quantiles, resample
 from groundwire_bias_audit.audit.predictions import Outputs
-from groundwire_bias_audit.audit.rate_differences import loss_bounds, paired_p_value
+from groundwire_bias_audit.audit.rate_differences import loss_at_least, loss_at_most, paired_p_value
 from groundwire_bias_audit.audit.rates import Counts, Floats, ratio
 
 
@@ -207,8 +207,9 @@ class Comparison:
         if not len(p):
             return head
         lost = [position for position in np.argsort(-loss, kind="stable") if adjusted[position] <= self.gate.alpha]
+        at_least, at_most = (partial(limit, worse, better, rows, level) for limit in (loss_at_least, loss_at_most))
         return replace(
             head, gap=float(loss.max()), p_value=float(p.min()), p_adjusted=float(adjusted.min()),
             disparity=bool(lost), outliers=tuple(groups[position] for position in lost),
-            interval=partial(loss_bounds, worse, better, rows, level),
+            limits=(at_least, at_most),
         )  # fmt: skip

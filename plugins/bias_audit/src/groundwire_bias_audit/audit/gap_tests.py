@@ -18,7 +18,12 @@ from groundwire_bias_audit.audit.counts import GroupCounts
 from groundwire_bias_audit.audit.gate import GOOD_WHEN_HIGH, Gate, Test
 from groundwire_bias_audit.audit.groups import as_tuple, unwrapped
 from groundwire_bias_audit.audit.hypothesis_tests import adjust
-from groundwire_bias_audit.audit.rate_differences import difference_p_value, difference_z, gap_bounds
+from groundwire_bias_audit.audit.rate_differences import (
+    difference_p_value,
+    difference_z,
+    gap_at_least,
+    gap_at_most,
+)
 from groundwire_bias_audit.audit.rates import Counts, Floats, parts
 from groundwire_bias_audit.audit.sample_weights import effective_counts, moments_of
 
@@ -156,17 +161,15 @@ def _welch(values: GroupValues, i: Any, j: Any) -> tuple[Floats, Floats]:
     return np.sqrt(a + b), np.where(np.isfinite(freedom), freedom, 1.0)
 
 
-def _mean_bounds(values: GroupValues, level: float) -> tuple[float, float]:
-    """Interval of the largest difference of means, simultaneous over pairs at ``level`` each."""
+def _limit(values: GroupValues, level: float, end: int) -> float:
+    """Lower (``end`` -1) or upper (1) limit of the largest difference, simultaneous over pairs at ``level`` each."""
+    if values.variances is None:
+        k, n = np.rint(values.values * values.rows).astype(np.int64), values.rows.astype(np.int64)
+        return gap_at_most(k, n, level) if end > 0 else gap_at_least(k, n, level)
     high, low = _pairs(values)
     error, freedom = _welch(values, high, low)
-    difference, reach = values.values[high] - values.values[low], student.isf(level / 2, freedom) * error
-    return max(0.0, float((difference - reach).max())), float((difference + reach).max())
-
-
-def _rate_bounds(values: GroupValues, level: float) -> tuple[float, float]:
-    k = np.rint(values.values * values.rows).astype(np.int64)
-    return gap_bounds(k, values.rows.astype(np.int64), level)
+    reach = student.isf(level / 2, freedom) * error
+    return max(0.0, float((values.values[high] - values.values[low] + end * reach).max()))
 
 
 def _test(
@@ -182,7 +185,7 @@ def _test(
     return replace(
         head, gap=gap, p_value=float(p.min()), p_adjusted=float(adjusted.min()), disparity=bool(beyond.any()),
         outliers=_outliers(own, pairs[0][beyond], pairs[1][beyond]),
-        interval=partial(_rate_bounds if own.variances is None else _mean_bounds, own, level),
+        limits=(partial(_limit, own, level, -1), partial(_limit, own, level, 1)),
     )  # fmt: skip
 
 

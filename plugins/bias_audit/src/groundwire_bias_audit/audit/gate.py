@@ -193,16 +193,22 @@ class Test:
     rows: tuple[float, ...] = ()
     insufficient: str = ""
     change: bool = False
-    interval: Callable[[], tuple[float, float]] | None = field(default=None, repr=False, compare=False)
+    limits: tuple[Callable[[], float], Callable[[], float]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def bounds(self) -> tuple[float, float]:
-        """Simultaneous interval of the true ``gap`` of the judged groups: it is at least, and at most, so large.
+    def at_least(self) -> float:
+        """Lower end of the simultaneous interval of the true ``gap`` of the judged groups."""
+        return math.nan if self.limits is None else self.limits[0]()
 
-        All intervals of an audit hold together with a chance of 1 - alpha. The second end is the largest gap that the
-        data do not rule out.
-        """
-        return (math.nan, math.nan) if self.interval is None else self.interval()
+    @cached_property
+    def at_most(self) -> float:
+        """Upper end of it: the data rule out larger gaps. All of an audit hold together with a chance of 1 - alpha."""
+        return math.nan if self.limits is None else self.limits[1]()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Both ends."""
+        return self.at_least, self.at_most
 
     @property
     def name(self) -> str:
@@ -243,7 +249,7 @@ def describe(test: Test) -> str:
     if named:
         ends = dict.fromkeys((min(named, key=named.__getitem__), max(named, key=named.__getitem__)))
         values = ": " + ", ".join(f"{named[group]:{'+' if test.change else ''}.3f} for {group}" for group in ends)
-    shown = f", at least by {test.bounds[0]:.3f}" if test.disparity and test.bounds[0] > 0 else ""
+    shown = f", at least by {test.at_least:.3f}" if test.disparity and test.at_least > 0 else ""
     worst = f"; stands out: {', '.join(map(str, test.outliers))}" if test.outliers else ""
     verb = ("got worse by" if test.gap > 0 else "got worse by at most") if test.change else "differs by"
     return f"{test.name} {verb} {test.gap:.3f}{values}{shown} (adjusted P = {test.p_adjusted:.2g}){worst}"
@@ -259,13 +265,13 @@ def conclusion(tests: Sequence[Test], gate: Gate) -> str:
     verdict = verdict_of(tests)
     told = [describe(test) for test in sorted(tests, key=lambda test: -test.gap) if test.disparity]
     if verdict is Verdict.PASS:
-        widest = max(tests, key=lambda test: -1.0 if math.isnan(test.bounds[1]) else test.bounds[1])
+        widest = max(tests, key=lambda test: -1.0 if math.isnan(test.at_most) else test.at_most)
         if widest.change:
             told = [f"no group is shown to have lost more than {gate.tolerance:g}, and the data rule out losses above "
-                    f"{_rounded_up(widest.bounds[1])} ({widest.name})"]  # fmt: skip
+                    f"{_rounded_up(widest.at_most)} ({widest.name})"]  # fmt: skip
         else:
             told = [f"no gap is shown to exceed {gate.tolerance:g}, and the data rule out gaps above "
-                    f"{_rounded_up(widest.bounds[1])} ({widest.name})"]  # fmt: skip
+                    f"{_rounded_up(widest.at_most)} ({widest.name})"]  # fmt: skip
     if verdict is Verdict.INSUFFICIENT:
         told = list(dict.fromkeys(test.insufficient for test in tests if test.insufficient)) or ["nothing is gated"]
         told = told[:5] + ([f"and {len(told) - 5} more"] if len(told) > 5 else [])

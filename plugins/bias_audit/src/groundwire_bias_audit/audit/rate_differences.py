@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, bdtrc
-from scipy.stats import beta, binom, norm
+from scipy.special import bdtr, bdtrc, betainccinv, betaincinv, gammaln, xlog1py, xlogy
+from scipy.stats import norm
 
 from groundwire_bias_audit.audit.rates import Floats
 
@@ -95,7 +95,7 @@ def difference_p_value(k1: int, n1: int, k2: int, n2: int, margin: float, level:
         True
     """
     spent = EXCLUDED * level
-    (low1, high1), (low2, high2) = (clopper_pearson(k, n, spent / 4) for k, n in ((k1, n1), (k2, n2)))
+    (low1, high1), (low2, high2) = (clopper_pearson(k, n, spent / 8) for k, n in ((k1, n1), (k2, n2)))
     if low1 - high2 > margin:
         return spent
     if high1 - low2 <= margin:
@@ -103,12 +103,12 @@ def difference_p_value(k1: int, n1: int, k2: int, n2: int, margin: float, level:
     z = float(difference_z(k1, n1, k2, n2, margin)) - 1e-9
     rates = _grid(max(low2, low1 - margin), min(high2, high1 - margin), max(n1, n2))
     first = rates + margin
-    a = np.arange(binom.ppf(spent / 4, n1, first.min()), binom.isf(spent / 4, n1, first.max()) + 1, dtype=np.int64)
+    a = _counts(first, n1, spent / 4)
     # For each count of the first group, the largest one of the second that is as extreme as what was seen.
     most = _last(lambda b: difference_z(a, n1, b, n2, margin) >= z, np.full(len(a), -1), np.full(len(a), n2))
     most = np.maximum.accumulate(most)
     below = np.where(most[:, None] < 0, 0.0, bdtr(np.maximum(most, 0)[:, None].astype(float), n2, rates))
-    tail = (binom.pmf(a[:, None], n1, first) * below).sum(axis=0)
+    tail = (_chances(a, n1, first) * below).sum(axis=0)
     return float(min(1.0, tail.max() + spent))
 
 
@@ -127,18 +127,33 @@ def paired_p_value(worse: int, better: int, n: int, margin: float, level: float 
         True
     """
     spent = EXCLUDED * level
-    low, high = clopper_pearson(worse + better, n, spent / 2)
+    low, high = clopper_pearson(worse + better, n, spent / 4)
     z = float(paired_z(worse, better, n, margin)) - 1e-9
     least = max(low, abs(margin))
     if least > high:  # with so few changed rows the shares cannot differ by ``margin``
         return 1.0 if margin > 0 else spent
     changed = _grid(least, high, n)
-    f = np.arange(binom.ppf(spent / 4, n, changed.min()), binom.isf(spent / 4, n, changed.max()) + 1, dtype=np.int64)
-    down = (changed + margin) / 2 / changed
+    f = _counts(changed, n, spent / 4)
+    down = (1 + margin / np.maximum(changed, abs(margin) or 1.0)) / 2  # of the changed rows
     # For each number of changed rows, the smallest number of worse ones that is as extreme as what was seen.
     fewer = _last(lambda b: paired_z(b, f - b, n, margin) < z, np.full(len(f), -1), f)
-    tail = (binom.pmf(f[:, None], n, changed) * _above(fewer, f, down)).sum(axis=0)
+    tail = (_chances(f, n, changed) * _above(fewer, f, down)).sum(axis=0)
     return float(min(1.0, tail.max() + spent))
+
+
+def _counts(rates: Floats, n: int, tail: float) -> NDArray[np.int64]:
+    """Successes that occur at some of the ``rates``, but for a chance of ``tail`` on a side (Bernstein's bound)."""
+    nats, variance = -np.log(tail), n * (rates * (1 - rates)).max()
+    reach = nats / 3 + np.sqrt(nats**2 / 9 + 2 * variance * nats)
+    low, high = max(0.0, n * rates.min() - reach), min(float(n), n * rates.max() + reach)
+    return np.arange(int(low), int(np.ceil(high)) + 1)
+
+
+def _chances(k: NDArray[np.int64], n: int, rates: Floats) -> Floats:
+    """Binomial probabilities, by count and rate."""
+    ways = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    found: Floats = np.exp(ways[:, None] + xlogy(k[:, None], rates) + xlog1py((n - k)[:, None], -rates))
+    return found
 
 
 def _above(k: NDArray[Any], n: NDArray[Any], p: Floats) -> Floats:
@@ -153,13 +168,13 @@ def clopper_pearson(k: int, n: int, tail: float) -> tuple[float, float]:
         >>> [round(end, 3) for end in clopper_pearson(8, 10, 0.025)]
         [0.444, 0.975]
     """
-    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
-    return low, 1.0 if k == n else float(beta.isf(tail, k + 1, n - k))
+    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
+    return low, 1.0 if k == n else float(betainccinv(k + 1, n - k, tail))
 
 
 def _grid(low: float, high: float, rows: int) -> Floats:
     """Rates to look at: the chance is smooth in them for many rows and jumps for few."""
-    points = 64 if rows < 1000 else 24 if rows < 20_000 else 9
+    points = 64 if rows < 300 else 24 if rows < 2000 else 9
     return np.linspace(low, high, points)
 
 
@@ -173,8 +188,8 @@ def _last(holds: Callable[[NDArray[Any]], NDArray[np.bool_]], low: NDArray[Any],
     return low
 
 
-def gap_bounds(k: NDArray[np.int64], n: NDArray[np.int64], level: float) -> tuple[float, float]:
-    """Interval of the largest difference of two of several rates, from intervals of all pairs.
+def gap_at_most(k: NDArray[np.int64], n: NDArray[np.int64], level: float) -> float:
+    """Upper limit of the largest difference of two of several rates, from intervals of all pairs.
 
     Args:
         k: Successes of each group, shape (G,), G >= 2.
@@ -182,60 +197,84 @@ def gap_bounds(k: NDArray[np.int64], n: NDArray[np.int64], level: float) -> tupl
         level: Chance of each pair's two-sided interval to miss its difference.
 
     Returns:
-        Lower and upper end; with a chance of at least 1 - level * G (G - 1) / 2 the true gap is between them.
+        The true gap is not larger, with a chance of at least 1 - level * G (G - 1) / 2.
 
     Example:
-        >>> [round(end, 3) for end in gap_bounds(np.array([80, 50]), np.array([100, 100]), 0.05)]
-        [0.169, 0.424]
+        >>> round(gap_at_most(np.array([80, 50]), np.array([100, 100]), 0.05), 2)
+        0.42
     """
-    first, second = (index.ravel() for index in np.indices((len(k), len(k))))
-    first, second = first[first != second], second[first != second]
-    a, na, b, nb = k[first], n[first], k[second], n[second]
-    tail = level / 2
+    tail, (a, na, b, nb) = level / 2, _ordered_pairs(k, n)
     upper = _score_limit(lambda d: difference_z(b, nb, a, na, -d), tail, a.shape)
     ends = np.array([clopper_pearson(int(x), int(y), tail / 2) for x, y in zip(k, n, strict=True)])
-    widest = ends[first, 1] - ends[second, 0]  # limits of the differences beyond doubt, wider than need be
+    widest = np.subtract.outer(ends[:, 1], ends[:, 0])[~np.eye(len(k), dtype=bool)]  # limits beyond doubt
     seen, high, open_ = a / na - b / nb, float(upper.max()), np.ones(len(a), bool)
     while True:
         open_ &= (widest > high) & ~_surely_excluded(b, nb, a, na, -high, tail)
         if not open_.any():
-            break
+            return min(1.0, high)
         pair = int(np.argmax(np.where(open_, upper, -2)))
         rows = int(b[pair]), int(nb[pair]), int(a[pair]), int(na[pair])
         high = _widened(difference_p_value, rows, -1, high, float(seen[pair]), float(widest[pair]), tail)
         open_[pair] = False
-    best = int(np.argmin(upper))  # of "b exceeds a" the lower limit is minus the upper one of "a exceeds b"
-    rows = int(b[best]), int(nb[best]), int(a[best]), int(na[best])
-    low = -float(upper[best])
-    if low > 0:
-        low = _widened(difference_p_value, rows, 1, low, -float(seen[best]), 0.0, tail)
-    return max(0.0, low), min(1.0, high)
 
 
-def loss_bounds(
-    worse: NDArray[np.int64], better: NDArray[np.int64], n: NDArray[np.int64], tail: float
-) -> tuple[float, float]:
-    """Interval of the largest loss of several groups: the share of rows that got worse minus that that got better.
+def gap_at_least(k: NDArray[np.int64], n: NDArray[np.int64], level: float) -> float:
+    """Lower limit of the largest difference of two of several rates; arguments as for :func:`gap_at_most`.
+
+    Example:
+        >>> round(gap_at_least(np.array([80, 50]), np.array([100, 100]), 0.05), 2)
+        0.17
+    """
+    tail, (a, na, b, nb) = level / 2, _ordered_pairs(k, n)
+    lower = -_score_limit(lambda d: difference_z(a, na, b, nb, -d), tail, a.shape)
+    best = int(np.argmax(lower))
+    rows = int(a[best]), int(na[best]), int(b[best]), int(nb[best])
+    if lower[best] <= 0:
+        return 0.0
+    seen = float(a[best] / na[best] - b[best] / nb[best])
+    return max(0.0, _widened(difference_p_value, rows, 1, float(lower[best]), seen, 0.0, tail))
+
+
+def _ordered_pairs(k: NDArray[Any], n: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Successes and rows of the first and of the second group of all ordered pairs."""
+    first, second = (index[~np.eye(len(k), dtype=bool)] for index in np.indices((len(k), len(k))))
+    return k[first], n[first], k[second], n[second]
+
+
+def loss_at_most(worse: NDArray[np.int64], better: NDArray[np.int64], n: NDArray[np.int64], tail: float) -> float:
+    """Upper limit of the largest loss of several groups: the share of rows that got worse minus that that got better.
 
     Args:
         worse: Rows of each group that got worse, shape (G,).
         better: Rows that got better.
         n: All rows.
-        tail: Chance of each group's limits to miss its loss on either side.
+        tail: Chance of each group's limit to miss its loss.
 
     Example:
-        >>> [round(end, 3) for end in loss_bounds(np.array([30, 2]), np.array([5, 1]), np.array([100, 100]), 0.025)]
-        [0.141, 0.36]
+        >>> round(loss_at_most(np.array([30, 2]), np.array([5, 1]), np.array([100, 100]), 0.025), 2)
+        0.36
     """
     upper = _score_limit(lambda d: paired_z(better, worse, n, -d), tail, n.shape)
+    high = -1.0
+    for b, c, rows, limit in zip(worse.tolist(), better.tolist(), n.tolist(), upper, strict=True):
+        if limit > high:
+            high = _widened(paired_p_value, (c, b, rows), -1, float(limit), (b - c) / rows, 1.0, tail)
+    return high
+
+
+def loss_at_least(worse: NDArray[np.int64], better: NDArray[np.int64], n: NDArray[np.int64], tail: float) -> float:
+    """Lower limit of the largest loss of several groups; arguments as for :func:`loss_at_most`.
+
+    Example:
+        >>> round(loss_at_least(np.array([30, 2]), np.array([5, 1]), np.array([100, 100]), 0.025), 2)
+        0.14
+    """
     lower = -_score_limit(lambda d: paired_z(worse, better, n, -d), tail, n.shape)
-    high, low = -1.0, -1.0
-    for b, c, rows, up, down in zip(worse.tolist(), better.tolist(), n.tolist(), upper, lower, strict=True):
-        if up > high:
-            high = _widened(paired_p_value, (c, b, rows), -1, float(up), (b - c) / rows, 1.0, tail)
-        if down > low:
-            low = max(low, _widened(paired_p_value, (b, c, rows), 1, float(down), (b - c) / rows, -1.0, tail))
-    return low, high
+    low = -1.0
+    for b, c, rows, limit in zip(worse.tolist(), better.tolist(), n.tolist(), lower, strict=True):
+        if limit > low:
+            low = max(low, _widened(paired_p_value, (b, c, rows), 1, float(limit), (b - c) / rows, -1.0, tail))
+    return low
 
 
 def _widened(
@@ -260,7 +299,7 @@ def _surely_excluded(k1: Any, n1: Any, k2: Any, n2: Any, margin: float, tail: fl
 def _score_limit(z_of: Callable[[Floats], Floats], tail: float, shape: tuple[int, ...]) -> Floats:
     """Upper limits of differences: the least that the score test excludes; ``z_of`` rises with the difference."""
     least, (low, high) = norm.isf(tail), (np.full(shape, -1.0), np.full(shape, 1.0))
-    for _ in range(30):
+    for _ in range(24):
         middle = (low + high) / 2
         outside = z_of(middle) >= least
         low, high = np.where(outside, low, middle), np.where(outside, middle, high)

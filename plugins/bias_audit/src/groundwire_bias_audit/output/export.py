@@ -98,7 +98,7 @@ def content(result: AuditRecord) -> dict[str, Any]:
 
 def _test(test: Test) -> dict[str, Any]:
     low, high = test.bounds
-    values = {f.name: plain(getattr(test, f.name)) for f in fields(test) if f.name != "interval"}
+    values = {f.name: plain(getattr(test, f.name)) for f in fields(test) if f.name != "limits"}
     return values | {"gap_low": plain(low), "gap_high": plain(high)}
 
 
