@@ -95,10 +95,9 @@ def plain_intervals(counts: np.ndarray, gate: Gate) -> bool:
     for k, n in parts:
         p, (low, high) = k / n, wilson(k, n, z)
         difference = p[:, None] - p[None, :]
-        if (difference - np.hypot(p - low, 0)[:, None] > gate.tolerance).any():
-            reach = np.sqrt((p - low)[:, None] ** 2 + (high - p)[None, :] ** 2)
-            if (difference - reach > gate.tolerance).any():
-                return True
+        reach = np.sqrt((p - low)[:, None] ** 2 + (high - p)[None, :] ** 2)
+        if (difference - reach > gate.tolerance).any():
+            return True
     return False
 
 
@@ -153,7 +152,7 @@ def share(setting: Setting, draws: int, gate: Gate, rules: Sequence[str]) -> dic
             found["old"].append(old_rule(counts, gate))
         if "intervals" in rules:
             found["intervals"].append(plain_intervals(counts, gate))
-        if seed < draws // 4:
+        if seed < max(1, draws // 4):
             found["misses"].append(misses(result, setting))
     return {rule: float(np.mean(values)) if values else 0.0 for rule, values in found.items()}
 
@@ -179,7 +178,9 @@ def levels(draws: int) -> list[Row]:
         found = share(setting, draws, Gate(), ("gate", "old"))
         rows.append(Row(f"false alarms, {setting.name}", "", [found["gate"]], most(draws)))
         rows.append(Row(f"old rule, {setting.name}", "", [found["old"]]))
-        rows.append(Row(f"wrong statements about the gap, {setting.name}", "", [found["misses"]], most(draws // 4)))
+        rows.append(
+            Row(f"wrong statements about the gap, {setting.name}", "", [found["misses"]], most(max(1, draws // 4)))
+        )
         if setting.gap == 0:
             rows.append(Row(f"passes, {setting.name}", "", [found["pass"]]))
     return rows
@@ -198,17 +199,20 @@ def power(draws: int) -> list[Row]:
             rows.append(Row(f"power, {setting.name}", "", [found["gate"]], max(0.0, least), at_least=True))
         rows.append(Row(f"plain intervals, {setting.name}", "", [found["intervals"]]))
         rows.append(Row(f"old rule, {setting.name}", "", [found["old"]]))
-        rows.append(Row(f"wrong statements about the gap, {setting.name}", "", [found["misses"]], most(draws // 4)))
+        rows.append(
+            Row(f"wrong statements about the gap, {setting.name}", "", [found["misses"]], most(max(1, draws // 4)))
+        )
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Simulate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="40 data sets for each setting instead of 1,000")
+    parser.add_argument("--quick", action="store_true", help="40 data sets for each setting instead of 400")
+    parser.add_argument("--draws", type=int, help="data sets for each setting")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values")
     options = parser.parse_args(arguments)
-    draws = 40 if options.quick else 1000
+    draws = options.draws or (40 if options.quick else 400)
     rows = levels(draws) + power(draws)
     show(rows)
     if options.json is not None:

@@ -1,12 +1,18 @@
 """The gate: what it lets through, what it stops, and when it refuses to say."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2_contingency
 
-from groundwire_bias_audit import Gate, Verdict, audit
+from groundwire_bias_audit import AuditResult, Gate, Verdict, audit
+from groundwire_bias_audit.audit.change import Comparison
+from groundwire_bias_audit.audit.counts import GroupCounts
+from groundwire_bias_audit.audit.gate import conclusion, not_gated
+from groundwire_bias_audit.audit.groups import Groups
 from groundwire_bias_audit.audit.hypothesis_tests import adjust, homogeneity, mcnemar, sequential
 from groundwire_bias_audit.audit.rate_differences import difference_p_value
 
@@ -230,3 +236,163 @@ def test_an_unknown_gated_metric_shows_the_nearest():
 
 def test_verdicts_print_as_their_words():
     assert [str(v) for v in Verdict] == ["pass", "disparity", "insufficient data"]
+
+
+def counted(confusion, metrics=None, **options):
+    """The audit of confusion counts ``[group, label, prediction]``."""
+    confusion = np.asarray(confusion)
+    groups = Groups(("g",), (tuple(range(len(confusion))),))
+    counts = GroupCounts("binary", ("",), groups, confusion.sum(axis=(1, 2)), confusion[:, None])
+    return AuditResult(counts, Gate(metrics=metrics, **options))
+
+
+def drawn(sizes, rates, rng):
+    """Confusion counts of groups that are predicted right at the given rates."""
+    positive = rng.binomial(sizes, 0.5)
+    right = rng.binomial([np.array(sizes) - positive, positive], rates)
+    wrong = np.stack([np.array(sizes) - positive, positive]) - right
+    return np.stack([np.stack([right[0], wrong[0]], -1), np.stack([wrong[1], right[1]], -1)], axis=1)
+
+
+LARGE = [20_000, 20_000]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rates", "min_count"),
+    [
+        ([*LARGE, 60], [0.79, 0.81, 0.8], 30),
+        ([*LARGE, 60, 60, 60, 60], [0.79, 0.81, 0.8, 0.8, 0.8, 0.8], 30),
+        ([*LARGE, 60, 60, 60, 60], [0.775, 0.825, 0.8, 0.8, 0.8, 0.8], 30),
+        ([*LARGE, *[70] * 10], [0.95, 1.0, *[0.97] * 10], 30),
+        ([10, 30, 90, 270, 810, 2430, 7290, 20_000], [0.9, 0.95] * 4, 10),
+        ([10] * 10, [0.95, 1.0] * 5, 1),
+        ([200] * 10, [0.8, 0.85] * 5, 30),
+        ([100] * 40, [0.95, 1.0] * 20, 30),
+    ],
+)
+def test_gaps_within_the_tolerance_are_no_disparity(sizes, rates, min_count):
+    rng = np.random.default_rng(0)
+    alarms = sum(
+        counted(drawn(sizes, rates, rng), min_count=min_count).verdict is Verdict.DISPARITY for _ in range(100)
+    )
+    assert alarms <= 11  # P(more | 5 %) < 1 %
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rates", "least"),
+    [
+        ([3000] * 3, [0.68, 0.8, 0.8], 0.9),
+        ([1000] * 2, [0.65, 0.8], 0.95),
+        ([1000] * 10, [0.65, *[0.8] * 9], 0.9),
+        ([3000] * 40, [0.7, *[0.8] * 39], 0.9),
+    ],
+)
+def test_gaps_of_two_tolerances_and_more_are_found_in_enough_rows(sizes, rates, least):
+    rng = np.random.default_rng(0)
+    found = [counted(drawn(sizes, rates, rng)) for _ in range(20)]
+    assert np.mean([result.verdict is Verdict.DISPARITY for result in found]) >= least - 0.1
+    named = [test.outliers for result in found for test in result.disparities]
+    assert np.mean([groups[0] == 0 for groups in named]) > 0.95
+
+
+@pytest.mark.parametrize("groups", [2, 10, 40])
+def test_a_fair_model_passes_whatever_the_number_of_groups(groups):
+    rng, verdicts = np.random.default_rng(0), []
+    for _ in range(20):
+        sizes = rng.integers(100, 400, groups)
+        sizes[-1] = 20 if groups > 2 else sizes[-1]
+        verdicts.append(counted(drawn(sizes, [0.8] * groups, rng)).verdict)
+    assert verdicts.count(Verdict.PASS) >= 18
+
+
+def test_a_pass_says_which_gap_is_ruled_out():
+    rng = np.random.default_rng(0)
+    few, many = (counted(drawn([size] * 3, [0.8, 0.81, 0.8], rng)) for size in (200, 20_000))
+    assert few.verdict is many.verdict is Verdict.PASS
+    worst = [max(test.at_most for test in result.tests) for result in (few, many)]
+    assert worst[0] > 0.1 > worst[1] > 0.01
+    for result, value in zip((few, many), worst, strict=True):
+        stated = re.search(r"rule out gaps above ([\d.]+) \((\w+) by g\)", str(result))
+        assert 0 <= float(stated[1]) - value <= 0.001
+    assert many.gaps()["gap_high"].max() == worst[1]
+
+
+@pytest.mark.parametrize(
+    ("confusion", "reason"),
+    [
+        ([[[400, 0], [400, 0]], [[400, 0], [400, 0]]], "all predictions are the same"),
+        ([[[0, 400], [0, 400]], [[0, 400], [0, 400]]], "all predictions are the same"),
+        ([[[300, 100], [0, 0]], [[300, 100], [0, 0]]], "all labels are the same"),
+        ([[[300, 100], [100, 300]]], "only one group of g"),
+        ([[[300, 100], [100, 300]], [[0, 0], [0, 0]]], "only one group of g"),
+        ([[[300, 100], [100, 300]], [[9, 1], [1, 9]]], "fewer than two groups have 30 rows for accuracy by g"),
+        ([[[9, 1], [1, 9]], [[9, 1], [1, 9]]], "fewer than two groups"),
+        ([[[300, 100], [2, 3]], [[300, 100], [2, 3]]], "fewer than two groups have 30 rows for true_positive_rate"),
+    ],
+)
+def test_what_leaves_nothing_to_compare_is_no_pass_and_says_why(confusion, reason):
+    result = counted(confusion)
+    assert result.verdict is Verdict.INSUFFICIENT
+    assert reason in result.conclusion
+
+
+def test_constant_columns_of_any_task_are_no_pass():
+    rng = np.random.default_rng(0)
+    g, y3, real = rng.integers(0, 2, 600), rng.integers(0, 3, 600), rng.normal(size=600)
+    two = rng.integers(0, 2, (600, 2))
+    never = two.copy()
+    never[:, 1] = 0
+    for task, y, p in (
+        ("multiclass", y3, np.ones(600, int)), ("multiclass", np.ones(600, int), y3), ("multilabel", two, never),
+        ("multilabel", never, two), ("regression", real, np.full(600, 0.3)), ("regression", np.full(600, 0.3), real),
+    ):  # fmt: skip
+        result = audit(y, y_pred=p, sensitive_features=g, task=task)
+        assert result.verdict is not Verdict.PASS
+        assert "are the same" in result.conclusion or result.verdict is Verdict.DISPARITY
+
+
+def test_a_control_group_that_cannot_be_judged_counts_among_the_rows():
+    y, p, g = simulated([0.8, 0.8], 500, 0)
+    for odd, expected in ((20, Verdict.PASS), (200, Verdict.INSUFFICIENT)):
+        control = np.where(np.arange(1000) < odd, "alone", "both")  # there, only the first group has rows
+        assert audit(y, y_pred=p, sensitive_features=g, control_features=control).verdict is expected
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "true_positive_rate", "false_positive_rate"])
+def test_a_change_fails_only_where_a_group_lost(metric):
+    rng = np.random.default_rng(0)
+    g, y = np.repeat(["f", "m"], 4000), np.tile([0, 1], 4000)
+    good = np.where(rng.random(8000) < 0.95, y, 1 - y)
+    bad = np.where((g == "f") & (rng.random(8000) < 0.15), 1 - y, good)
+    gate = Gate(metrics=[metric])
+    mended = audit(y, y_pred=good, baseline_pred=bad, sensitive_features=g, gate=gate).comparison
+    broken = audit(y, y_pred=bad, baseline_pred=good, sensitive_features=g, gate=gate).comparison
+    assert (mended.verdict, broken.verdict) == (Verdict.PASS, Verdict.DISPARITY)
+    assert broken.tests[0].outliers == ("f",)
+    assert broken.tests[0].at_least > 0.1 > 0.05 > mended.tests[0].at_most
+    assert "rule out losses above" in conclusion(mended.tests, gate)
+
+
+def test_losses_within_the_tolerance_are_no_disparity():
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(100):
+        n = np.array([40, 100, 400, 3000])
+        worse = rng.binomial(n, 0.1)
+        better = rng.binomial(n - worse, 0.05 / 0.9)  # the true loss is 0.05, the tolerance
+        pairs = np.zeros((4, 1, 2, 2, 2), np.int64)
+        pairs[:, 0, 1, 1, 0], pairs[:, 0, 1, 0, 1], pairs[:, 0, 1, 1, 1] = worse, better, n - worse - better
+        groups = Groups(("g",), ((0, 1, 2, 3),))
+        change = Comparison(groups, ("",), pairs, (worse + better)[:, None], Gate(metrics=["accuracy"]))
+        alarms += change.verdict is Verdict.DISPARITY
+    assert alarms <= 11
+
+
+def test_what_is_not_judged_is_said():
+    assert not_gated("binary", Gate()).startswith("Not judged: selection_rate, ")
+    result = counted([[[300, 100], [100, 300]]] * 2)
+    assert "Not judged: selection_rate" in result.to_html()
+
+
+def test_draws_are_deprecated():
+    with pytest.warns(DeprecationWarning, match="no effect"):
+        Gate(draws=2000)

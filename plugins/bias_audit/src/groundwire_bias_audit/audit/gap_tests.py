@@ -19,6 +19,7 @@ from groundwire_bias_audit.audit.gate import GOOD_WHEN_HIGH, Gate, Test
 from groundwire_bias_audit.audit.groups import as_tuple, unwrapped
 from groundwire_bias_audit.audit.hypothesis_tests import adjust
 from groundwire_bias_audit.audit.rate_differences import (
+    clopper_pearson,
     difference_p_value,
     difference_z,
     gap_at_least,
@@ -102,16 +103,20 @@ def _p_values(judged: Sequence[GroupValues], pairs: Sequence[_Pairs], gate: Gate
         ]
     )
     where = [(values, i, j) for values, pair in zip(judged, pairs, strict=True) for i, j in zip(*pair, strict=True)]
-    found, last = rough.copy(), 0.0
-    order = np.argsort(rough, kind="stable")
+    sure = np.concatenate([np.empty(0, bool), *(
+        _beyond_doubt(values, *pair, gate.tolerance, gate.alpha / max(1, len(rough)))
+        for values, pair in zip(judged, pairs, strict=True)
+    )])  # fmt: skip
+    found, last = np.where(sure, np.minimum(rough, gate.alpha / max(1, len(rough))), rough), 0.0
+    order = np.argsort(found, kind="stable")
     for rank, position in enumerate(order):
         # Below the level of its step a P value is computed exactly; Holm's steps end at the first that fails.
         limit = gate.alpha / (len(order) - rank) if gate.correction == "holm" else gate.alpha
-        if rough[position] > 1.5 * limit or last > limit:
-            found[order[rank:]] = np.maximum(rough[order[rank:]], last)
+        if found[position] > 1.5 * limit or last > limit:
+            found[order[rank:]] = np.maximum(found[order[rank:]], last)
             break
         values, i, j = where[position]
-        if values.variances is None:
+        if values.variances is None and not sure[position]:
             found[position] = last = _exact(values, i, j, gate.tolerance, gate.alpha / len(order))
     return found
 
@@ -133,6 +138,18 @@ def _approximate(values: GroupValues, high: NDArray[np.intp], low: NDArray[np.in
     return np.where(
         (error == 0) & (difference <= tolerance), 1.0, student.sf(ends[0], freedom) + student.sf(ends[1], freedom)
     )
+
+
+def _beyond_doubt(
+    values: GroupValues, high: NDArray[np.intp], low: NDArray[np.intp], tolerance: float, level: float
+) -> NDArray[np.bool_]:
+    """Pairs of rates whose P value is at most ``level``, since the exact intervals of the two are so far apart."""
+    if values.variances is not None or not len(high):
+        return np.zeros(len(high), bool)
+    k, n = np.rint(values.values * values.rows).astype(np.int64), values.rows.astype(np.int64)
+    # Two tails for one direction of the difference, and two for the other.
+    ends = np.array([clopper_pearson(*counts, level / 4) for counts in zip(k.tolist(), n.tolist(), strict=True)])
+    return np.asarray(ends[high, 0] - ends[low, 1] > tolerance)
 
 
 def _deviation(k: NDArray[Any], n: NDArray[Any], i: Any, j: Any) -> Floats:
