@@ -340,3 +340,38 @@ def test_a_baseline_may_predict_a_class_that_the_model_never_does():
     y, after, before = y * 10 + ["d"], after * 10 + ["d"], before * 10 + ["d"]
     frame = audit(y, y_pred=after, baseline_pred=before, sensitive_features=[0] * 41).comparison.to_frame()
     assert frame[["flip_rate", "broken", "mended"]].iloc[0].tolist() == [20 / 41, 10, 0]
+
+
+def selected(rows):
+    """An audit of groups with (selected, all) rows, by their predictions alone."""
+    p = np.concatenate([np.arange(n) < k for k, n in rows]).astype(int)
+    return p, np.repeat(np.arange(len(rows)), [n for _, n in rows])
+
+
+@pytest.mark.parametrize("weight", [None, 0.1, 1 / 3])
+def test_exactly_four_fifths_are_four_fifths(weight):
+    for best, n in [(best, rows) for rows in (30, 50, 70, 90, 110, 1000) for best in range(5, rows, 5)]:
+        p, g = selected([(best * 4 // 5, n), (best, n), (best * 4 // 5 - 1, n)])
+        options = {} if weight is None else {"sample_weight": np.full(len(p), weight)}
+        found = audit(p, y_pred=p, sensitive_features=g, **options).impact_ratios()["four_fifths"].tolist()
+        assert found == [True, True, False], (best, n)
+
+
+def test_four_fifths_of_groups_of_different_sizes_are_exact():
+    for k, n, best, most in ((72, 100, 90, 100), (24, 50, 18, 30), (28, 100, 35, 100), (56, 175, 40, 100)):
+        assert 5 * k * most == 4 * best * n
+        p, g = selected([(k, n), (best, most)])
+        assert audit(p, y_pred=p, sensitive_features=g).impact_ratios()["four_fifths"].tolist() == [True, True]
+
+
+def test_a_group_of_one_row_is_marked_and_does_not_fail_the_others():
+    p, g = selected([(50, 100), (45, 100), (1, 1)])
+    found = audit(p, y_pred=p, sensitive_features=g).impact_ratios()
+    assert found["four_fifths"].tolist() == [True, True, None]
+    assert found["too_few_rows"].tolist() == [False, False, True]
+    assert found["impact_ratio"].tolist() == pytest.approx([1.0, 0.9, 2.0])
+
+
+def test_where_nobody_is_selected_there_is_no_ratio():
+    p, g = selected([(0, 40), (0, 50)])
+    assert audit(p, y_pred=p, sensitive_features=g).impact_ratios()["four_fifths"].tolist() == [None, None]

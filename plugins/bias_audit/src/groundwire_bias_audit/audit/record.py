@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -133,12 +133,16 @@ class AuditRecord:
         """Selection rate of each group over the highest one of its target and control values; is it four fifths of it?
 
         A figure that US employment guidance and New York's rule on hiring tools ask for. It says nothing about
-        compliance with either.
+        compliance with either. Groups with fewer rows than the gate's ``min_count`` are marked ``too_few_rows`` and
+        neither judged nor compared with.
+
+        Raises:
+            ValueError: The task has no selection rate.
         """
-        controls = list(range(self.counts.groups.controls))
-        one = self.targets[0] if target is None and len(self.targets) == 1 else target
-        frame = replace(self, metrics=("selection_rate",)).to_frame(features, target=one)
-        return impact_ratios(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
+        if self.task == "regression" or (self.task == "multiclass" and target is None):
+            raise ValueError("there is no selection rate -> of a multiclass task name a class as target")
+        counts = self._counts_by(features)
+        return self._of_targets(target, lambda index, _: impact_ratios(counts, index, self.gate.min_count))
 
     @property
     def worst_group(self) -> tuple[Any, float]:
