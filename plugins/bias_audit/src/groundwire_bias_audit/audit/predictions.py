@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -147,17 +148,22 @@ def probabilities(values: NDArray[Any], from_logits: bool, axis: bool = False) -
         ValueError: A score is outside [0, 1].
     """
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"scores must be numbers, got type {values.dtype}")
+        commas = all(re.fullmatch(r"-?\d*,\d+", str(value)) for value in values.ravel()[:5])
+        hint = " -> they have a decimal comma (on the command line: --decimal ,)" if commas else ""
+        raise ValueError(f"scores must be numbers, got text such as {values.ravel()[0]!r}{hint}")
     values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
     if from_logits:
         return np.asarray(softmax(values, axis=-1) if axis else expit(values))
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         outside = int(((values < 0) | (values > 1)).sum())
-        raise ValueError(
-            f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), as logits are "
-            "-> pass from_logits=True if they are, or probabilities P(y=1)"
+        percent = low >= 0 and 10 < high <= 100
+        hint = (
+            "as percentages are -> divide by 100"
+            if percent
+            else "as logits are -> pass from_logits=True if they are, or probabilities P(y=1)"
         )
+        raise ValueError(f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), {hint}")
     return values
 
 
