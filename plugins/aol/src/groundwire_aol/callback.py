@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
@@ -208,7 +209,10 @@ class AOL(Plugin):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A new pass, on every rank: its end is a collective."""
-        self._pass = CertifiedPass(self.eps, self.input_std, self.rounding).to(pl_module.device) if self.log else None
+        self._pass = None
+        if self.log:
+            half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+            self._pass = CertifiedPass(self.eps, self.input_std, self.rounding, half).to(pl_module.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -218,7 +222,7 @@ class AOL(Plugin):
         if self._pass is None or variant is not None:
             return
         try:
-            self._pass.update(run.module, scores, fields)
+            self._pass.update(run.module, scores, fields, run.head.module if run.head is not None else None)
         except (UnknownLipschitzError, UnsoundError, ValueError) as error:
             raise PluginError(f"aol cannot certify this batch: {error}") from error
 
