@@ -40,6 +40,8 @@ class AOL(Plugin):
         init: "orthogonal" for training from scratch; "keep" keeps present weights as raw weights.
         rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest
             part of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
+        last_layer: "normalized" gives the layer that computes the scores rows of length 1 instead of an AOL weight;
+            certificates are then per pair of classes.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -62,6 +64,7 @@ class AOL(Plugin):
         *,
         init: Literal["orthogonal", "keep"] = "orthogonal",
         rounding: bool = True,
+        last_layer: Literal["aol", "normalized"] = "aol",
     ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
@@ -69,7 +72,10 @@ class AOL(Plugin):
             raise ValueError(f"steps must be 1 or 2, got {steps!r}")
         if init not in ("orthogonal", "keep"):
             raise ValueError(f"init must be 'orthogonal' or 'keep', got {init!r}")
+        if last_layer not in ("aol", "normalized"):
+            raise ValueError(f"last_layer must be 'aol' or 'normalized', got {last_layer!r}")
         smallest_std(input_std)
+        self.last_layer = last_layer
         self.activation, self.steps, self.init, self._log = activation, steps, init, bool(log)
         self.eps = tuple(check_radii([eps] if isinstance(eps, int | float) else eps).tolist())
         self.input_std, self.rounding = input_std, bool(rounding)
@@ -104,7 +110,13 @@ class AOL(Plugin):
             return
         try:
             _, changes = lipschitz(
-                module, activation=self.activation, steps=self.steps, init=self.init, exclude=self.exclude, inplace=True
+                module,
+                activation=self.activation,
+                steps=self.steps,
+                init=self.init,
+                exclude=self.exclude,
+                inplace=True,
+                last_layer=self.last_layer,
             )
         except ValueError as error:
             if run is None:
@@ -249,7 +261,7 @@ class AOL(Plugin):
     def gw_provenance(self) -> dict[str, Any]:
         """Return what the weights promise."""
         bounds = {stage: result.lipschitz for stage, result in self.results.items()}
-        return {"activation": self.activation, "steps": self.steps, "lipschitz": bounds}
+        return {"activation": self.activation, "steps": self.steps, "last_layer": self.last_layer, "lipschitz": bounds}
 
 
 def _may_share(trainer: Any, module: Any) -> bool:

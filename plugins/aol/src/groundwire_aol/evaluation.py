@@ -133,7 +133,8 @@ class CertifiedPass:
             self.metric.update(scores, target, covered)
         if covered is not None:
             norms = covered.detach().double().flatten(1).norm(dim=1)
-            self.largest.update(2 * bound.rounding.error(norms) / total_lipschitz(bound, self.input_std))
+            constant = total_lipschitz(bound if bound.head is None else bound.head.body, self.input_std)
+            self.largest.update(2 * bound.rounding.error(norms) / constant)
 
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Tell whether rounding is in the certificates of this batch; a warning where it should be and cannot."""

@@ -17,6 +17,7 @@ from groundwire_aol.certify.propagation import LayerBound, Propagation
 from groundwire_aol.certify.rounding import Rounding
 from groundwire_aol.certify.weights import Weights
 from groundwire_aol.errors import UnknownLipschitzError
+from groundwire_aol.layers.parametrization import has_unit_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Bound:
         input_shape: Shape of one sample for which it holds.
         rounding: How far the computed output can be from the one of exact arithmetic.
         upto: Path of the last layer, if ``value`` is of the model up to its input only.
-        head: The last layer, if certificates per pair of classes can be made.
+        head: The last layer, with ``upto`` or if it is a :class:`groundwire_aol.NormalizedLinear`. Certificates are
+            then per pair of classes.
         weights: The weights for which it was proved.
     """
 
@@ -126,10 +128,20 @@ def lipschitz_bound(
         rounding = propagation.rounding()
         if falsify:
             search(live, example, lipschitz, rounding, seed=seed, seconds=time.perf_counter() - started)
-        head = None if upto is None else _head(propagation, upto)
-    value = lipschitz if head is None else head.body
+        head = _head(propagation, upto) if upto is not None else _normalized_head(propagation, live)
+    value = lipschitz if head is None or upto is None else head.body
     shape, layers = tuple(example.shape[1:]), tuple(propagation.layers)
     return Bound(value, layers, shape, rounding, upto or "", head, Weights(module))
+
+
+def _normalized_head(propagation: Propagation, live: nn.Module) -> Head | None:
+    """Return the last layer, if its rows have length 1: then certificates are per pair of classes."""
+    [output] = [n for n in propagation.graph.nodes if n.op == "output"]
+    last = output.args[0]
+    if not isinstance(last, fx.Node) or last.op != "call_module" or propagation.values[last].dim() != 2:
+        return None
+    path = str(last.target)
+    return _head(propagation, path) if has_unit_rows(live.get_submodule(path)) else None
 
 
 def _head(propagation: Propagation, path: str) -> Head:

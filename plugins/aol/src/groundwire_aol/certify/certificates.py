@@ -50,7 +50,8 @@ def certified_radius(
             input and at the moved one.
         last_layer: Weight (K, d) of the final linear layer. L is then the bound of the model up to that layer, of
             ``lipschitz_bound(model, x, upto="path")``, and each pair of classes is divided by ``||w_y - w_j||`` instead
-            of sqrt(2).
+            of sqrt(2). A model whose last layer is a :class:`groundwire_aol.NormalizedLinear` needs no ``last_layer``:
+            its Bound holds the rows.
         inputs: Shape (B, ...), what the scores were computed from. The radius then covers the rounding of the forward
             pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
             (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
@@ -98,6 +99,8 @@ def radii_of(
     _check(logits, target)
     constant = total_lipschitz(lipschitz, input_std)
     weight = _last_weight(lipschitz, last_layer)
+    if weight is not None and isinstance(lipschitz, Bound) and lipschitz.head is not None:
+        constant = lipschitz.head.body / smallest_std(input_std)
     scores = logits.detach().double()
     own = scores.gather(1, target.view(-1, 1).long())
     margins = own - scores - torch.as_tensor(slack, dtype=torch.float64, device=scores.device).reshape(-1, 1)
@@ -208,7 +211,7 @@ def _last_weight(lipschitz: Any, last_layer: Tensor | None) -> Tensor | None:
         return last_layer
     head = lipschitz.head
     if last_layer is None and not lipschitz.upto:
-        return None
+        return None if head is None else head.weight
     if not lipschitz.upto or head is None:
         raise ValueError(
             "last_layer= needs the bound of the model up to that layer, and this one is of the whole model -> "

@@ -112,7 +112,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _each(1.0, rnd.exact, (nn.ReLU6,), "relu6"),
     _each(1.0, rnd.approximate, (nn.Tanh,), "tanh tanh_"),
     _each(1.0, rnd.few, (nn.Softsign,), "softsign"),
-    _each(1.0, rnd.approximate, (nn.LogSigmoid,), "logsigmoid"),
+    _each(1.0, rnd.approximate, (nn.LogSigmoid,), "logsigmoid log_sigmoid"),
     _each(1.0, rnd.approximate, (nn.Tanhshrink,), "tanhshrink"),
     _each(1.0, rnd.few, (nn.Softshrink,), "softshrink"),
     _each(1.0, rnd.approximate, (), "sin cos"),
@@ -265,7 +265,14 @@ def is_known_function(target: Any) -> bool:
     return own and is_original(target)
 
 
-_BUILTINS = (getattr, math.sqrt, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+_BUILTINS = (
+    getattr,
+    math.sqrt,
+    nn.functional.logsigmoid,
+    nn.functional.conv1d,
+    nn.functional.conv2d,
+    nn.functional.conv3d,
+)
 _FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
