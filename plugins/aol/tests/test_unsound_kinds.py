@@ -186,3 +186,80 @@ def test_what_copies_by_a_rule_has_a_bound_that_holds():
     model = Apply(lambda m, x: mean(x) + LIMIT)
     bound = float(lipschitz_bound(model, torch.rand(1, *IMAGE)))
     assert max_jacobian_norm(model, torch.rand(2, *IMAGE)) <= bound <= 1 + 1e-6
+
+
+# What was refused although it is easy
+
+
+class Parametrised(nn.Module):
+    """A forward with a weight of its own."""
+
+    def __init__(self, function, *shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.w = function, nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x):
+        return self.function(x, self.w)
+
+
+MASK = (torch.arange(32) % 3 == 0).view(IMAGE)
+EASY = {
+    "normalized head": (lambda x, w: F.linear(x.flatten(1), F.normalize(w, dim=1)), (3, 32)),
+    "transposed weight": (lambda x, w: x.flatten(1) @ w.t(), (3, 32)),
+    "norm of a weight": (lambda x, w: F.linear(x.flatten(1), w) / torch.linalg.norm(w), (3, 32)),
+    "values of max": (lambda x, w: x.max(1).values * w, (1, 4, 4)),
+    "values of sort": (lambda x, w: x.sort(2, descending=True).values * w, (1, 1, 4, 4)),
+    "topk": (lambda x, w: x.flatten(1).topk(5).values * w, (1, 5)),
+    "mean without out": (lambda x, w: torch.mean(x, 1, out=None) * w, (1, 4, 4)),
+    "where": (lambda x, w: torch.where(MASK, x, 3 * x.relu()) * w, (1, 1, 1, 1)),
+    "where broadcasts": (lambda x, w: torch.where(MASK, x[:, :1], w), (1, 1, 1, 1)),
+    "einsum": (lambda x, w: torch.einsum("bchw,cd->bdhw", x, w), (2, 5)),
+    "adaptive max pool": (lambda x, w: F.adaptive_max_pool2d(x, 3) * w, (1, 1, 1, 1)),
+    "batch_norm": (lambda x, w: F.batch_norm(x, w[0].detach(), w[1].exp().detach(), w[2], w[3]), (4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", EASY)
+def test_easy_operations_have_bounds_that_hold_and_are_not_vacuous(name):
+    model = Parametrised(*EASY[name])
+    x = torch.randn(3, *IMAGE, generator=torch.Generator().manual_seed(0))
+    bound = float(lipschitz_bound(model, x))
+    found = max_jacobian_norm(model, x)
+    assert found <= bound * (1 + 1e-6)
+    assert bound <= 4 * found
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: torch.where(x > 0, x, 5 + x),
+        lambda x, w: torch.einsum("bchw,bdhw->bcd", x, x),
+        lambda x, w: torch.einsum("bchw,bd->dchw", x, w[:, :2]),
+        lambda x, w: F.batch_norm(x, None, None, None, None, True),
+        lambda x, w: x.max(1).indices,
+        lambda x, w: x.t() if x.dim else x,
+    ],
+)
+def test_their_relatives_without_a_bound_are_refused(function):
+    with pytest.raises((UnknownLipschitzError, UnsoundError)):
+        lipschitz_bound(Parametrised(function, 2, 32), torch.rand(1, *IMAGE))
+
+
+def test_gather_with_constant_indices_counts_copies():
+    class Gather(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("index", torch.tensor([[3, 3, 1]]))
+
+        def forward(self, x):
+            return x.gather(1, self.index.expand(x.shape[0], 3))
+
+    assert float(lipschitz_bound(Gather(), torch.rand(1, 5))) == pytest.approx(2**0.5, rel=1e-6)
+
+
+def test_adaptive_max_pools_count_windows_that_overlap():
+    for size, outputs in ((7, 3), (4, 3), (6, 3), (5, 5), (3, 7)):
+        bound = float(lipschitz_bound(nn.Sequential(nn.AdaptiveMaxPool1d(outputs)), torch.rand(1, 2, size)))
+        points = torch.eye(size).repeat(2, 1, 1).transpose(0, 1)
+        assert max_jacobian_norm(nn.Sequential(nn.AdaptiveMaxPool1d(outputs)), points) == pytest.approx(bound, rel=1e-6)

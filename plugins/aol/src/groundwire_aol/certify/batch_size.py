@@ -11,7 +11,7 @@ from groundwire_aol.certify.call import Call
 from groundwire_aol.certify.operations import CONSTANTS_LIKE, Operation
 
 #: Take sizes as arguments.
-_SHAPING = frozenset(("view", "reshape", "expand", "unflatten", "repeat"))
+_SHAPING = frozenset(("view", "reshape", "expand", "unflatten", "repeat", "gather", "take_along_dim"))
 #: Make tensors of a size, whose values do not depend on it.
 _CREATING = frozenset(("zeros", "ones", *CONSTANTS_LIKE, *_SHAPING))
 #: Facts of a tensor that hold the size of the batch.

@@ -197,7 +197,7 @@ def proof_of(call: Call, operation: Operation | None) -> Proof | None:
     """
     if call.node.op == "get_attr":
         return None
-    if "out" in call.kwargs:
+    if call.kwargs.get("out") is not None:
         raise call.unknown("out= writes into another tensor", "use the result")
     if call.layer is None and not is_known_function(call.node.target):
         raise call.unknown(f"{call.name} is no function of torch", "call torch functions, or put it into a module")
