@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
+from groundwire.modules import shift_hooks
 from groundwire_aol.certify.bound import Bound, lipschitz_bound
 from groundwire_aol.certify.certificates import half_dtype, half_precision, smallest_std, total_lipschitz
 from groundwire_aol.certify.metrics import CertifiedAccuracy
-from groundwire_aol.certify.plain_copy import is_shift, is_shifted
+from groundwire_aol.certify.plain_copy import is_shifted
 from groundwire_aol.certify.rounding import not_standard
 from groundwire_aol.certify.score_module import score_module
 from groundwire_aol.errors import UnsoundError
@@ -194,7 +195,7 @@ def _are_output(model: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Modul
     Raises:
         UnsoundError: They are neither: the step computes another function than the model does.
     """
-    shifted = any(is_shift(hook) for part in model.modules() for hook in part._forward_hooks.values())
+    shifted = any(map(shift_hooks, model.modules()))
     # Offsets may differ from row to row, so all rows have to be there.
     rows = torch.arange(len(inputs)) if shifted else torch.linspace(0, len(inputs) - 1, min(ROWS, len(inputs))).long()
     captured: list[Any] = []
