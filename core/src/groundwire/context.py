@@ -96,7 +96,7 @@ class RunContext:
 
     @property
     def directory(self) -> Path | None:
-        """Where files of this run go; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
+        """Folder of this run's files; None where nothing is written (``fast_dev_run``, ``Plugins(report=False)``)."""
         directory: Path | None = self._given("report", "directory")
         return directory
 

@@ -1,4 +1,4 @@
-"""Randomness that ranks and resumed runs share: a function of numbers that they agree on, never of a global state."""
+"""Random states, saved and put back; and seeds that ranks and resumed runs share, never taken from a global state."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def recalibrate_batchnorm(
     """Replace BatchNorm running statistics, in place, by the cumulative average over some batches.
 
     BatchNorm layers run in training mode, all others in evaluation mode, so the statistics are those of inference.
-    A module that defines ``forward`` is called with the batch's inputs (see :func:`groundwire.fields.default_fields`);
+    A module that defines ``forward`` is called with the batch's inputs (see :func:`groundwire.batch.default_fields`);
     a LightningModule without one runs its ``training_step``, without a Trainer and without logging. Layers that were
     not visited keep their statistics, with a warning. Other buffers, attributes, modes and random states are
     afterwards as before.

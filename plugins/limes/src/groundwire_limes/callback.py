@@ -274,7 +274,7 @@ class LIMES(Plugin):
     # Training
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """What changes the effective prior of the batches is said, not guessed around."""
+        """Warn of what changes the effective prior of the batches; it is not guessed around."""
         self._notes = prior_changes(pl_module, trainer)
         warn(self._notes)
 
@@ -331,7 +331,7 @@ class LIMES(Plugin):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Whoever runs the module next may have another number of rows."""
+        """Add nothing any more: the next to run the module may have another number of rows."""
         if self._hook is not None:
             self._hook.rows = None
 
@@ -368,7 +368,7 @@ class LIMES(Plugin):
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
-        """What the weights need to be read right."""
+        """Return the facts that the weights need to be read right."""
         facts: dict[str, Any] = {"head": self._head_name, "method": self.method, "training_prior": self.training_prior}
         if self._tracker is not None:
             known = self._tracker.up_to_date().extrapolator

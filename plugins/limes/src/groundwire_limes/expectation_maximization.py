@@ -134,7 +134,7 @@ class Gate:
 
     @property
     def is_open(self) -> bool:
-        """Whether MAP-EM helped."""
+        """Tell whether MAP-EM helped."""
         return self.gain > 0
 
     def prior(self, scores: Array, center: Array) -> Array:

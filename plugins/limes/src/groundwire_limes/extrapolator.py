@@ -40,7 +40,7 @@ class Forecast:
 
     @property
     def guarded(self) -> bool:
-        """Whether the forecast is held near the long-run prior, because the order of the past is no guide."""
+        """Tell whether the forecast is held near the long-run prior, because the order of the past is no guide."""
         return self.trust < 0.5 or self.weights.get("long_run", 0.0) > 0.5
 
 

@@ -87,7 +87,7 @@ class Labels:
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """Which labels can be concatenated: with shares or without, some masked or none."""
+        """Kind of labels that can be concatenated: with shares or without, some masked or none."""
         return self.shares is None, self.known is None
 
 

@@ -105,7 +105,7 @@ class Mixture:
 
     @cached_property
     def trust(self) -> float:
-        """How far the guard lets the pool go from the long-run prior: 0 none, 1 all the way."""
+        """Return the share of the way from the long-run prior to the pool that the guard allows, in [0, 1]."""
         if self.losses is None or len(self.losses) < ENOUGH:
             return 1.0
         return confidence(self.losses[:, -1] - self.losses[:, -2], GUARD_ERRORS)
