@@ -331,7 +331,7 @@ class LIMES(Plugin):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add nothing any more: the next to run the module may have another number of rows."""
+        """Forget the offsets of rows: the next to run the module may have another number of them."""
         if self._hook is not None:
             self._hook.rows = None
 

@@ -39,7 +39,10 @@ def resume_equals_uninterrupted(subject: Subject) -> str:
 
 
 def _place(plugin: Any) -> tuple[int | None, Any, str]:
-    """Return the batch to interrupt at. A loader that knows its place hides its data set, which some plugins must choose from."""
+    """Return the batch to interrupt at, the kind of loader, and both in words.
+
+    A loader that knows its place hides its data set, which some plugins must choose from.
+    """
     if "gw_train_data" in implementations(plugin) or getattr(plugin, "needs_ids", False):
         return None, unshuffled, "at the end of an epoch, with a plain DataLoader: the plugin needs its data set"
     return 3, stateful, ""
