@@ -18,13 +18,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
+import aol_fuzz
 import aol_timing
 import aol_training
 import aol_zoo
 from aol_rows import Figure, show
 from digits import digits, files
 
-PARTS = ("zoo", "peers", "strided", "rescale", "steps", "evaluation", "accumulated", "digits", "data")
+PARTS = ("zoo", "fuzz", "peers", "strided", "rescale", "steps", "evaluation", "accumulated", "digits", "data")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,8 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure_part(part: str, options: argparse.Namespace) -> list[Figure]:
-    if part in ("zoo", "peers", "strided"):
-        return {"zoo": aol_zoo.soundness, "peers": aol_zoo.peers, "strided": aol_zoo.strided}[part](options.quick)
+    graphs = {
+        "zoo": aol_zoo.soundness,
+        "fuzz": aol_fuzz.soundness,
+        "peers": aol_zoo.peers,
+        "strided": aol_zoo.strided,
+    }
+    if part in graphs:
+        return graphs[part](options.quick)
     if part in ("rescale", "steps", "evaluation", "accumulated"):
         return list(getattr(aol_timing, part)(options.quick))
     return on_digits(options) if part == "digits" else on_files(options)

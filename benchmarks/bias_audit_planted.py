@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Plugins, Variant
 from groundwire_bias_audit import BiasAudit, Gate, Verdict, audit, evaluate_susceptibility
-from groundwire_bias_audit.audit.gap_tests import describe
+from groundwire_bias_audit.audit.gate import describe
 from groundwire_bias_audit.audit.rates import confusion_counts, disaggregate
 from groundwire_bias_audit.stream.variants import pruned
 

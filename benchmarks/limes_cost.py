@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from groundwire import Plugin, Plugins, hookimpl
 from groundwire_limes import LIMES
+from groundwire_limes.logit_offset import LogitOffset
 
 WARM_UP, BATCHES_PER_HOUR = 20, 10
 
@@ -106,19 +107,19 @@ class IdlePlugin(Plugin):
 
 
 class Floor(IdlePlugin):
-    """A vector for each batch, and the scores of each batch, looked at by nobody."""
+    """A vector for each batch, added by a hook on the head, and the scores of each batch, looked at by nobody."""
 
-    score_stages = ("train",)
+    score_stages, changes = ("train",), "shift"
+
+    def __init__(self):
+        self.hook = None
 
     @hookimpl
-    def gw_check(self, run):
-        self.run, self.vector = run, None
-        return []
-
-    def on_train_batch_start(self, *_):
-        if self.vector is None:
-            self.vector = torch.zeros(self.run.head.module.out_features)
-        self.run.offset(self.name, self.vector)
+    def gw_batch_start(self, run):
+        if self.hook is None:
+            self.hook = LogitOffset()
+            run.on_close(run.head.module.register_forward_hook(self.hook).remove)
+        self.hook.vector = torch.zeros(run.head.module.out_features)
 
     @hookimpl
     def gw_scores(self, fields):

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from groundwire_limes.timeline import STRENGTH
-from groundwire_limes.unlabelled import Memory
 from limes_data import Task
 from limes_streams import HOURS, priors
 
 from groundwire_limes import PriorExtrapolator
-from groundwire_limes.functional import log_offset, shrunk
+from groundwire_limes.expectation_maximization import LabelledScores, map_em
+from groundwire_limes.functional import dirichlet_mean, log_offset
+from groundwire_limes.prior_tracker import STRENGTH
 
 ROWS, BATCH, RATE = 1000, 100, 2e-3
 
@@ -130,20 +130,20 @@ class Simulation:
         self.learners = Learners(count, task.features, task.classes)
         # Ways with the same forecaster share it: forecasts do not depend on the model.
         self.forecasters: dict[str, PriorExtrapolator] = {}
-        self.memory = {name: Memory() for name, way in rows.items() if way.em == "gate"}
+        self.labelled_scores = {name: LabelledScores() for name, way in rows.items() if way.em == "gate"}
         self.history: list[np.ndarray] = []
 
     def run(self, tick: Callable[[], None]) -> dict[str, np.ndarray]:
         hours = len(self.truth)
         accuracy = {name: np.zeros(hours) for name in self.ways}
-        kept = []
+        unlearned = []
         for t in range(hours):
             x, y = self.task.draw(self.rng, self.truth[t], ROWS, test=True)
             self.evaluate(t, torch.from_numpy(x), y, accuracy)
-            kept.append(self.task.draw(self.rng, self.truth[t], ROWS))
+            unlearned.append(self.task.draw(self.rng, self.truth[t], ROWS))
             if t >= self.delay:
-                x, y = kept[t - self.delay]
-                kept[t - self.delay] = None
+                x, y = unlearned[t - self.delay]
+                unlearned[t - self.delay] = None
                 self.learn(t - self.delay, torch.from_numpy(x), y)
             tick()
         return accuracy
@@ -176,11 +176,9 @@ class Simulation:
     def adapted(self, name: str, way: Way, z: np.ndarray, prior: np.ndarray, t: int) -> np.ndarray:
         if way.em is None:
             return prior
-        from groundwire_limes.em import map_em
-
         if way.em != "gate":
             return map_em(z.astype(np.float64), prior, way.em)
-        gate = self.memory[name].gate(self.forecaster(way), self.delay + 1)
+        gate = self.labelled_scores[name].gate(self.forecaster(way), self.delay + 1)
         return prior if gate is None else gate.prior(z.astype(np.float64), prior)
 
     def learn(self, t: int, x: torch.Tensor, y: np.ndarray) -> None:
@@ -189,15 +187,15 @@ class Simulation:
             if way.reset:
                 self.learners.restart(self.model(way, t))
         counts = np.bincount(y, minlength=self.task.classes).astype(np.float64)
-        for name, memory in self.memory.items():
+        for name, labelled in self.labelled_scores.items():
             scores = self.learners.scores(x[:256], torch.tensor([self.model(self.ways[name], t)]))[0]
-            memory.learn(t, scores.numpy(), y[:256])
+            labelled.add(t, scores.numpy(), y[:256])
         forecasts = [self.prior(way, t) for way in self.ways.values()]
         seen = np.zeros(self.task.classes)
         targets = torch.from_numpy(y)
         for start in range(0, len(y), BATCH):
             mixed = [
-                shrunk(seen, p, STRENGTH) if way.running and isinstance(way.forecast, dict) else p
+                dirichlet_mean(seen, p, STRENGTH) if way.running and isinstance(way.forecast, dict) else p
                 for way, p in zip(self.ways.values(), forecasts, strict=True)
             ]
             offsets = torch.from_numpy(np.stack([log_offset(p) for p in mixed]).astype(np.float32))

@@ -47,6 +47,7 @@ def core(benchmark, monkeypatch):
     return core
 
 
+@pytest.mark.slow
 def test_the_core_benchmark_measures_every_promise(core, tmp_path, capsys):
     core.main(["--quick", "--steps", "1", "--json", str(tmp_path / "core.json")])
     written = json.loads((tmp_path / "core.json").read_text())
@@ -67,6 +68,7 @@ def test_the_core_benchmark_measures_every_promise(core, tmp_path, capsys):
     assert all(name in shown for name in results)
 
 
+@pytest.mark.slow
 def test_crams_tables_have_every_way_version_and_target(benchmark, tmp_path):
     cram, picture = benchmark("cram"), benchmark("cram_picture")
     arguments = [

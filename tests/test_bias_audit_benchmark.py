@@ -15,13 +15,19 @@ import torch
 LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
+def loaded(monkeypatch, name):
     folder = Path(__file__).parents[1] / "benchmarks"
     monkeypatch.syspath_prepend(folder)
-    spec = importlib.util.spec_from_file_location("benchmarks_bias_audit", folder / "bias_audit.py")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    module = loaded(monkeypatch, "bias_audit")
     threads, levels = torch.get_num_threads(), {log: log.level for log in map(logging.getLogger, LOGGERS)}
     with warnings.catch_warnings():  # it silences Lightning's advice
         yield module
@@ -50,6 +56,7 @@ def data(folder):
     german.to_csv(folder / "german_credit_data.csv", index=False)
 
 
+@pytest.mark.slow
 def test_the_bias_audit_benchmark_measures_every_promise(benchmark, tmp_path, capsys):
     data(tmp_path)
     benchmark.main(["--tiny", "--quick", "--data", str(tmp_path), "--json", str(tmp_path / "out.json")])
@@ -82,3 +89,17 @@ def test_the_bias_audit_benchmark_measures_every_promise(benchmark, tmp_path, ca
     }
     assert shown <= set(results)
     assert "German: report written" in capsys.readouterr().out
+
+
+def test_the_simulation_of_the_gate_shows_level_and_power_of_every_setting(monkeypatch, tmp_path):
+    gate = loaded(monkeypatch, "bias_audit_gate")
+    monkeypatch.setattr(gate, "WITHIN", gate.WITHIN[1:6:4])
+    monkeypatch.setattr(gate, "BEYOND", [*gate.BEYOND[:2], gate.BEYOND[-1]])
+    rows = gate.main(["--draws", "8", "--json", str(tmp_path / "gate.json")])
+    results = {row["what"]: row for row in json.loads((tmp_path / "gate.json").read_text())["results"]}
+    assert len(results) == len(rows)
+    assert results["false alarms, 2 x 20,000 with a gap of 0.02, 4 x 60"]["median"] == 0
+    assert results["old rule, 2 x 20,000 with a gap of 0.02, 4 x 60"]["median"] > 0.5
+    assert results["power, 3 x 3,000, one lower by 0.12"]["median"] >= 0.9
+    assert all(row.met is not False for row in rows)
+    sys.modules.pop("measure", None)

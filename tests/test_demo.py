@@ -79,6 +79,7 @@ def test_pairs_that_are_neither_are_refused(demo, tmp_path):
         demo.files(tmp_path, seed=0)
 
 
+@pytest.mark.slow
 def test_cram_keeps_at_95_percent_what_sgd_loses(demo, tmp_path):
     """The claim of the demo, at full size with one seed."""
     demo.quiet()

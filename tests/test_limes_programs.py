@@ -69,6 +69,7 @@ def test_what_the_example_draws_as_forecast_is_what_the_callback_expected(quiet,
     assert realised.sum(axis=1) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_every_way_and_states_every_promise(benchmark, tmp_path, capsys):
     benchmark.main(["--tiny", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())

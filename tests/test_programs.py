@@ -181,12 +181,14 @@ def run_cli(tmp_path, *arguments):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ), check=False)
 
 
+@pytest.mark.slow
 def test_lightning_cli_takes_plugins_from_yaml(tmp_path):
     done = run_cli(tmp_path, "fit", "--config", "user.yaml")
     assert done.returncode == 0, done.stderr
     assert "'Plugins'" in done.stdout
 
 
+@pytest.mark.slow
 def test_lightning_cli_takes_a_plugin_from_the_command_line(tmp_path):
     arguments = ["--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     arguments += ["--trainer.callbacks+=groundwire_cram.CrAM", "--trainer.callbacks.rho=0.9"]
@@ -195,6 +197,7 @@ def test_lightning_cli_takes_a_plugin_from_the_command_line(tmp_path):
     assert "'CrAM'" in done.stdout
 
 
+@pytest.mark.slow
 def test_operators_and_layers_to_skip_come_from_yaml(tmp_path):
     chain = "{class_path: groundwire_cram.Chain, init_args: {operators: [{class_path: groundwire_cram.Magnitude, "
     chain += "init_args: {sparsity: 0.5}}, {class_path: groundwire_cram.Quantize, init_args: {bits: 4}}]}}"
@@ -205,6 +208,7 @@ def test_operators_and_layers_to_skip_come_from_yaml(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_help_of_a_plugin_reads_well(tmp_path):
     done = run_cli(tmp_path, "fit", "--trainer.callbacks.help=groundwire_cram.CrAM")
     assert "Fractions of weights to prune" in done.stdout

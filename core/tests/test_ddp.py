@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from groundwire import Finding, Plugin, hookimpl
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}], ids=str)
 def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
     class Module(kit.Net):
@@ -56,6 +57,7 @@ def test_two_ranks_equal_one_process_with_the_double_batch(kit, options):
     assert 0 in ranks
 
 
+@pytest.mark.ddp
 def test_a_refusal_on_all_ranks_does_not_hang(kit):
     class Refuses(Plugin):
         @hookimpl
@@ -69,6 +71,7 @@ def test_a_refusal_on_all_ranks_does_not_hang(kit):
         kit.trainer(Refuses(), strategy=strategy, devices=2).fit(kit.Net(), kit.loader())
 
 
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 def test_ranks_may_log_different_names_and_facts_are_asked_on_the_first_only(kit):
     class Module(kit.Net):

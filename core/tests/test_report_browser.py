@@ -116,6 +116,7 @@ def probe(folder, page, width, theme):
     return json.loads(unescape(re.search(r'data-probe="([^"]*)"', dom)[1]))
 
 
+@pytest.mark.browser
 def test_the_browser_shows_everything_and_complains_about_nothing(page, tmp_path):
     done = browse(tmp_path, page, "--enable-logging=stderr", "--dump-dom")
     assert "CONSOLE" not in done.stderr
@@ -126,6 +127,7 @@ def test_the_browser_shows_everything_and_complains_about_nothing(page, tmp_path
         assert expected in text
 
 
+@pytest.mark.browser
 def test_the_browser_would_have_complained(page, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text(
@@ -135,6 +137,7 @@ def test_the_browser_would_have_complained(page, tmp_path):
     assert done.stderr.count("CONSOLE") >= 2
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("width", [320, 390, 1200])
 def test_nothing_overflows_is_fetched_or_lacks_contrast(page, tmp_path, width, theme):
@@ -149,6 +152,7 @@ def test_nothing_overflows_is_fetched_or_lacks_contrast(page, tmp_path, width, t
     assert found["worst"]["contrast"] >= 4.5, found["worst"]
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1200, 900)])
 def test_dark_is_dark_and_light_is_light(page, tmp_path, width, height):
     # A window cannot be as narrow as a phone, so a frame is.

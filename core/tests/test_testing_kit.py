@@ -16,12 +16,14 @@ from groundwire.testing import check_plugin
 from groundwire.testing.contract import CHECKS, run_checks
 
 
+@pytest.mark.ddp
 def test_an_idle_plugin_passes_every_check():
     report = check_plugin(Idle, neutral=Idle)
     assert {outcome.status for outcome in report.outcomes} == {"passed"}
     assert [outcome.name for outcome in report.outcomes] == list(CHECKS)
 
 
+@pytest.mark.ddp
 def test_a_sam_plugin_passes_every_check(kit):
     report = check_plugin(lambda: kit.SAM(rho=0.1), neutral=lambda: kit.SAM(rho=0))
     assert {outcome.status for outcome in report.outcomes} == {"passed"}
@@ -172,6 +174,7 @@ class ChoosesRows(Plugin):
         data.keep(range(0, len(data.dataset), 2))
 
 
+@pytest.mark.ddp
 def test_a_plugin_that_needs_the_data_set_resumes_with_a_plain_loader():
     report, _ = run_checks(ChoosesRows, only=["resume_equals_uninterrupted", "ranks_agree_under_ddp"])
     assert [o.status for o in report.outcomes] == ["passed", "passed"]

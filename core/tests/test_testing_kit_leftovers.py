@@ -184,6 +184,7 @@ class Parametrizes(Plugin):
                 torch.nn.utils.parametrize.register_parametrization(layer, "weight", Halves())
 
 
+@pytest.mark.ddp
 def test_a_change_of_structure_may_stay():
     report = check_plugin(Parametrizes)
     assert {o.status for o in report.outcomes if o.name != "neutral_changes_nothing"} == {"passed"}

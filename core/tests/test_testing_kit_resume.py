@@ -33,6 +33,7 @@ class UsesSeededRandomness(Plugin):
             grad.add_(torch.rand(grad.shape, generator=generator), alpha=0.1)
 
 
+@pytest.mark.ddp
 def test_global_randomness_makes_a_resume_differ_and_seeded_does_not():
     assert list(failures(UsesGlobalRandomness, "resume_equals_uninterrupted")) == ["resume_equals_uninterrupted"]
     assert failures(UsesSeededRandomness, "resume_equals_uninterrupted", "ranks_agree_under_ddp") == {}
@@ -69,6 +70,7 @@ class Sleeps(Plugin):
             time.sleep(1000)
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize(
     ("plugin", "named"), [(Diverges, "rank 0 against rank 1: "), (DiesOnOneRank, "ValueError: only here")]
 )
@@ -76,6 +78,7 @@ def test_ranks_that_do_not_agree_are_named(plugin, named):
     assert named in failures(plugin, "ranks_agree_under_ddp")["ranks_agree_under_ddp"]
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize(
     ("patience", "named"), [(1, "Timed out"), (60, "the two processes were not done after 3 seconds")]
 )

@@ -59,6 +59,7 @@ def test_averaging_listed_before_the_plugins_is_refused_and_after_works(kit):
     kit.fit(kit.Net(), Surgery(), EMAWeightAveraging())
 
 
+@pytest.mark.ddp
 def test_a_transform_in_child_processes_only_is_refused(kit):
     with pytest.raises(Exception, match=r"surgery: the model would change in the child processes"):
         kit.fit(kit.Net(), Surgery(), strategy="ddp_fork", devices=1, accelerator="cpu")

@@ -40,6 +40,31 @@ def test_a_wrong_bound_would_be_counted(zoo, monkeypatch):
     assert zoo.soundness(quick=False)[0].median == 2
 
 
+@pytest.fixture
+def fuzz(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import aol_fuzz
+
+    yield aol_fuzz
+    for name in ("aol_fuzz", "aol_rows"):
+        sys.modules.pop(name, None)
+
+
+# Drawn graphs have constants of any kind, of which torch and this package warn.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_random_graph_has_a_bound_below_its_jacobians(fuzz):
+    verdicts = [fuzz.judge(seed, falsify=seed % 4 == 0) for seed in range(100)]
+    assert [v for v in verdicts if not v.refused and v.unsound] == []
+    assert sum(not v.refused for v in verdicts) > 50
+    assert len({name for v in verdicts if v.refused for name in v.names if name in fuzz.FALSE}) > 5
+
+
+def test_a_false_bound_of_a_graph_would_be_counted(fuzz, monkeypatch):
+    monkeypatch.setattr(fuzz, "lipschitz_bound", lambda *a, **k: replace(lipschitz_bound(*a, **k), value=1e-3))
+    assert any(fuzz.judge(seed).unsound for seed in range(1, 10))
+
+
+@pytest.mark.slow
 def test_a_part_runs_from_the_command_line_and_writes_its_values(tmp_path):
     command = [sys.executable, FOLDER / "aol.py", "--quick", "--only", "strided", "--json", tmp_path / "aol.json"]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}

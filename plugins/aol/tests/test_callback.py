@@ -32,7 +32,7 @@ def test_under_accumulation_the_rule_runs_once_per_step(kit, monkeypatch):
         calls.append(1)
         return rescale(*args, **kwargs)
 
-    monkeypatch.setattr("groundwire_aol.parametrization.rescale", counted)
+    monkeypatch.setattr("groundwire_aol.layers.parametrization.rescale", counted)
     module = Net()
     fit(kit, module, AOL(log=False), val=False, accumulate_grad_batches=3, max_epochs=1)
     assert len(calls) == 2 * len(list(parametrizations(module)))  # 6 batches, 2 steps

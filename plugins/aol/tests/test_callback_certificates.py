@@ -61,6 +61,42 @@ def test_scores_that_are_scaled_after_the_head_are_certified_as_they_are_returne
     assert trainer.callback_metrics["aol/certified@0.1"].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def standardise(x):
+    return (x - 0.5) / 0.1
+
+
+class Standardised(Net):
+    def validation_step(self, batch, batch_idx):
+        self(standardise(batch[0]))
+
+
+class SecondBatch(Net):
+    def validation_step(self, batch, batch_idx):
+        self(standardise(batch[0]) if batch_idx else batch[0])
+
+
+class InForward(Net):
+    def forward(self, x):
+        return self.net(standardise(x))
+
+
+class BesideForward(InForward):
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
+
+
+@pytest.mark.parametrize("module", [Standardised, SecondBatch, BesideForward])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_that_computes_another_function_than_the_model_is_not_certified(kit, module, precision):
+    with pytest.raises(groundwire.PluginError, match="scores of the step are not those of the model"):
+        fit(kit, module(), AOL(eps=(0.1,)), precision=precision, max_epochs=1)
+
+
+def test_what_forward_does_before_the_network_is_certified_with_it(kit):
+    trainer = fit(kit, InForward(), AOL(eps=(0.1,)), max_epochs=1)
+    assert trainer.callback_metrics["aol/lipschitz"].item() == pytest.approx(10, rel=1e-4)
+
+
 def test_deviations_are_counted(kit):
     module, plain = Net(), Net()
     ours = fit(kit, module, AOL(eps=(0.1,), input_std=0.25))
@@ -217,6 +253,7 @@ def test_a_float64_run_is_certified_in_float64_with_less_rounding(kit):
     assert ratio == pytest.approx(2.0**-29, rel=0.2)
 
 
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")  # no row is repeated here
 def test_two_processes_tell_of_the_samples_of_both(kit):
     class Quiet(Net):

@@ -38,17 +38,17 @@ def test_the_radius_is_the_margin_over_root_two_times_the_constant(lipschitz):
 
 
 def test_a_tie_is_not_certified_and_the_radius_itself_is_not_either():
-    assert certified_radius(torch.tensor([[1.0, 1.0]]), torch.tensor([0])).item() == 0
-    assert certified_accuracy(torch.tensor([[1.0, 1.0]]), torch.tensor([0]), eps=(0.0,)).item() == 0
+    assert certified_radius(torch.tensor([[1.0, 1.0]]), torch.tensor([0]), 1.0).item() == 0
+    assert certified_accuracy(torch.tensor([[1.0, 1.0]]), torch.tensor([0]), eps=(0.0,), lipschitz=1.0).item() == 0
     margin = math.sqrt(2) * 0.5
     logits = torch.tensor([[margin, 0.0]], dtype=torch.float64)
-    assert certified_accuracy(logits, torch.tensor([0]), eps=(0.5, 0.499)).tolist() == [0, 1]
+    assert certified_accuracy(logits, torch.tensor([0]), eps=(0.5, 0.499), lipschitz=1.0).tolist() == [0, 1]
 
 
 def test_data_divided_by_a_deviation_shrinks_the_radius():
     logits, target = example()
-    divided = certified_radius(logits, target, input_std=(0.2, 0.5))
-    assert torch.allclose(divided, 0.2 * certified_radius(logits, target), rtol=1e-9)
+    divided = certified_radius(logits, target, 1.0, input_std=(0.2, 0.5))
+    assert torch.allclose(divided, 0.2 * certified_radius(logits, target, 1.0), rtol=1e-9)
 
 
 def test_the_last_layer_option_uses_the_distance_of_each_pair():
@@ -65,7 +65,7 @@ def test_the_last_layer_option_uses_the_distance_of_each_pair():
 
 def test_scores_that_are_not_finite_have_radius_zero():
     logits = torch.tensor([[math.inf, 0.0], [math.nan, 0.0], [0.0, -math.inf]])
-    assert certified_radius(logits, torch.zeros(3, dtype=torch.long)).tolist() == [0, 0, 0]
+    assert certified_radius(logits, torch.zeros(3, dtype=torch.long), 1.0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan, None, torch.nn.Linear(1, 1)])
@@ -89,39 +89,40 @@ def test_without_a_positive_finite_constant_there_is_no_certificate(wrong):
 )
 def test_wrong_classes_shapes_and_dtypes_are_refused(logits, target):
     with pytest.raises(ValueError, match=r"class|logits|target"):
-        certified_radius(logits, target)
+        certified_radius(logits, target, 1.0)
 
 
 def test_the_metrics_add_up_over_batches_in_any_precision():
     logits, target = example()
     eps = (0.0, 0.1, 0.5)
-    accuracy, radius = CertifiedAccuracy(eps), CertifiedRadius()
+    accuracy, radius = CertifiedAccuracy(eps, 1.0), CertifiedRadius(1.0)
     for part in range(0, 40, 8):
         accuracy.update(logits[part : part + 8], target[part : part + 8])
         radius.update(logits[part : part + 8], target[part : part + 8])
-    assert torch.allclose(accuracy.compute().double(), certified_accuracy(logits, target, eps))
+    assert torch.allclose(accuracy.compute().double(), certified_accuracy(logits, target, eps, 1.0))
     assert radius.compute().item() == pytest.approx(by_hand(logits, target, 1.0).mean().item(), rel=1e-6)
-    half = CertifiedAccuracy(eps)
+    half = CertifiedAccuracy(eps, 1.0)
     half.update(logits.half(), target)
-    assert torch.allclose(half.compute().double(), certified_accuracy(logits.half(), target, eps))
+    assert torch.allclose(half.compute().double(), certified_accuracy(logits.half(), target, eps, 1.0))
 
 
 def _rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     logits, target = example()
-    accuracy, radius = CertifiedAccuracy((0.0, 0.2)), CertifiedRadius()
+    accuracy, radius = CertifiedAccuracy((0.0, 0.2), 1.0), CertifiedRadius(1.0)
     for metric in (accuracy, radius):
         metric.update(logits[rank::2], target[rank::2])
     torch.save([accuracy.compute(), radius.compute()], os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
+@pytest.mark.ddp
 def test_the_metrics_add_up_over_processes(tmp_path):
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     logits, target = example()
     for rank in (0, 1):
         accuracy, radius = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.allclose(accuracy.double(), certified_accuracy(logits, target, (0.0, 0.2)))
+        assert torch.allclose(accuracy.double(), certified_accuracy(logits, target, (0.0, 0.2), 1.0))
         assert radius.item() == pytest.approx(by_hand(logits, target, 1.0).mean().item(), rel=1e-6)
 
 

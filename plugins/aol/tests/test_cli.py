@@ -63,6 +63,7 @@ def run(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_a_yaml_file_configures_callback_and_loss(tmp_path):
     done = run(tmp_path, "--config", "user.yaml")
     assert done.returncode == 0, done.stderr
@@ -72,6 +73,7 @@ def test_a_yaml_file_configures_callback_and_loss(tmp_path):
         assert name in told
 
 
+@pytest.mark.slow
 def test_the_command_line_explains_every_argument(tmp_path):
     done = run(tmp_path, "--trainer.callbacks.help", "groundwire_aol.AOL")
     assert done.returncode == 0, done.stderr
@@ -80,6 +82,7 @@ def test_the_command_line_explains_every_argument(tmp_path):
     assert "radii in l2" in done.stdout.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argument", "told"), [("steps=3", "steps must be 1 or 2"), ("eps=[-1]", "eps must be radii")])
 def test_a_wrong_argument_is_refused_with_its_reason(tmp_path, argument, told):
     done = run(tmp_path, "--trainer.callbacks+=groundwire_aol.AOL", f"--trainer.callbacks.{argument}")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_example_trains_certifies_and_draws(tmp_path):
     picture = tmp_path / "aol.svg"
     command = [sys.executable, ROOT / "examples/aol_digits.py", "--epochs", "1", "--width", "32"]

@@ -96,6 +96,7 @@ def browse(folder, page, *flags):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
 
 
+@pytest.mark.browser
 def test_the_browser_complains_about_nothing_and_shows_everything(page, tmp_path):
     done = browse(tmp_path, page, "--enable-logging=stderr", "--dump-dom")
     assert "CONSOLE" not in done.stderr
@@ -109,6 +110,7 @@ def test_the_browser_complains_about_nothing_and_shows_everything(page, tmp_path
         assert expected in text, expected
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_overflows_and_nothing_is_fetched(page, tmp_path, width):
     copy, frame = tmp_path / "copy.html", tmp_path / "frame.html"

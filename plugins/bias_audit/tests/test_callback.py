@@ -62,7 +62,7 @@ def test_findings_and_files_tell_the_verdict(kit):
     )
     folder = report.path.parent / "bias_audit"
     written = json.loads((folder / "validate-dense.json").read_text())
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     assert written["verdict"] == codes["verdict"].value
     susceptible = pd.read_csv(folder / "susceptible-validate.csv")
     assert len(susceptible) == 100

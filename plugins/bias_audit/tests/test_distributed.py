@@ -76,6 +76,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.ddp
 def test_two_processes_count_every_row_once_and_bit_equal_to_one(runs):
     one, two = (counts for counts, _ in runs)
     assert list(one) == list(two) == ["dense", "0.9"]

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from html import unescape
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ def test_json_is_strict_and_complete():
     table = predictions(gap=0.3)
     result = audit(table["y"], table["score"], sensitive_features=table[["region", "sex"]], baseline_pred=table["pred"])
     found = json.loads(result.to_json(), parse_constant=lambda c: pytest.fail(c))
-    assert (found["schema"], found["verdict"], found["rows"]) == (1, "disparity", 600)
+    assert (found["schema"], found["verdict"], found["rows"]) == (2, "disparity", 600)
     assert set(found["by_group"]) == {"region", "sex", "region x sex"}
     assert found["by_group"]["region"][0]["accuracy"] == result.to_frame("region")["accuracy"].iloc[0]
     assert found["by_group"]["region x sex"][0]["group"] == ["north", "f"]
@@ -178,8 +179,131 @@ def test_a_reader_that_stops_reading_does_not_change_the_exit_code(file, monkeyp
     assert main([file(), "--label", "y", "--pred", "pred", "--groups", "sex"]) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(file):
     command = [sys.executable, "-m", "groundwire_bias_audit", file(gap=0.4), "--label", "y", "--pred", "pred"]
     done = subprocess.run([*command, "--groups", "region", "--control", "sex"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "stands out" in done.stdout
+
+
+def test_one_question_mark_among_the_labels_is_an_error_and_no_pass(tmp_path, capsys):
+    table = predictions(rows=4000, gap=0.3)
+    table["y"] = table["y"].astype(str).where(table.index != 7, "?")
+    table.to_csv(tmp_path / "p.csv", index=False)
+    assert main([str(tmp_path / "p.csv"), "--label", "y", "--pred", "pred", "--groups", "region"]) == 2
+    error = capsys.readouterr().err
+    assert "'?'" in error
+    assert "[0, 1]" in error or "[1, 0]" in error
+
+
+@pytest.mark.parametrize("twice", [["--pred", "y"], ["--pred", "pred", "--baseline", "pred"]])
+def test_a_column_is_not_compared_with_itself(file, capsys, twice):
+    assert main([file(), "--label", "y", "--groups", "sex", *twice]) == 2
+    assert "with itself" in capsys.readouterr().err
+
+
+def groups_of(path, *arguments):
+    """The groups in the JSON of an audit from the command line, with their rows."""
+    out = path.with_suffix(".json")
+    main([str(path), "--label", "y", "--pred", "pred", "--groups", "g", "--json", str(out), "--quiet", *arguments])
+    return {row["group"][0]: row["count"] for row in json.loads(out.read_text())["by_group"]["g"]}
+
+
+WORDS = ["NA", "None", "null", "nan", "n/a", "", "01", "1", "001", "1.0", "x"]
+
+
+def words(path, **options):
+    table = pd.DataFrame({"y": [0, 1] * 11, "pred": [0, 1] * 11, "g": WORDS * 2})
+    table.to_csv(path, index=False, **options)
+    return path
+
+
+def test_groups_are_the_words_of_the_file(tmp_path):
+    assert groups_of(words(tmp_path / "p.csv")) == {word or "unknown": 2 for word in WORDS}
+    assert groups_of(words(tmp_path / "q.csv", quoting=csv.QUOTE_ALL)) == {word or "unknown": 2 for word in WORDS}
+
+
+def test_words_for_missing_values_are_those_that_one_names(tmp_path):
+    found = groups_of(words(tmp_path / "p.csv"), "--na", "NA", "n/a")
+    assert found == {"unknown": 6} | {word: 2 for word in WORDS if word not in ("NA", "n/a", "")}
+
+
+def test_a_missing_label_is_an_error_whatever_it_is_called(tmp_path, capsys):
+    for word, arguments in (("NA", []), ("", []), ("?", ["--na", "?"])):
+        (tmp_path / "p.csv").write_text(f"y,pred,g\n0,0,a\n1,1,b\n{word},1,a\n")
+        command = [str(tmp_path / "p.csv"), "--label", "y", "--pred", "pred", "--groups", "g", *arguments]
+        assert main(command) == 2
+        assert "y_true has 1 missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_other_encodings_are_read_when_named_and_named_when_not(tmp_path, capsys, encoding):
+    path = tmp_path / "p.csv"
+    table = pd.DataFrame({"y": [0, 1] * 40, "pred": [0, 1] * 40, "g": ["Zürich", "Genève"] * 40})
+    table.to_csv(path, index=False, encoding=encoding)
+    command = [str(path), "--label", "y", "--pred", "pred", "--groups", "g"]
+    assert main(command) == 2
+    assert ("utf-16" if encoding == "utf-16" else "latin-1") in capsys.readouterr().err
+    assert groups_of(path, "--encoding", encoding) == {"Genève": 40, "Zürich": 40}
+    assert main([*command, "--encoding", "klingon"]) == 2
+    assert "unknown" in capsys.readouterr().err
+
+
+def test_a_decimal_comma_is_read_when_named_and_named_when_not(file, tmp_path, capsys):
+    pd.read_csv(file()).to_csv(tmp_path / "p.csv", index=False, sep=";", decimal=",")
+    command = [str(tmp_path / "p.csv"), "--label", "y", "--score", "score", "--groups", "region"]
+    assert main(command) == 2
+    assert "--decimal ," in capsys.readouterr().err
+    assert main([*command, "--decimal", ","]) == main([file(), *command[1:]])
+
+
+def test_headers_may_hold_separators_in_quotes(file, tmp_path):
+    table = pd.read_csv(file()).rename(columns={"region": "where, roughly", "y": "label, true"})
+    table.to_csv(tmp_path / "p.csv", index=False, sep=";", quoting=csv.QUOTE_ALL)
+    command = [str(tmp_path / "p.csv"), "--label", "label, true", "--pred", "pred", "--groups", "where, roughly"]
+    assert main(command) == 0
+
+
+def test_a_group_with_many_values_is_perhaps_an_amount(file, capsys):
+    path = file()
+    table = pd.read_csv(path)
+    table["age"] = np.arange(len(table)) % 60
+    table.to_csv(path, index=False)
+    main([path, "--label", "y", "--pred", "pred", "--groups", "age", "sex"])
+    error = capsys.readouterr().err
+    assert "age has 60 values" in error
+    assert "sex" not in error
+
+
+def test_percentages_are_not_called_logits(file, capsys):
+    path = file()
+    table = pd.read_csv(path)
+    table["score"] *= 100
+    table.to_csv(path, index=False)
+    assert main([path, "--label", "y", "--score", "score", "--groups", "sex"]) == 2
+    error = capsys.readouterr().err
+    assert "divide by 100" in error
+    assert "logits" not in error
+
+
+@pytest.mark.parametrize("small", [0, 12])
+def test_the_page_carries_what_the_command_line_carries(small, tmp_path, capsys):
+    table = predictions(rows=600)
+    table.loc[: small - 1, "region"] = "island"
+    if small:
+        table = table.head(100)
+    table.to_csv(tmp_path / "p.csv", index=False)
+    command = [str(tmp_path / "p.csv"), "--label", "y", "--pred", "pred", "--groups", "region"]
+    code = main([*command, "--html", str(tmp_path / "p.html")])
+    assert code == (3 if small else 0)
+    page, shown = unescape((tmp_path / "p.html").read_text()), " ".join(capsys.readouterr().out.split())
+    result = audit(table["y"], y_pred=table["pred"], sensitive_features=table["region"])
+    for text in (result.conclusion, "Not judged: selection_rate"):
+        assert text in page
+        assert text in shown
+    assert ("island (region)" in page) == bool(small)
+    assert "dense" not in page
+    for word in ("at least", "at most", "too few rows"):
+        assert word in page
+        assert word in shown

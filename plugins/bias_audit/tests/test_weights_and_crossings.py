@@ -11,7 +11,7 @@ GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 
 def alarms(make, draws=200, **gate):
     """Disparities that fair data sets show, by the test alone."""
-    gate = Gate(tolerance=0.0, draws=500, **gate)
+    gate = Gate(tolerance=0.0, **gate)
     return sum(make(np.random.default_rng(seed), gate).verdict is Verdict.DISPARITY for seed in range(draws))
 
 

@@ -30,6 +30,7 @@ def test_other_precisions_train(kit, precision):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.ddp
 def test_two_processes_agree_bit_for_bit(kit):
     class Module(kit.Net):
         def train_dataloader(self):

@@ -75,6 +75,7 @@ def test_work_is_shared_out_without_gaps_and_small_work_is_not(torch_threads):
     assert len(threads.cut([threads.WORTHWHILE // 2] * 2)) == 1
 
 
+@pytest.mark.ddp
 def test_a_forked_child_runs_the_kernels_that_its_parent_ran(torch_threads, monkeypatch):
     monkeypatch.setattr(threads, "WORTHWHILE", 1000)
     torch_threads(2)

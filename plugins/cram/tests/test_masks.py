@@ -1,6 +1,10 @@
 """AC/DC and frozen masks: zeros stay while they should, and go free when they should."""
 
+import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,3 +185,69 @@ def test_a_packed_mask_comes_back(bits):
     mask = torch.tensor(bits, dtype=torch.bool).reshape(1, -1)
     packed = pickle.loads(pickle.dumps(pack(mask)))
     assert torch.equal(unpack(packed), mask)
+
+
+SPAWNING = """
+import lightning.pytorch as pl, torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from groundwire_cram import freeze_masks, prune
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(16, 8)), 4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    module = Net()
+    prune(module.net, 0.5, "layerwise", inplace=True)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    freeze_masks(module.net)
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+    pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_epochs=2, logger=False,
+               enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(module)
+    for name, old in before.items():
+        new = dict(module.named_parameters())[name]
+        assert not torch.equal(new, old), name
+        if old.dim() > 1:
+            assert not new[old == 0].any(), name
+"""
+
+
+def test_zeros_stay_frozen_in_spawned_processes(tmp_path):
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_and_pickles_of_a_frozen_module_are_free(tmp_path):
+    layer = prune(nn.Linear(8, 4), 0.5)
+    with freeze_masks(layer):
+        count = len(_frozen)
+        torch.save(layer, tmp_path / "layer.pt")
+        twins = [copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)]
+        assert len(_frozen) == count
+        for twin in twins:
+            optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+            twin(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+            assert twin.weight.all()
+            with freeze_masks(prune(twin, 0.5, inplace=True)):
+                assert len(_frozen) == count + 1
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    assert not _frozen

@@ -202,8 +202,8 @@ def test_each_version_is_recalibrated_once_for_a_set_of_weights(kit, monkeypatch
     import groundwire_cram.variants as module
 
     calls = []
-    recalibrate = module.recalibrate_batchnorm
-    monkeypatch.setattr(module, "recalibrate_batchnorm", lambda *args: calls.append(args) or recalibrate(*args))
+    recalibrate = module.update_statistics
+    monkeypatch.setattr(module, "update_statistics", lambda *args: calls.append(args) or recalibrate(*args))
     kit.fit(kit.Net(), CrAM((0.5, 0.9)), Twice(), val=kit.loader(), num_sanity_val_steps=0, max_epochs=2)
     assert len(calls) == 4
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from groundwire import Report
-from groundwire_cram import CrAM, CrAMOptimizer
+from groundwire_cram import ACDC, CrAM, CrAMOptimizer
 from groundwire_cram.kernels import backends, forced
 from groundwire_cram.settings import Settings
 
@@ -30,7 +30,7 @@ TYPES = {
     "plus": "bool",
     "sparse_grad": "bool",
     "interval": "int",
-    "skip": "str | Callable[[str, Tensor], bool] | Sequence[str | Callable[[str, Tensor], bool]]",
+    "skip": "str | Sequence[str | Callable[[str, Tensor], bool]] | Callable[[str, Tensor], bool]",
     "grad_norm": "bool",
     "compress": "Union[Operator, Sequence[Operator], null]",
     "compat": "Optional[Literal['reference']]",
@@ -73,6 +73,61 @@ def test_signature_and_docstring_have_them_too(cls):
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][-2:] == ["sparsities", "rho"]
     for name in parameters:
         assert f"    {name}: " in cls.__doc__, name
+
+
+QUANTIZE = {"class_path": "groundwire_cram.Quantize", "init_args": {"bits": 4}}
+NM = {"class_path": "groundwire_cram.NM", "init_args": {"pattern": "2:4"}}
+CHAIN = {"class_path": "groundwire_cram.Chain", "init_args": {"operators": [NM, QUANTIZE]}}
+EXAMPLES = {
+    CrAM: {
+        "sparsities": [0.9, [0.5, 0.9]],
+        "rho": [0.1],
+        "pattern": ["layerwise", "2:4"],
+        "plus": [False],
+        "sparse_grad": [False],
+        "interval": [3],
+        "skip": ["head", ["head", "*.downsample.*"], []],
+        "grad_norm": [True],
+        "compress": [QUANTIZE, CHAIN, [QUANTIZE, NM]],
+        "compat": ["reference"],
+        "strict": [True],
+        "seed": [3],
+        "evaluate_every": [2],
+        "calibration": [[1, 2]],
+        "calibration_batches": [5],
+        "loss_fn": ["torch.nn.functional.mse_loss"],
+    },
+    ACDC: {
+        "sparsity": [0.8],
+        "pattern": ["4:8"],
+        "skip": ["head", ["head"], []],
+        "warmup": [2],
+        "phase": [3],
+        "final_dense": [4],
+        "final_sparse": [5],
+        "reset_momentum": [True],
+    },
+}
+CASES = [(cls, {}) for cls in EXAMPLES]
+CASES += [(cls, {name: value}) for cls, found in EXAMPLES.items() for name, values in found.items() for value in values]
+
+
+@pytest.mark.parametrize(("cls", "arguments"), CASES, ids=lambda x: getattr(x, "__name__", None) or str(x)[:40])
+def test_a_saved_config_runs_again(cls, arguments):
+    """As LightningCLI does it: the callback by class path, every default written out."""
+    assert set(EXAMPLES[cls]) == set(inspect.signature(cls).parameters)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.Callback, "callback")
+    asked = {"class_path": f"groundwire_cram.{cls.__name__}", "init_args": arguments}
+    saved = parser.dump(parser.parse_object({"callback": asked}))
+    assert parser.dump(parser.parse_string(saved)) == saved
+    first, again = (
+        parser.instantiate(config).callback
+        for config in (parser.parse_object({"callback": asked}), parser.parse_string(saved))
+    )
+    for name in inspect.signature(cls).parameters:
+        mine, other = getattr(first, name), getattr(again, name)
+        assert [str(mine), type(mine)] == [str(other), type(other)] or [*mine] == [*other] == [], name
 
 
 def test_backend_is_deprecated_and_still_works(kit):

@@ -1,12 +1,16 @@
 """What sparsify and a sparse layer refuse, and that the module then stays as it was."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from cram_sparse_layers import fast, pruned
 from torch import nn
+from torch.autograd import forward_ad
 
 from groundwire_cram import prune
-from groundwire_cram.sparse import SparseLinear
+from groundwire_cram.sparse import SparseLinear, densify
 
 
 def test_gradients_and_training_mode_are_refused():
@@ -72,3 +76,35 @@ def test_a_layer_itself_cannot_be_replaced_in_place():
     with pytest.raises(ValueError, match="use what sparsify returns"):
         fast(layer, torch.randn(2, 20), inplace=True)
     assert isinstance(fast(layer, torch.randn(2, 20)), SparseLinear)
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to("meta")])
+def test_a_refused_move_leaves_the_whole_module_as_it_was(change):
+    module = nn.Sequential(nn.Linear(48, 48), pruned(), nn.Linear(48, 3)).eval()
+    x = torch.randn(4, 48)
+    ours = pickle.loads(pickle.dumps(copy.deepcopy(fast(module, x))))
+    assert isinstance(ours[1][0], SparseLinear)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(RuntimeError, match="SparseLinear cannot become"):
+        change(ours)
+    for name, value in ours.state_dict().items():
+        assert value.dtype == before[name].dtype, name
+        assert torch.equal(value, before[name]), name
+    assert change(densify(ours))[0].weight.dtype != torch.float32 or change(densify(ours))[0].weight.is_meta
+    with torch.no_grad():
+        ours.double()(x.double())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_tangents_and_functional_transforms_are_refused():
+    x = torch.randn(4, 48)
+    for batch in (x, x[:1]):
+        ours = fast(pruned(), batch)
+        with forward_ad.dual_level(), torch.no_grad():
+            ours(batch)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no tangent in forward-mode AD -> densify"):
+            ours(forward_ad.make_dual(batch, torch.ones_like(batch)))
+        with pytest.raises(RuntimeError, match=r"no rules for torch\.func"):
+            torch.func.jvp(ours, (batch,), (torch.ones_like(batch),))
+        with pytest.raises(RuntimeError, match=r"no rules for torch\.func"):
+            torch.func.vmap(ours)(batch[None])

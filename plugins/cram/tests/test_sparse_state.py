@@ -126,3 +126,32 @@ def test_the_original_and_the_random_state_stay_and_inplace_changes_the_module()
     assert type(module[0]) is nn.Linear
     assert fast(module, x, inplace=True) is module
     assert isinstance(module[0], SparseLinear)
+
+
+class Conv1D(nn.Module):
+    """As in transformers."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_conv1d_of_transformers_becomes_sparse_and_comes_back(batch):
+    module, x = prune(nn.Sequential(Conv1D(40, 48), nn.ReLU(), Conv1D(48, 40)), 0.9).eval(), torch.randn(batch, 48)
+    ours = fast(module, x)
+    assert [type(ours[0]), type(ours[2])] == [SparseLinear] * 2
+    torch.testing.assert_close(ours(x), module(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x[None]), module(x[None]).detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[0].weight, module[0].weight)
+    back = densify(ours)
+    assert type(back[0]) is Conv1D
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), module.state_dict().values(), strict=True))
+    assert torch.equal(back(x), module(x))
+    other = prune(nn.Sequential(Conv1D(40, 48), nn.ReLU(), Conv1D(48, 40)), 0.9).eval()
+    ours.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ours(x), other(x).detach(), rtol=1e-4, atol=1e-4)

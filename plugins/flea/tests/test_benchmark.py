@@ -54,6 +54,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_data_set_learner_and_method_has_its_row(files):
     command = [sys.executable, FOLDER / "flea.py", "--tiny", "--data", files, "--json", files / "flea.json"]
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
@@ -68,6 +69,10 @@ def test_every_data_set_learner_and_method_has_its_row(files):
     assert all(np.shape(row["values"]) == (1, 2) and 0 <= np.min(row["values"]) <= 100 for row in rows.values())
     assert {row["met"] for key, row in rows.items() if key[1] == "fair-reg" and key[2] == "FLEA"} <= {"yes", "NO"}
     assert found["kept"]["runs"] == 3
+    assert [(row["data"], row["group"], row["runs"]) for row in found["flips"]] == [
+        (name, group, 1) for name in ("compas", "drugs", "germancredit") for group in (0, 1)
+    ]
+    assert all(row["warned"] <= row["kept"] <= 1 for row in found["flips"])
     targets = {row["what"]: row["target"] for row in found["results"]}
     assert targets == {"filter / single-pair loop, n=5": 1 / 5, "filter, n=5": 0.05, "single-pair loop, n=5": None}
     assert "Runs with a malicious source kept" in done.stdout

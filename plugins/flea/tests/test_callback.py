@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_sp
 
 from groundwire import Plugin, Plugins, Report, hookimpl
 from groundwire_flea import FLEA, SourceDatasets
-from groundwire_flea.report import distances_figure, scores_figure
+from groundwire_flea.report import distances_figure, scores_figure, section
 
 pytestmark = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
@@ -165,6 +165,21 @@ def test_the_report_tells_who_was_suppressed_and_why(kit, bad):
         assert text in page
 
 
+def test_tables_on_the_page_have_units_and_few_enough_columns_to_be_seen(kit, bad):
+    flea = FLEA(permutations=0)
+    many = type(bad)(**vars(bad) | {"a": np.arange(len(bad.y)) % 9})
+    fit(kit, Rows(many), flea)
+    parts = section(flea.decision, "filter").tables
+    assert {name for part in parts for name in part.columns} == {"source", *flea.decision.columns}
+    assert all(len(part.columns) <= 7 for part in parts)
+    assert all(len(row) == len(part.columns) for part in parts for row in part.rows)
+    for part in parts:
+        assert "from 0 to" in part.caption
+    assert len({part.caption for part in parts}) == len(parts)
+    for figure in (scores_figure(flea.decision), distances_figure(flea.decision)):
+        assert any("no unit" in text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel()))
+
+
 def test_numbers_on_the_map_of_distances_can_be_read_and_the_legend_covers_no_bar(kit, bad):
     flea = FLEA(permutations=0)
     fit(kit, Rows(bad), flea)
@@ -207,6 +222,7 @@ def test_ids_of_other_plugins_are_places_in_the_kept_rows(kit, bad):
     assert ids.rows == set(range(sum(s in GOOD for s in bad.source)))
 
 
+@pytest.mark.ddp
 def test_two_processes_train_on_the_rows_that_rank_0_chose(kit, bad):
     from lightning.pytorch.strategies import DDPStrategy
 

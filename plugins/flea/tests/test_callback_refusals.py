@@ -68,6 +68,7 @@ def wait(path, seconds=30):
         time.sleep(0.05)
 
 
+@pytest.mark.ddp
 def test_what_the_data_set_raises_reaches_every_rank(kit, bad):
     class Broken(Rows):
         def __getitem__(self, i):

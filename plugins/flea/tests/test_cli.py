@@ -64,10 +64,12 @@ def cli(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_callback_in_the_yaml_filters_and_keeps_its_types(cli):
     assert "kept [0, 1, 3] steps 12" in cli("fit", "--config", "run.yaml", callbacks=[FLEA])
 
 
+@pytest.mark.slow
 def test_help_describes_every_argument(cli):
     text = " ".join(cli("fit", "--trainer.callbacks.help=groundwire_flea.FLEA").split())
     for name in ("source", "groups", "n_clean", "fairness", "mode", "embed", "seed", "always_keep", "n_jobs"):

@@ -10,6 +10,7 @@ from joblib._parallel_backends import ThreadingBackend
 from groundwire_flea import filter_sources
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 def test_a_dask_cluster_computes_the_same_distances(table, monkeypatch):
     monkeypatch.setattr("groundwire_flea.distances.pair_batches.MAX_ROWS", 500)  # many blocks, as large data have

@@ -15,6 +15,8 @@ class Sourced(Classifier):
         return DataLoader(Rows(400), 50, shuffle=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 def test_flea_keeps_the_contract():
     report = check_plugin(

@@ -1,4 +1,4 @@
-"""W1 to W7: when the filter says not to trust it blindly."""
+"""W1 to W8: when the filter says not to trust it blindly."""
 
 import warnings
 
@@ -54,6 +54,33 @@ def test_w2_small_groups_are_named_with_their_size(table):
 def test_w3_no_gap_between_clean_sources_and_a_gap_before_flipped_ones(table):
     assert "W3" in codes(run(table(5)))
     assert "W3" not in codes(run(table(5, (1, 3))))
+
+
+def flipped_within(group, rows=4000, share=0.5, flip=True):
+    """Five sources, the second of which may have all labels of one group flipped."""
+    rng = np.random.default_rng(1)
+    a, source = (rng.random(rows) < share).astype(int), np.arange(rows) % 5
+    x = np.column_stack([rng.normal(size=(rows, 3)), a])
+    y = (x[:, 0] + rng.normal(size=rows) > 0).astype(int)
+    turned = flip & (source == 1) & (a == group)
+    return filter_sources(x, np.where(turned, 1 - y, y), sensitive_features=a, sources=source, n_clean=4)
+
+
+@quietly
+def test_w3_tells_which_group_s_flipped_labels_are_hidden_by_chance():
+    """A flip within 6 % of the rows is hidden; one within the other 94 % is found, and not said to be hidden."""
+    message = codes(flipped_within(1, share=0.06, flip=False))["W3"].message
+    assert "Flipped labels of one group only are at chance level here for 1 (about 0.03)" in message
+    assert " 0 (about" not in message
+    assert flipped_within(0, share=0.06).suppressed == (1,)
+    assert 1 in flipped_within(1, share=0.06).kept
+
+
+@quietly
+def test_w3_hides_no_flip_that_would_be_found():
+    assert "Flipped labels" not in codes(flipped_within(0, rows=40_000, flip=False))["W3"].message
+    assert flipped_within(0, rows=40_000).suppressed == (1,)
+    assert flipped_within(1, rows=40_000).suppressed == (1,)
 
 
 @quietly

@@ -1,5 +1,7 @@
 """filter_sources and FLEASelector: what goes in, what comes out, and what is refused."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import groundwire_flea
-from groundwire_flea import FLEASelector, filter_sources
+from groundwire_flea import FLEASelector, FLEAWarning, filter_sources
 
 quietly = pytest.mark.filterwarnings("ignore::groundwire_flea.FLEAWarning")
 
@@ -92,6 +94,57 @@ def test_a_source_that_was_refused_leaves_the_selector_as_it_was(table):
     with pytest.raises(ValueError, match=r"'clinic 4' .* has no row with label 1"):
         selector.partial_fit(**rows | {"y": 0 * rows["y"]})
     assert selector.partial_fit(**rows).result_.mask.shape == (len(data.y) + new.sum(),)
+
+
+def shown(selector):
+    """Everything that a selector tells after ``fit``."""
+    learned = {k: v for k, v in vars(selector).items() if k.endswith("_") and k != "result_"}
+    return {**learned, "mask": selector.result_.mask, "scores": selector.result_.scores}
+
+
+@quietly
+def test_a_fit_that_fails_leaves_the_result_of_the_one_before(table):
+    data, other = table(4, (2,)), table(5, (1, 3), seed=1)
+    late = other.source == "clinic 4"
+    rest = {k: v[late] for k, v in other.given().items()}
+    selector, twin = (FLEASelector(max_rows_per_source=90, random_state=2).fit(**data.given()) for _ in range(2))
+    before = shown(selector)
+    failures = [
+        ({"y": 0 * other.y}, "only the value 0"),
+        ({"X": other.X[:-1]}, "different numbers of rows"),
+        ({"sources": np.where(other.a == 1, "A", "B")}, "at least 3"),
+        ({"sources": np.where(other.source == "clinic 0", None, other.source)}, "missing"),
+        ({"y": np.where(other.source == "clinic 1", 0, other.y)}, "has no row with label 1"),
+    ]
+    for change, text in failures:
+        with pytest.raises(ValueError, match=text):
+            selector.fit(**{**other.given(), **change})
+        pd.testing.assert_frame_equal(selector.report_, before["report_"])
+        assert shown(selector).keys() == before.keys()
+        assert selector.source_ids_ == before["source_ids_"]
+        np.testing.assert_array_equal(selector.D_, before["D_"])
+    with pytest.raises(ValueError, match="n_clean=9 is outside"):
+        selector.set_params(n_clean=9).fit(**other.given())
+    selector.set_params(n_clean=None)
+    for one in (selector, twin):
+        one.partial_fit(**rest)
+    np.testing.assert_array_equal(selector.D_, twin.D_)
+    assert selector.get_support(indices=True).tolist() == twin.get_support(indices=True).tolist()
+    assert selector.select_rows(["clinic 0", "clinic 4"]).shape == (2,)
+
+
+def test_a_warning_that_is_raised_leaves_a_selector_with_its_new_result(table):
+    data, other = table(4, (2,)), table(5, (1, 3), seed=1)
+    selector = FLEASelector()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        selector.fit(**data.given())
+        expected = FLEASelector().fit(**other.given())
+    with pytest.raises(FLEAWarning):
+        selector.fit(**other.given())
+    assert selector.result_.kept == expected.result_.kept
+    np.testing.assert_array_equal(selector.D_, expected.D_)
+    assert selector.source_ids_ == expected.source_ids_
 
 
 @quietly

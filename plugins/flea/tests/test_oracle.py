@@ -113,6 +113,7 @@ def test_the_reference_mode_is_the_slow_oracle_too(table):
     assert found.disp[0, 1] == pytest.approx(expected, abs=0.06)
 
 
+@pytest.mark.slow
 def test_batched_and_reference_choose_the_same_sources(table):
     for seed in range(4):
         data = table(5, (seed, (seed + 2) % 5), seed=seed)

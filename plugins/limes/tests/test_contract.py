@@ -1,9 +1,13 @@
 """LIMES keeps the contract of groundwire plugins."""
 
+import pytest
+
 from groundwire.testing import check_plugin
 from groundwire_limes import LIMES
 
 
+@pytest.mark.slow
+@pytest.mark.ddp
 def test_limes_keeps_the_contract():
     report = check_plugin(
         lambda: LIMES(batches_per_step=2, season=3),

@@ -206,7 +206,7 @@ def test_the_guard_holds_the_long_run_prior_on_random_priors_and_says_so():
     assert sum(season.explain(200).weights.values()) == pytest.approx(1)
 
 
-def test_without_a_period_the_seasonal_member_sits_out():
+def test_without_a_period_the_seasonal_expert_sits_out():
     extrapolator = PriorExtrapolator(2)
     extrapolator.update(0, [1, 1])
     assert "seasonal" not in extrapolator.explain(1).weights

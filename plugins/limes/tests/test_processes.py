@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from groundwire_limes import LIMES
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("training_prior", ["running", "forecast"])
 def test_two_processes_agree_on_steps_counts_and_offsets(kit, training_prior):
     data, times = stream(12, rows=80)
@@ -51,6 +52,7 @@ def test_two_processes_agree_on_steps_counts_and_offsets(kit, training_prior):
         assert all(made[s] == also[s] for s in made.keys() & also.keys())
 
 
+@pytest.mark.ddp
 def test_each_process_has_the_offset_of_its_own_hour_in_a_model_with_buffers_too(kit):
     """DDP gives all processes the first one's buffers before each forward, in models that have any of their own."""
 

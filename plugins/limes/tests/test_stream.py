@@ -38,6 +38,7 @@ def test_processes_share_all_rows_in_equally_many_batches_none_of_them_empty(row
     assert len(seen) == max(rows, ranks)
 
 
+@pytest.mark.ddp
 def test_two_processes_count_each_row_once(kit):
     class Kept(pl.Callback):
         def on_train_end(self, trainer, pl_module):

@@ -10,7 +10,14 @@ from groundwire_aol.certify.rounding import Rounding
 from groundwire_aol.convert.conversion import lipschitz
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.layers.activations import GroupSort, MaxMin, NActivation
-from groundwire_aol.layers.linear import AOLConv1d, AOLConv2d, AOLConv3d, AOLConvTranspose2d, AOLLinear
+from groundwire_aol.layers.linear import (
+    AOLConv1d,
+    AOLConv2d,
+    AOLConv3d,
+    AOLConvTranspose2d,
+    AOLLinear,
+    NormalizedLinear,
+)
 from groundwire_aol.layers.normalization import BatchCentering
 from groundwire_aol.layers.parametrization import bake, constrain
 from groundwire_aol.loss import OffsetCrossEntropy
@@ -34,6 +41,7 @@ __all__ = [  # noqa: RUF022 - grouped as people meet them
     "AOLConv2d",
     "AOLConv3d",
     "AOLConvTranspose2d",
+    "NormalizedLinear",
     "MaxMin",
     "GroupSort",
     "NActivation",

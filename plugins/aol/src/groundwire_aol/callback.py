@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, hookimpl
@@ -39,6 +40,8 @@ class AOL(Plugin):
         init: "orthogonal" for training from scratch; "keep" keeps present weights as raw weights.
         rounding: Whether radii cover the rounding of the scores, by a proved bound; ``aol/rounding`` is the largest
             part of a radius that this took. Otherwise certificates are of exact arithmetic, as in the literature.
+        last_layer: "normalized" gives the layer that computes the scores rows of length 1 instead of an AOL weight;
+            certificates are then per pair of classes.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -61,6 +64,7 @@ class AOL(Plugin):
         *,
         init: Literal["orthogonal", "keep"] = "orthogonal",
         rounding: bool = True,
+        last_layer: Literal["aol", "normalized"] = "aol",
     ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
@@ -68,7 +72,10 @@ class AOL(Plugin):
             raise ValueError(f"steps must be 1 or 2, got {steps!r}")
         if init not in ("orthogonal", "keep"):
             raise ValueError(f"init must be 'orthogonal' or 'keep', got {init!r}")
+        if last_layer not in ("aol", "normalized"):
+            raise ValueError(f"last_layer must be 'aol' or 'normalized', got {last_layer!r}")
         smallest_std(input_std)
+        self.last_layer = last_layer
         self.activation, self.steps, self.init, self._log = activation, steps, init, bool(log)
         self.eps = tuple(check_radii([eps] if isinstance(eps, int | float) else eps).tolist())
         self.input_std, self.rounding = input_std, bool(rounding)
@@ -103,7 +110,13 @@ class AOL(Plugin):
             return
         try:
             _, changes = lipschitz(
-                module, activation=self.activation, steps=self.steps, init=self.init, exclude=self.exclude, inplace=True
+                module,
+                activation=self.activation,
+                steps=self.steps,
+                init=self.init,
+                exclude=self.exclude,
+                inplace=True,
+                last_layer=self.last_layer,
             )
         except ValueError as error:
             if run is None:
@@ -208,7 +221,10 @@ class AOL(Plugin):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A new pass, on every rank: its end is a collective."""
-        self._pass = CertifiedPass(self.eps, self.input_std, self.rounding).to(pl_module.device) if self.log else None
+        self._pass = None
+        if self.log:
+            half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+            self._pass = CertifiedPass(self.eps, self.input_std, self.rounding, half).to(pl_module.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -218,7 +234,7 @@ class AOL(Plugin):
         if self._pass is None or variant is not None:
             return
         try:
-            self._pass.update(run.module, scores, fields)
+            self._pass.update(run.module, scores, fields, run.head.module if run.head is not None else None)
         except (UnknownLipschitzError, UnsoundError, ValueError) as error:
             raise PluginError(f"aol cannot certify this batch: {error}") from error
 
@@ -245,7 +261,7 @@ class AOL(Plugin):
     def gw_provenance(self) -> dict[str, Any]:
         """Return what the weights promise."""
         bounds = {stage: result.lipschitz for stage, result in self.results.items()}
-        return {"activation": self.activation, "steps": self.steps, "lipschitz": bounds}
+        return {"activation": self.activation, "steps": self.steps, "last_layer": self.last_layer, "lipschitz": bounds}
 
 
 def _may_share(trainer: Any, module: Any) -> bool:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UnsoundError(ValueError):
-    """A setting, a weight or an input for which the promised bound does not hold; the text has what was measured."""
+    """A setting, a weight or an input for which the promised bound does not hold; the text has what was measured.
+
+    Attributes:
+        counterexample: Two inputs whose results lie further apart than a bound allows; None if the reason is another.
+    """
+
+    def __init__(self, message: str, *, counterexample: tuple[Any, Any] | None = None) -> None:
+        super().__init__(message)
+        self.counterexample = counterexample
 
 
 class UnknownLipschitzError(ValueError):

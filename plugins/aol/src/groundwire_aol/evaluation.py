@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MaxMetric
 
 from groundwire import Fields, Finding
+from groundwire.modules import shift_hooks
 from groundwire_aol.certify.bound import Bound, lipschitz_bound
-from groundwire_aol.certify.certificates import smallest_std, total_lipschitz
+from groundwire_aol.certify.certificates import half_dtype, half_precision, smallest_std, total_lipschitz
 from groundwire_aol.certify.metrics import CertifiedAccuracy
 from groundwire_aol.certify.plain_copy import is_shifted
 from groundwire_aol.certify.rounding import not_standard
@@ -46,6 +47,11 @@ class Result:
     rounding: float = math.nan
 
     @property
+    def arithmetic(self) -> str:
+        """Arithmetic of the certificates: "floating" if they cover the rounding of the scores, "exact" otherwise."""
+        return "exact" if math.isnan(self.rounding) else "floating"
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Values to log, by name."""
         named = {f"certified@{eps:.3g}": value for eps, value in self.certified.items()}
@@ -55,7 +61,10 @@ class Result:
     def findings(self, plugin: str) -> list[Finding]:
         """Return the findings for the report. A mapping, so that the numbers do not reach the loggers twice."""
         certified = ", ".join(f"{100 * v:.1f} % at {eps:.3g}" for eps, v in self.certified.items())
-        message = f"Accuracy {100 * self.clean:.1f} %, certified in L2: {certified} ({self.samples} samples)."
+        message = (
+            f"Accuracy {100 * self.clean:.1f} %, certified in L2: {certified} ({self.samples} samples), in "
+            f"{self.arithmetic} arithmetic."
+        )
         found = [Finding(plugin, "certified_accuracy", "info", self.metrics, message)]
         if self.rounding > 0.1 * min(e for e in (*self.certified, math.inf) if e > 0):
             message = (
@@ -69,15 +78,17 @@ class Result:
 class CertifiedPass:
     """Adds batches up. Bounds are proved once per pass and shape, as weights do not change in between."""
 
-    def __init__(self, eps: tuple[float, ...], input_std: Any = None, rounding: bool = True) -> None:
-        self.eps, self.input_std, self.rounding = eps, input_std, rounding
+    def __init__(
+        self, eps: tuple[float, ...], input_std: Any = None, rounding: bool = True, half: torch.dtype | None = None
+    ) -> None:
+        #: ``half``: of the autocast in which the step computes.
+        self.eps, self.input_std, self.rounding, self.half = eps, input_std, rounding, half
         top = 1.5 * max(*eps, 0.1)
         self.grid = tuple(top * i / POINTS for i in range(POINTS + 1))
-        self.metric = CertifiedAccuracy((*eps, *self.grid[1:]), input_std=input_std)
-        self.clean = CertifiedAccuracy((0.0,))
+        self.metric = CertifiedAccuracy((*eps, *self.grid[1:]), 1.0, input_std)
+        self.clean = CertifiedAccuracy((0.0,), 1.0)
         self.largest = MaxMetric(nan_strategy="disable")
         self.bounds: dict[tuple[int, ...], Bound] = {}
-        self.same: bool | None = None
         self.warned = False
 
     def to(self, device: Any) -> CertifiedPass:
@@ -95,8 +106,18 @@ class CertifiedPass:
             self.bounds[shape] = lipschitz_bound(score_module(module)[1], inputs[:1])
         return self.bounds[shape]
 
-    def update(self, module: nn.Module, scores: Tensor, fields: Fields) -> None:
-        """Certify one batch; targets other than classes are left out, with a warning."""
+    def update(self, module: nn.Module, scores: Tensor, fields: Fields, head: nn.Module | None = None) -> None:
+        """Certify one batch; targets other than classes are left out, with a warning.
+
+        Args:
+            module: The model.
+            scores: That the evaluation step computed.
+            fields: Of the batch.
+            head: The layer that gave the scores; None if they are the model's output.
+
+        Raises:
+            UnsoundError: The scores are not those of the model, of which the bound is, for these inputs.
+        """
         target = classes_of(fields)
         if target is None:
             if not self.warned:
@@ -106,17 +127,20 @@ class CertifiedPass:
             self.warned = True
             return
         bound = self.metric.lipschitz = self.bound(module, fields.inputs)
-        scores = self._scores(module, scores, fields.inputs)
+        scores = self._scores(module, scores, fields.inputs, head)
         self.clean.update(scores, target)
         covered = fields.inputs if self._covers(bound, module, scores, fields.inputs) else None
-        self.metric.update(scores, target, covered)
+        with torch.autocast(scores.device.type, enabled=False):
+            self.metric.update(scores, target, covered)
         if covered is not None:
             norms = covered.detach().double().flatten(1).norm(dim=1)
-            self.largest.update(2 * bound.rounding.error(norms) / total_lipschitz(bound, self.input_std))
+            constant = total_lipschitz(bound if bound.head is None else bound.head.body, self.input_std)
+            self.largest.update(2 * bound.rounding.error(norms) / constant)
 
     def _covers(self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor) -> bool:
         """Tell whether rounding is in the certificates of this batch; a warning where it should be and cannot."""
-        reason = bound.rounding.unknown or not_standard(scores.device)
+        with torch.autocast(scores.device.type, enabled=False):
+            reason = bound.rounding.unknown or not_standard(scores.device) or half_precision(scores)
         if not reason and is_shifted(module, scores):
             reason = "a correction is added to them"
         if not reason and not scores.dtype == inputs.dtype == bound.rounding.dtype:
@@ -128,24 +152,20 @@ class CertifiedPass:
             )
         return self.rounding
 
-    def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor) -> Tensor:
+    def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None) -> Tensor:
         """Return what the bound is about: the model's output in the weights' precision.
 
         These are the captured scores, if they are the same. Those are float32, also of a float64 model.
         """
-        autocast = torch.is_autocast_enabled(inputs.device.type)
         double = any(p.dtype == torch.float64 for p in module.parameters())
-        if self.same and not autocast and not double:
+        half, kind = self.half or half_dtype(scores), inputs.device.type
+        model = score_module(module)[1]
+        with torch.autocast(kind, dtype=half, enabled=half is not None):
+            are_output = _are_output(model, scores, inputs, head, 1e-4 if half is None else 2e-2)
+        if are_output and half is None and not double:
             return scores
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            output = score_module(module)[1](inputs.double() if double else inputs.float())
-        if not isinstance(output, Tensor):
-            raise UnsoundError(
-                f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores"
-            )
-        if self.same is None:
-            alike = output.shape == scores.shape and torch.allclose(output.float(), scores, rtol=1e-5, atol=1e-6)
-            self.same = alike and bool(scores.abs().amax() > 1e-3)
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            output: Tensor = model(inputs.double() if double else inputs.float())
         return output if double else output.float()
 
     def compute(self) -> Result | None:
@@ -163,6 +183,50 @@ class CertifiedPass:
         constant = max(map(float, self.bounds.values()), default=math.nan) / smallest_std(self.input_std)
         certified = dict(zip(self.eps, values, strict=False))
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
+
+
+#: Rows of a batch for which the model is run again to see what the step computed.
+ROWS = 4
+
+
+def _are_output(model: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None, tolerance: float) -> bool:
+    """Tell whether ``scores`` are the output of ``model`` for ``inputs``, or only what its ``head`` gives on the way.
+
+    Raises:
+        UnsoundError: They are neither: the step computes another function than the model does.
+    """
+    shifted = any(map(shift_hooks, model.modules()))
+    # Offsets may differ from row to row, so all rows have to be there.
+    rows = torch.arange(len(inputs)) if shifted else torch.linspace(0, len(inputs) - 1, min(ROWS, len(inputs))).long()
+    captured: list[Any] = []
+    handle = head.register_forward_hook(lambda *given: captured.append(given[2])) if head is not None else None
+    try:
+        with torch.no_grad():
+            output = model(inputs[rows])
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not isinstance(output, Tensor):
+        raise UnsoundError(f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores")
+    wanted = scores[rows].float()
+    differences = [_difference(found, wanted) for found in (output, *captured)]
+    if min(differences) > tolerance:
+        raise UnsoundError(
+            "the scores of the step are not those of the model for the batch's inputs (they differ by "
+            f"{min(differences):.3g} of the largest), so its certificate would be about something else -> if the step "
+            "changes the inputs, as self(standardise(x)) does, do it inside forward, or in the data set with "
+            "AOL(input_std=...); or certify nothing, with AOL(log=False)"
+        )
+    return differences[0] <= tolerance
+
+
+def _difference(found: Any, wanted: Tensor) -> float:
+    """Return the largest difference, relative to the largest score; infinite where shapes differ."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return math.inf
+    largest = float(wanted.abs().amax())
+    difference = float((found.float() - wanted).abs().amax())
+    return difference / largest if largest else difference
 
 
 def classes_of(fields: Fields) -> Tensor | None:

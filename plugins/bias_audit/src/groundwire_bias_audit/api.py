@@ -109,6 +109,9 @@ def compare(before: Outputs, after: Outputs, groups: Groups, gate: Gate, **inter
         raise ValueError(
             "a baseline is compared by flips of predictions, which a regression has not -> audit each model"
         )
+    if after.task == "multiclass" and before.names != after.names:  # one of them never predicts some class
+        names = tuple(dict.fromkeys((*after.names, *before.names)))
+        before, after = before.with_classes(names), after.with_classes(names)
     if before.names != after.names or before.labels.shape != after.labels.shape:
         raise ValueError(f"the baseline has the targets {before.names} and the model {after.names}")
     assert groups.codes is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,10 @@ from groundwire_bias_audit.result import AuditResult
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.DISPARITY: 1, Verdict.INSUFFICIENT: 3}
 USAGE = 2
+#: Missing values in columns of labels, scores and weights.
+MISSING = ("#N/A", "N/A", "n/a", "NA", "<NA>", "NaN", "nan", "NULL", "null", "None")
+#: A group column with more values than this is perhaps an amount.
+MANY = 20
 _CODES = "Exit code: 0 pass, 1 disparity, 2 the input cannot be used, 3 insufficient data."
 
 
@@ -53,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--min-count", type=int, default=30, help="rows that each denominator needs (default: 30)")
     made.add_argument("--correction", default="holm", help="holm, bh or none (default: holm)")
     made.add_argument("--intersections", action="store_true", help="also gate the crossing of all groups")
+    made.add_argument(
+        "--na", nargs="+", default=[], metavar="WORD", help="words that stand for a missing value, such as NA or ?"
+    )
+    made.add_argument(
+        "--encoding", default="utf-8-sig", help="of a CSV file, such as latin-1 or utf-16 (default: utf-8)"
+    )
+    made.add_argument("--decimal", default=".", choices=(".", ","), help="decimal sign of a CSV file (default: .)")
     made.add_argument("--max-groups", type=int, default=100, help="most values of a feature (default: 100)")
     made.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations (default: 0)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
@@ -83,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     if not options.quiet:
+        print("\n".join(_hints(result)), end="\n" * bool(_hints(result)), file=sys.stderr)
         # A reader that stops reading (`| head`) makes rich exit with 1, which would mean a disparity here.
         with suppress(BrokenPipeError, SystemExit):
             show(result)
@@ -90,10 +103,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _audited(options: argparse.Namespace) -> AuditResult:
-    table = _read(options.file)
+    table = _read(options)
     used = [*options.label, *(options.score or options.pred), *options.groups, *(options.control or [])]
     used += [*(options.baseline or []), *([options.weight] if options.weight else [])]
     _known(used, table, options.file)
+    compared = (
+        [*options.label, *(options.score or options.pred)],
+        [*(options.score or options.pred), *(options.baseline or [])],
+    )
+    for columns in compared:
+        twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
+        if twice:
+            raise ValueError(f"the column {twice[0]!r} would be compared with itself -> name another one")
     gate = Gate(
         tolerance=options.tolerance, alpha=options.alpha, metrics=options.metrics, min_count=options.min_count,
         correction=options.correction, intersections=options.intersections,
@@ -143,21 +164,53 @@ def _known(names: Sequence[str], table: pd.DataFrame, file: Path) -> None:
         raise ValueError(f"{file} has no column {unknown[0]!r}; it has {', '.join(map(str, table.columns))}")
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(options: argparse.Namespace) -> pd.DataFrame:
+    file: Path = options.file
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     if file.suffix.lower() in (".parquet", ".pq"):
-        return pd.read_parquet(file)
+        return pd.read_parquet(file).replace(dict.fromkeys(options.na)) if options.na else pd.read_parquet(file)
     try:
-        return pd.read_csv(file, sep=_separator(file))
-    except (ValueError, UnicodeDecodeError) as error:
+        separator = _separator(file, options.encoding)
+        header = list(pd.read_csv(file, sep=separator, encoding=options.encoding, nrows=0))
+        values = {*options.label, *(options.score or options.pred), *(options.baseline or []), options.weight}
+        # As text, 01 and 1 are two groups, and so are NA and a blank; only a blank is missing unless --na says more.
+        text = [name for name in (*options.groups, *(options.control or [])) if name in header and name not in values]
+        missing = {name: ["", *options.na, *(MISSING if name not in text else ())] for name in header}
+        return pd.read_csv(
+            file, sep=separator, encoding=options.encoding, decimal=options.decimal, dtype=dict.fromkeys(text, str),
+            keep_default_na=False, na_values=missing,
+        )  # fmt: skip
+    except LookupError as error:
+        raise ValueError(f"--encoding {options.encoding} is unknown: {error}") from error
+    except UnicodeError as error:
+        raise ValueError(f"{file} is not encoded as {options.encoding} -> {_encoding_hint(file)}") from error
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read as CSV: {error}") from error
 
 
-def _separator(file: Path) -> str:
-    """A semicolon or tab where the first line has no comma, as spreadsheets of many countries write."""
+def _encoding_hint(file: Path) -> str:
+    with file.open("rb") as raw:
+        start = raw.read(4)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        return "it looks like UTF-16: pass --encoding utf-16"
+    return "pass --encoding latin-1 (or cp1252), as older programs write, or utf-16"
+
+
+def _separator(file: Path, encoding: str) -> str:
+    """The separator of the first line, outside of quotes: a comma, or a semicolon or tab as many spreadsheets write."""
     if file.suffix.lower() not in (".csv", ".tsv", ".txt"):
         return ","  # perhaps compressed
-    with file.open(encoding="utf-8") as lines:
-        first = lines.readline()
-    return next((sep for sep in (",", ";", "\t") if sep in first), ",")
+    with file.open(encoding=encoding) as lines:
+        first = re.sub(r'"(?:[^"]|"")*"', "", lines.readline())
+    return max((",", ";", "\t"), key=first.count)
+
+
+def _hints(result: AuditResult) -> list[str]:
+    """Advice on group columns with so many values that they may be amounts."""
+    counted = zip(result.counts.groups.names, result.counts.groups.levels, strict=True)
+    return [
+        f"hint: {name} has {len(levels)} values; if it is an amount, bin it first, so that groups have enough rows"
+        for name, levels in counted
+        if len(levels) > MANY
+    ]

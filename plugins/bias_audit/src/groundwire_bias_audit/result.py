@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groundwire_bias_audit.audit.counts import GroupCounts
-from groundwire_bias_audit.audit.gap_tests import describe
 from groundwire_bias_audit.audit.record import AuditRecord
 from groundwire_bias_audit.output.export import to_csv, to_json
 from groundwire_bias_audit.output.page import to_html
@@ -48,4 +47,4 @@ class AuditResult(AuditRecord):
         return to_csv(self.to_frame(features), path)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.title}: {self.verdict}", *(f"  {describe(test)}" for test in self.disparities)])
+        return f"{self.title}: {self.verdict}\n  {self.conclusion}"

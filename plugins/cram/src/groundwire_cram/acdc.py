@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from groundwire import Finding, Plugin, Problem, RunContext, Section, hookimpl
 from groundwire_cram.masks import Frozen, pack, unpack
 from groundwire_cram.operators import operators_of
-from groundwire_cram.prunable import Skip, check_selection, selected
+from groundwire_cram.prunable import Skip, check_selection, selected, weights_of
 from groundwire_cram.threshold import check_sparsity
+
+#: Callbacks that put an average of weights in place of the last ones.
+_AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
 def schedule(
@@ -105,13 +108,15 @@ class ACDC(Plugin):
         self.warmup, self.phase, self.final_dense, self.final_sparse = warmup, phase, final_dense, final_sparse
         self.dense_checkpoint: Path | None = None
         self._phases: list[bool] = []
-        self._packed: Mapping[str, Any] = {}
+        #: The masks of the compressed phase, also when the zeros went free because the training ended.
+        self._masks: dict[str, torch.Tensor] = {}
         self._frozen: Frozen | None = None
         self._run: RunContext | None = None
+        self._stopped_dense = False
 
     @hookimpl
     def gw_check(self, run: RunContext) -> list[Problem]:
-        """Return what is wrong: the schedule needs a number of epochs, and something must be prunable."""
+        """Return what is wrong: the schedule needs epochs, something prunable, and a model that ends sparse."""
         if not run.ready or run.trainer.state.fn != "fit":
             return []
         self._run = run
@@ -120,29 +125,67 @@ class ACDC(Plugin):
             return [Problem(self.name, f"phases are counted in epochs, and max_epochs is {epochs}", "set max_epochs")]
         try:
             self._phases = schedule(epochs, self.warmup, self.phase, self.final_dense, self.final_sparse)
-            check_selection(dict(run.module.named_parameters()), self.skip)
+            check_selection(run.module, self.skip)
         except ValueError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem(self.name, message, hint)]
-        return []
+        return [Problem(self.name, *found) for found in self._ends_dense(run.trainer)]
+
+    def _ends_dense(self, trainer: Any) -> Iterator[tuple[str, str]]:
+        """Yield what would leave a model that is not sparse when the training ends, and what to do."""
+        for callback in trainer.callbacks:
+            if any(base.__name__ in _AVERAGES for base in type(callback).__mro__):
+                text = f"{type(callback).__name__} puts an average over dense phases in place of the sparse weights"
+                yield text, "leave it out, or average the weights of a fine-tuning under freeze_masks"
+        for optimizer in trainer.optimizers:
+            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+                text = f"{type(optimizer).__name__} evaluates an average of its weights, which is not sparse"
+                yield text, "use an optimizer whose weights are those that it steps"
+        if trainer.max_steps is not None and trainer.max_steps >= 0:
+            steps, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+            if not 0 < batches < float("inf"):
+                yield f"phases are counted in epochs, and an epoch has {batches} batches", "set limit_train_batches"
+                return
+            each = -(-batches // trainer.accumulate_grad_batches)
+            last = min(len(self._phases), max(1, -(-int(steps) // each))) - 1
+            if not self._phases[last]:
+                text = f"max_steps={trainer.max_steps} ends the training in epoch {last}, in a dense phase"
+                yield text, "train by max_epochs alone, or give the lengths of the phases"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget another training."""
+        if stage == "fit":
+            self._masks, self.dense_checkpoint = {}, None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Give a training that continues within a compressed phase its masks from the first batch on."""
-        if self._packed:
-            self._freeze(pl_module, {name: unpack(packed) for name, packed in self._packed.items()})
-            self._packed = {}
+        if self._masks:
+            self._freeze(pl_module, self._masks)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the phase of this epoch, if it is another one."""
+        self._begin_phase(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin the phase of this batch's epoch: a resume at the end of an epoch starts the next one unannounced."""
+        self._begin_phase(trainer, pl_module)
+
+    def _begin_phase(self, trainer: Any, module: Any) -> None:
         compressed = self._phases[trainer.current_epoch]
         if compressed and self._frozen is None:
-            weights = dict(pl_module.named_parameters())
-            chosen = {name: weights[name] for name in selected(weights, self.skip)}
-            self._freeze(pl_module, self.operator.apply(chosen))
+            if not trainer.fast_dev_run and self._run is not None:
+                folder = self._run.directory or Path(trainer.default_root_dir)
+                self.dense_checkpoint = folder / "acdc-dense.ckpt"
+                trainer.save_checkpoint(self.dense_checkpoint, weights_only=True)
+            self._prune(module)
         elif not compressed and self._frozen is not None:
             self._release()
+            self._masks = {}
             if self.reset_momentum:
                 _forget_momentum(trainer.optimizers)
+
+    def _prune(self, module: Any) -> None:
+        self._freeze(module, self.operator.apply(weights_of(module, selected(module, self.skip))))
 
     def _freeze(self, module: Any, masks: Mapping[str, torch.Tensor]) -> None:
         weights = dict(module.named_parameters())
@@ -150,28 +193,33 @@ class ACDC(Plugin):
         with torch.no_grad():
             for name, mask in masks.items():
                 weights[name].masked_fill_(~mask, 0)
-        self._frozen = Frozen(module, masks)
+        self._masks, self._frozen = masks, Frozen(module, masks)
 
     def _release(self) -> None:
         if self._frozen is not None:
             self._frozen.remove()
             self._frozen = None
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the dense model of the pair when a dense phase ends."""
-        now, following = [*self._phases, False][trainer.current_epoch :][:2]
-        if not now and following and not trainer.fast_dev_run and self._run is not None:
-            folder = self._run.directory or Path(trainer.default_root_dir)
-            self.dense_checkpoint = folder / "acdc-dense.ckpt"
-            trainer.save_checkpoint(self.dense_checkpoint, weights_only=True)
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Prune a model whose training was stopped in a dense phase: AC/DC ends sparse."""
+        self._stopped_dense = self._frozen is None
+        if self._stopped_dense:
+            self._prune(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of a compressed phase, one bit a weight, as bytes; no tensor."""
-        return {} if self._frozen is None else {"masks": {name: pack(m) for name, m in self._frozen.masks.items()}}
+        state: dict[str, Any] = {}
+        if self._masks:
+            state["masks"] = {name: pack(mask) for name, mask in self._masks.items()}
+        if self.dense_checkpoint is not None:
+            state["dense_checkpoint"] = str(self.dense_checkpoint)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a compressed phase with its masks."""
-        self._packed = state_dict.get("masks", {})
+        self._masks = {name: unpack(packed) for name, packed in state_dict.get("masks", {}).items()}
+        path = state_dict.get("dense_checkpoint")
+        self.dense_checkpoint = None if path is None else Path(path)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let the zeros go."""
@@ -184,18 +232,26 @@ class ACDC(Plugin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of copies, which do not hold the masks of the model that is trained."""
-        return {**vars(self), "_frozen": None, "_run": None}
+        return {**vars(self), "_masks": {}, "_frozen": None, "_run": None}
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
         """Return what the pair is and where."""
         if run.stage != "train" or not self._phases:
             return []
-        weights = dict(run.module.named_parameters())
-        chosen = [weights[name] for name in selected(weights, self.skip)]
-        zeros = sum(int((w == 0).sum()) for w in chosen) / max(1, sum(w.numel() for w in chosen))
-        text = f"{100 * zeros:.2f} % of the weights are zero."
-        found = [Finding(self.name, "sparsity", "info", zeros, text, "train")]
+        chosen = weights_of(run.module, selected(run.module, self.skip)).values()
+        entries = max(1, sum(w.numel() for w in chosen))
+        zeros = sum(int((w == 0).sum()) for w in chosen) / entries
+        text, wanted = (
+            f"{100 * zeros:.2f} % of the weights are zero.",
+            sum(int((~m).sum()) for m in self._masks.values()),
+        )
+        if zeros < wanted / entries:
+            text += f" The masks have {100 * wanted / entries:.2f} %: something changed the weights afterwards."
+        elif self._stopped_dense:
+            text += " The training was stopped in a dense phase, and the model pruned then in one shot."
+        good = zeros >= wanted / entries and not self._stopped_dense
+        found = [Finding(self.name, "sparsity", "info" if good else "warn", zeros, text, "train")]
         if self.dense_checkpoint is not None:
             text = f"The dense model of the pair is {self.dense_checkpoint.name}, of the end of the last dense phase."
             found.append(Finding(self.name, "dense_checkpoint", "info", self.dense_checkpoint.name, text, "train"))
@@ -213,7 +269,7 @@ class ACDC(Plugin):
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
         """Return what was pruned, and whether the weights are those of a compressed phase."""
-        return {"compress": str(self.operator), "compressed": self._frozen is not None}
+        return {"compress": str(self.operator), "compressed": bool(self._masks)}
 
 
 def _forget_momentum(optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groundwire import Finding, GradientStep, Plugin, Problem, RunContext, Section, Variant, hookimpl
 from groundwire_cram.minimizer import Minimizer
+from groundwire_cram.prunable import Prunability, describe
 from groundwire_cram.report import section
 from groundwire_cram.settings import Settings, at_least_zero, with_settings
 from groundwire_cram.variants import Calibrated, described, host_copy, variants
@@ -70,7 +71,7 @@ class CrAM(Settings, Plugin):
         if not run.ready or run.trainer.state.fn != "fit":
             return []
         try:
-            self.minimizer.check(dict(run.module.named_parameters()))
+            self.minimizer.check(run.module)
         except ValueError as error:
             message, _, hint = str(error).partition(" -> ")
             return [Problem(self.name, message, hint)]
@@ -84,7 +85,19 @@ class CrAM(Settings, Plugin):
         saved: dict[str, Tensor] = {}
         with step.perturbed(saved=saved) as weights:
             second_pass = partial(step.replay, self.loss_fn)
-            return self.minimizer.gradient(weights, step.grads, second_pass, step.optimizer, run.step_seed, saved)
+            return self.minimizer.gradient(
+                weights, step.grads, second_pass, step.optimizer, run.step_seed, saved, run.module
+            )
+
+    def describe(self, module: nn.Module) -> list[Prunability]:
+        """Say of each parameter of ``module`` whether it is compressed, and why or why not.
+
+        Example:
+            >>> CrAM(skip="1").describe(nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 2, bias=False)))
+            [Prunability(name='0.weight', shape=(2, 4), pruned=True, reason='weight of Linear'),
+             Prunability(name='1.weight', shape=(2, 2), pruned=False, reason='named by skip')]
+        """
+        return describe(module, self.skip, self.compat)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks that outlive a step, with ``interval`` > 1; no tensor."""
@@ -121,7 +134,7 @@ class CrAM(Settings, Plugin):
     def gw_variants(self, module: nn.Module, run: RunContext) -> list[Variant]:
         """Return the model compressed in each way, with BatchNorm recalibrated."""
         data = list(self._recent) if self.calibration is None else self.calibration
-        return variants(module, self.minimizer, data, self.calibration_batches, self._calibrated)
+        return variants(module, self.minimizer, data, self.calibration_batches, self._calibrated, self.loss_fn)
 
     @hookimpl
     def gw_findings(self, run: RunContext) -> list[Finding]:
@@ -142,9 +155,9 @@ class CrAM(Settings, Plugin):
         return found
 
     @hookimpl
-    def gw_section(self, findings: list[Finding]) -> Section | None:
-        """Return settings, and what the pruned versions reached."""
-        return section(self, findings, self.name)
+    def gw_section(self, findings: list[Finding], run: RunContext) -> Section | None:
+        """Return settings, what stays dense, and what the pruned versions reached."""
+        return section(self, findings, self.describe(run.module), self.name)
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn.utils import get_total_norm
 
 from groundwire_cram.kernels.base import Kernels, Part, Pattern
 from groundwire_cram.kernels.buffers import Buffers
-from groundwire_cram.operators import NM, Magnitude, Operator, apply_operator
+from groundwire_cram.operators import NM, Layout, Magnitude, Operator, Weights, apply_operator
 from groundwire_cram.threshold import published_rank
 
 Gradients = dict[str, Tensor]
@@ -45,6 +45,8 @@ class Move:
         plus: Add the first gradient.
         sparse_grad: Let pruned entries get no gradient from the compressed model.
         grad_norm: Divide the move by the norm of the whole gradient.
+        layouts: Of weights whose inputs are not dimension 1.
+        published: Whether N:M follows the published rule.
     """
 
     operator: Operator
@@ -53,6 +55,12 @@ class Move:
     plus: bool = True
     sparse_grad: bool = True
     grad_norm: bool = False
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    published: bool = False
+
+    def weights(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> Weights:
+        """Return those of ``names`` that there are, as operators want them."""
+        return Weights({name: tensors[name] for name in names if name in tensors}, self.layouts, self.published)
 
     def scale(self, grads: Mapping[str, Tensor]) -> float:
         """Return what the gradient is multiplied with: rho, or rho / (its norm + 1e-12)."""
@@ -95,9 +103,8 @@ def compression_aware_gradient(
     spare = buffers.like({name: weights[name] for name in first})
     with uninterrupted():
         for names, part, pattern in parts:
-            copies = [spare[name] for name in names]
-            kernels.perturb(part, pattern, copies)
-            saved.update(zip(names, copies, strict=True))
+            kernels.perturb(part, pattern, _oriented(spare, names, move))
+            saved.update({name: spare[name] for name in names})
     masks = {} if isinstance(move.operator, Magnitude | NM) else _compress(weights, move)
     second = dict(second_pass())
     if move.sparse_grad:
@@ -105,7 +112,7 @@ def compression_aware_gradient(
             second[name].masked_fill_(~masks[name], 0)
     with uninterrupted():
         for names, part, pattern in parts:
-            copies, seconds = [saved[name] for name in names], [second.get(name) for name in names]
+            copies, seconds = _oriented(saved, names, move), _oriented(second, names, move)
             kernels.combine(part, pattern if move.sparse_grad else None, copies, seconds, plus=move.plus)
             for name in names:
                 del saved[name]
@@ -123,14 +130,14 @@ def _parts(
     """Return what each kernel call works on and sets to zero; None if a moved weight is not finite."""
 
     def part(names: Sequence[str]) -> Part:
-        return Part([weights[name] for name in names], [first[name] for name in names], scale)
+        return Part(_oriented(weights, names, move), _oriented(first, names, move), scale)
 
     operator = move.operator
     groups = [[name for name in group if name in first] for group in move.groups]
     patterns: list[tuple[list[str], Pattern]] = []
     if isinstance(operator, NM):
         compressed = [name for group in groups for name in group]
-        undivided = operator.undivided({name: weights[name] for name in compressed})
+        undivided = operator.undivided(move.weights(weights, compressed))
         patterns.append(([name for name in compressed if name not in undivided], operator.sizes))
     elif isinstance(operator, Magnitude):
         if operator.scope == "layerwise":
@@ -146,11 +153,19 @@ def _parts(
     return [(names, part(names), pattern) for names, pattern in patterns]
 
 
+def _oriented(tensors: Mapping[str, Tensor], names: Sequence[str], move: Move) -> list[Any]:
+    """Return views in which dimension 1 are the inputs, as N:M counts them; None for what is not there."""
+    found = [(name, tensors.get(name)) for name in names]
+    if not isinstance(move.operator, NM) or not move.layouts:
+        return [tensor for _, tensor in found]
+    return [t if t is None or name not in move.layouts else move.layouts[name].inputs_second(t) for name, t in found]
+
+
 def _compress(weights: Mapping[str, Tensor], move: Move) -> dict[str, Tensor]:
     """Compress moved weights by an operator without a kernel; return its masks."""
     masks: dict[str, Tensor] = {}
     for group in move.groups:
-        masks.update(apply_operator({name: weights[name] for name in group if name in weights}, move.operator))
+        masks.update(apply_operator(move.weights(weights, group), move.operator))
     return masks
 
 

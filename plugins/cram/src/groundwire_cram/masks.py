@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 from weakref import ref
 
@@ -54,14 +55,25 @@ class Periodic:
     Example:
         >>> from groundwire_cram.operators import Magnitude
         >>> periodic = Periodic(Magnitude(0.5), interval=2)
-        >>> [periodic.apply({"w": w})["w"].tolist() for w in torch.tensor([[[1.0, 2.0]], [[2.0, 1.0]], [[2.0, 1.0]]])]
-        [[[False, False]], [[False, False]], [[False, False]]]
+        >>> for w in torch.tensor([[[1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0]], [[3.0, 2.0, 1.0]]]):
+        ...     periodic.next_use()
+        ...     print(periodic.apply({"w": w})["w"].tolist())
+        [[False, False, True]]
+        [[False, False, True]]
+        [[True, False, False]]
     """
 
     def __init__(self, operator: Operator, interval: int) -> None:
         self.operator, self.interval = operator, interval
         self._uses = 0
+        self._known: set[str] = set()
         self._masks: dict[str, Tensor] = {}
+
+    def next_use(self) -> None:
+        """Begin another use, in which :meth:`apply` is called once for each group of tensors."""
+        if self._uses % self.interval == 0:
+            self._known, self._masks = set(), {}
+        self._uses += 1
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the masks of this use.
@@ -69,12 +81,12 @@ class Periodic:
         Raises:
             ValueError: The operator gives something other than masks, which cannot be kept for other weights.
         """
-        if self._uses % self.interval == 0 or not all(n in self._masks for n in params):
-            self._masks = dict(self.operator.apply(params))
-            for change in self._masks.values():
-                if change.dtype != torch.bool:
-                    raise ValueError(f"interval > 1 keeps masks, and {self.operator} gives residuals -> interval=1")
-        self._uses += 1
+        if not params.keys() <= self._known:
+            masks = self.operator.apply(params)
+            if any(mask.dtype != torch.bool for mask in masks.values()):
+                raise ValueError(f"interval > 1 keeps masks, and {self.operator} gives residuals -> interval=1")
+            self._masks.update(masks)
+            self._known |= params.keys()
         return {name: mask.to(params[name].device) for name, mask in self._masks.items() if name in params}
 
     def __str__(self) -> str:
@@ -82,12 +94,14 @@ class Periodic:
 
     def state_dict(self) -> dict[str, Any]:
         """Return how often it was used, and the masks as bytes."""
-        return {"uses": self._uses, "masks": {name: pack(mask) for name, mask in self._masks.items()}}
+        masks = {name: pack(mask) for name, mask in self._masks.items()}
+        return {"uses": self._uses, "masks": masks, "dense": sorted(self._known - masks.keys())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
         self._uses = state["uses"]
         self._masks = {name: unpack(packed) for name, packed in state["masks"].items()}
+        self._known = {*self._masks, *state.get("dense", ())}
 
 
 #: Frozen parameters and their masks, by identity. An entry goes with its parameter, before its id can be used again.
@@ -106,19 +120,11 @@ class Frozen:
     def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.masks = dict(masks)
         parameters = dict(module.named_parameters())
-        self._undo: list[Callable[[], Any]] = []
-        for name, mask in masks.items():
-            self._freeze(parameters[name], mask)
-
-    def _freeze(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        key = id(parameter)
-        _frozen[key] = ref(parameter, lambda _: _frozen.pop(key, None)), mask
-        self._undo.append(lambda: _frozen.pop(key, None))
-        if not _step_hook:
-            _step_hook.append(register_optimizer_step_post_hook(_zero_again))
-        if parameter.requires_grad:
-            # Gradients of zeros count neither in momentum nor in a clipped norm.
-            self._undo.append(parameter.register_hook(partial(_masked, mask)).remove)  # type: ignore[no-untyped-call]
+        self._undo = _freeze([(parameters[name], mask) for name, mask in masks.items()])
+        spawned = _Spawned([(ref(parameters[name]), mask) for name, mask in masks.items()])
+        kept = module.__dict__.setdefault(_SPAWNED, [])
+        kept.append(spawned)
+        self._undo.append(lambda: kept.remove(spawned))
 
     def remove(self) -> None:
         """Let the zeros change again."""
@@ -132,6 +138,45 @@ class Frozen:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+
+def _freeze(frozen: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Callable[[], Any]]:
+    """Freeze parameters in this process; return what undoes it."""
+    undo: list[Callable[[], Any]] = []
+    for parameter, mask in frozen:
+        forget = partial(_frozen.pop, id(parameter), None)
+        _frozen[id(parameter)] = ref(parameter, lambda _, forget=forget: forget()), mask  # type: ignore[misc]
+        undo.append(forget)
+        if parameter.requires_grad:
+            # Gradients of zeros count neither in momentum nor in a clipped norm.
+            hook = partial(_masked, mask)
+            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]  # spawned processes make their own
+            undo.append(parameter.register_hook(hook).remove)  # type: ignore[no-untyped-call]
+    if not _step_hook:
+        _step_hook.append(register_optimizer_step_post_hook(_zero_again))
+    return undo
+
+
+#: Attribute of a module with frozen masks: what takes them into spawned processes.
+_SPAWNED = "_groundwire_frozen_masks"
+
+
+class _Spawned:
+    """Record in a module that freezes its masks again in a process that is spawned with the module.
+
+    Lightning's ddp_spawn pickles the module; parameters are then other objects, and without their hooks. In other
+    copies and pickles nothing is frozen.
+    """
+
+    def __init__(self, frozen: Sequence[tuple[ref[nn.Parameter], Tensor]]) -> None:
+        self.frozen = frozen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as parameters with their masks for a process that is spawned, otherwise as an empty list."""
+        if get_spawning_popen() is None:
+            return list, ()
+        alive = [(reference(), mask) for reference, mask in self.frozen]
+        return _freeze, ([(parameter, mask) for parameter, mask in alive if parameter is not None],)
 
 
 def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
@@ -164,7 +209,7 @@ def freeze_masks(module: nn.Module, skip: Skip = ()) -> Frozen:
         [[0.0, 0.0]]
     """
     parameters = dict(module.named_parameters())
-    names = check_selection(parameters, skip)
+    names = check_selection(module, skip)
     masks = {name: parameters[name].detach() != 0 for name in names}
     masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     if not masks:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundwire import Finding
@@ -15,8 +15,8 @@ from groundwire_cram.kernels.backends import select
 from groundwire_cram.kernels.base import Kernels
 from groundwire_cram.kernels.buffers import Buffers
 from groundwire_cram.masks import Periodic
-from groundwire_cram.operators import NM, Magnitude, Operator
-from groundwire_cram.prunable import check_selection, selected
+from groundwire_cram.operators import NM, Layout, Magnitude, Operator, Weights
+from groundwire_cram.prunable import check_selection, layouts, selected, weights_of
 from groundwire_cram.settings import Settings
 
 
@@ -36,6 +36,8 @@ class Minimizer:
         self.why = ""
         self.overflows = 0
         self._buffers = Buffers()
+        #: All parameters, those that are compressed, and their layouts.
+        self._selected: tuple[frozenset[str], frozenset[str], Mapping[str, Layout]] | None = None
 
     @property
     def neutral(self) -> bool:
@@ -48,26 +50,38 @@ class Minimizer:
         index = derive_seed(self.settings.seed, step_seed) % len(self.operators)
         return self.periodic[index] if self.periodic else self.operators[index]
 
-    def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise if these parameters cannot be compressed as asked; warn of layers that stay dense.
+    def check(self, module: nn.Module | Mapping[str, Tensor]) -> None:
+        """Raise if this module, or its parameters, cannot be compressed as asked; warn of layers that stay dense.
 
         Raises:
             ValueError: Nothing is prunable, a layer is weight-normalised, ``skip`` names nothing, or with ``strict``
                 an N:M pattern does not divide a layer.
         """
-        names = check_selection(parameters, self.settings.skip)
+        names = check_selection(module, self.settings.skip, self.settings.compat)
         for operator in self.operators:
             if isinstance(operator, NM):
-                operator.check({name: parameters[name] for name in names}, self.settings.strict, stacklevel=3)
+                operator.check(self._weights(module, names), self.settings.strict, stacklevel=3)
 
-    def groups(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
+    def _weights(self, module: nn.Module | Mapping[str, Tensor], names: Sequence[str]) -> Weights:
+        if isinstance(module, nn.Module):
+            return weights_of(module, names, self.settings.compat)
+        return Weights({name: module[name] for name in names}, published=bool(self.settings.compat))
+
+    def groups(self, weights: Mapping[str, Tensor], optimizer: Optimizer, module: nn.Module | None) -> list[list[str]]:
         """Return what is compressed together: all, or with ``compat="reference"`` each of the optimizer's groups."""
-        known = set(selected(weights, self.settings.skip))
+        if self._selected is None or not self._selected[0] >= weights.keys():
+            inside = {} if module is None else dict(module.named_parameters())
+            outside = {name: weight for name, weight in weights.items() if name not in inside}
+            names = selected(outside, self.settings.skip, self.settings.compat)
+            names += selected(module, self.settings.skip, self.settings.compat) if module is not None else []
+            known = {} if module is None or self.settings.compat else layouts(module)
+            self._selected = frozenset(inside | outside), frozenset(names), known
+        chosen = self._selected[1]
         if self.settings.compat is None:
-            return [[name for name in weights if name in known]]
+            return [[name for name in weights if name in chosen]]
         owner = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         numbers = range(len(optimizer.param_groups))
-        return [[n for n, p in weights.items() if n in known and owner[id(p)] == number] for number in numbers]
+        return [[n for n, p in weights.items() if n in chosen and owner[id(p)] == number] for number in numbers]
 
     def gradient(
         self,
@@ -77,13 +91,20 @@ class Minimizer:
         optimizer: Optimizer,
         step_seed: int,
         saved: dict[str, Tensor],
+        module: nn.Module | None,
     ) -> Gradients | None:
-        """Return :func:`~groundwire_cram.gradient.compression_aware_gradient` with what is drawn for this step."""
+        """Return :func:`~groundwire_cram.gradient.compression_aware_gradient` with what is drawn for this step.
+
+        ``module`` has the parameters under the names in ``weights``; None if it is not known.
+        """
         if self.kernels is None:
             self.kernels, self.why = select(self.settings._backend, list(weights.values()))
-        groups = self.groups({name: weights[name] for name in first}, optimizer)
-        s = self.settings
-        move = Move(self.draw(step_seed), groups, s.rho, s.plus, s.sparse_grad, s.grad_norm)
+        groups, s = self.groups({name: weights[name] for name in first}, optimizer, module), self.settings
+        operator = self.draw(step_seed)
+        if isinstance(operator, Periodic):
+            operator.next_use()
+        known = self._selected[2] if self._selected else {}
+        move = Move(operator, groups, s.rho, s.plus, s.sparse_grad, s.grad_norm, known, bool(s.compat))
         found = compression_aware_gradient(weights, first, second_pass, move, self.kernels, saved, self._buffers)
         self.overflows += found is None
         return found
@@ -91,7 +112,7 @@ class Minimizer:
     def release(self) -> None:
         """Give the memory back, and choose the backend anew for the next training."""
         self._buffers.clear()
-        self.kernels = None
+        self.kernels = self._selected = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of periodic pruning, as bytes; nothing otherwise."""
@@ -120,4 +141,4 @@ class Minimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles choose their own backend and memory."""
-        return {**vars(self), "kernels": None, "_buffers": Buffers()}
+        return {**vars(self), "kernels": None, "_buffers": Buffers(), "_selected": None}

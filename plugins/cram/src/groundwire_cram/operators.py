@@ -33,6 +33,53 @@ class Operator(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where a weight has the inputs of its product.
+
+    Attributes:
+        inputs: Dimension 1 as in (out, in, ...), or 0 as in (in, out / groups, ...).
+        groups: Into how many groups the inputs are divided, if they are dimension 0.
+    """
+
+    inputs: int = 1
+    groups: int = 1
+
+    def inputs_second(self, tensor: Tensor) -> Tensor:
+        """Return a view whose dimension 1 are the inputs."""
+        return tensor if self.inputs == 1 else tensor.transpose(0, 1)
+
+    def row(self, tensor: Tensor) -> int:
+        """Return how many weights one output has."""
+        outputs = tensor.shape[0] if self.inputs == 1 else tensor.shape[1] * self.groups
+        return tensor.numel() // max(1, outputs)
+
+
+class Weights(dict[str, Tensor]):
+    """Weights by name, as operators get them, with what their layers say of them.
+
+    Attributes:
+        layouts: By name, of those whose inputs are not dimension 1.
+        published: Whether groups of N:M may reach from one output of a matrix to the next, as published.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout] | None = None, published: bool = False
+    ) -> None:
+        super().__init__(tensors)
+        self.layouts, self.published = layouts or {}, published
+
+
+def layout_of(params: Mapping[str, Tensor], name: str) -> Layout:
+    """Return the layout of a weight; (out, in, ...) where nothing is known.
+
+    Example:
+        >>> layout_of({"w": torch.ones(2, 3)}, "w")
+        Layout(inputs=1, groups=1)
+    """
+    return params.layouts.get(name, Layout()) if isinstance(params, Weights) else Layout()
+
+
 def apply_changes(params: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> None:
     """Apply what an operator returned, in place.
 
@@ -172,7 +219,8 @@ def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
 class NM:
     """Keep the N largest magnitudes of every M consecutive input channels (:func:`~groundwire_cram.operators.nm_mask`).
 
-    A tensor whose number of entries M does not divide stays dense.
+    A matrix stays dense if M does not divide its rows: groups do not reach from one output to the next. In a
+    convolution they may, as in the published code; so it stays dense only if M does not divide all of its weights.
 
     Args:
         pattern: "2:4", "4:8" or any other with 0 < N < M.
@@ -196,26 +244,36 @@ class NM:
         return parse_pattern(self.pattern)
 
     def undivided(self, params: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the tensors that M does not divide."""
-        return [name for name, p in params.items() if p.numel() % self.sizes[1]]
+        """Return the names of the tensors that stay dense."""
+        published, m = isinstance(params, Weights) and params.published, self.sizes[1]
+        rows = {name: layout_of(params, name).row(p) for name, p in params.items() if p.dim() == 2 and not published}
+        return [name for name, p in params.items() if rows.get(name, p.numel()) % m]
 
     def check(self, params: Mapping[str, Tensor], strict: bool, stacklevel: int = 2) -> None:
         """Warn of each tensor that stays dense.
 
         Raises:
-            ValueError: With ``strict``, if there is one.
+            ValueError: With ``strict``, if there is one, or one whose groups reach from one output to the next.
         """
-        for name in self.undivided(params):
-            shape, entries = tuple(params[name].shape), params[name].numel()
-            text = f"{name} of shape {shape} stays dense: {self.sizes[1]} does not divide its {entries} weights"
-            if strict:
+        undivided = self.undivided(params)
+        for name, p in params.items():
+            row = layout_of(params, name).row(p)
+            text = f"{self.sizes[1]} does not divide the {row} weights of an output"
+            if strict and row % self.sizes[1]:
+                text = f"{name} of shape {tuple(p.shape)} stays dense: {text}"
                 raise ValueError(f"{text} -> name it in skip, or leave strict off")
-            warnings.warn(f"{text}, so it is not pruned to {self}", stacklevel=stacklevel + 1)
+            if name in undivided:
+                text = f"{name} of shape {tuple(p.shape)} stays dense: {text}, so it is not pruned to {self}"
+                warnings.warn(text, stacklevel=stacklevel + 1)
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return masks of what stays."""
-        undivided = self.undivided(params)
-        return {name: nm_mask(p, *self.sizes) for name, p in params.items() if name not in undivided}
+        undivided, masks = self.undivided(params), {}
+        for name, p in params.items():
+            if name not in undivided:
+                layout = layout_of(params, name)
+                masks[name] = layout.inputs_second(nm_mask(layout.inputs_second(p), *self.sizes))
+        return masks
 
     def __str__(self) -> str:
         return self.pattern
@@ -236,14 +294,15 @@ def check_bits(bits: int) -> int:
     return bits
 
 
-def quantized(weight: Tensor, bits: int) -> Tensor:
+def quantized(weight: Tensor, bits: int, layout: Layout | None = None) -> Tensor:
     r"""Return the nearest values that ``bits``-bit integers with one scale per output channel can express.
 
     .. math:: q = s\,\mathrm{round}(w / s), \qquad s = \max|w| / (2^{bits-1} - 1)
 
     Args:
-        weight: (O, ...); dimension 0 is that of the channels (embeddings: rows; transposed convolutions: inputs).
+        weight: (O, ...); dimension 0 is that of the channels (embeddings: rows), unless ``layout`` says otherwise.
         bits: 2 to 8. The integers are symmetric, from ``-(2**(bits-1) - 1)`` to ``2**(bits-1) - 1``; 0 stays 0.
+        layout: Where the inputs are.
 
     Returns:
         The shape and dtype of ``weight``; computed in float32 (float64 for float64).
@@ -253,14 +312,19 @@ def quantized(weight: Tensor, bits: int) -> Tensor:
         tensor([[ 0.,  0., -1.,  7.]])
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if layout is not None and layout.inputs == 0:
+        wide = wide.reshape(layout.groups, -1, *wide.shape[1:]).transpose(
+            1, 2
+        )  # (groups, out / groups, in / groups, ...)
+    channels = 1 if layout is None or layout.inputs == 1 else 2
     largest = 2 ** (check_bits(bits) - 1) - 1
-    scale = wide.abs().amax(dim=tuple(range(1, wide.dim())), keepdim=True) / largest
+    scale = wide.abs().amax(dim=tuple(range(channels, wide.dim())), keepdim=True) / largest
     steps = torch.where(scale > 0, wide / scale, 0).round().clamp(-largest, largest)
     nearest: Tensor = steps * scale
-    return nearest.to(weight.dtype)
+    return (nearest if channels == 1 else nearest.transpose(1, 2).flatten(0, 1)).to(weight.dtype)
 
 
-def residual(weight: Tensor, bits: int) -> Tensor:
+def residual(weight: Tensor, bits: int, layout: Layout | None = None) -> Tensor:
     """Return what has to be added to ``weight`` for :func:`quantized`.
 
     The sum is exact: a value and the grid point nearest to it are within a factor of two of each other or the grid
@@ -270,7 +334,7 @@ def residual(weight: Tensor, bits: int) -> Tensor:
         >>> residual(torch.tensor([[0.5, -1.5, 7.0]]), 4)
         tensor([[-0.5000, -0.5000,  0.0000]])
     """
-    return quantized(weight, bits) - weight.detach()
+    return quantized(weight, bits, layout) - weight.detach()
 
 
 @dataclass(frozen=True)
@@ -295,7 +359,7 @@ class Quantize:
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return residuals to the nearest grid point."""
-        return {name: residual(p, self.bits) for name, p in params.items()}
+        return {name: residual(p, self.bits, layout_of(params, name)) for name, p in params.items()}
 
     def __str__(self) -> str:
         return f"int{self.bits}"
@@ -322,7 +386,9 @@ class Chain:
 
     def apply(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the sum of all changes, as residuals (:func:`apply_operator` keeps the masks apart)."""
-        copies = {name: p.detach().clone() for name, p in params.items()}
+        copies: Mapping[str, Tensor] = {name: p.detach().clone() for name, p in params.items()}
+        if isinstance(params, Weights):
+            copies = Weights(copies, params.layouts, params.published)
         apply_operator(copies, self)
         return {name: copy - params[name].detach() for name, copy in copies.items()}
 

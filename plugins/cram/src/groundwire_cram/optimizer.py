@@ -139,7 +139,7 @@ class CrAMOptimizer(Settings, Delegating):
         Settings.__post_init__(self)
         self.minimizer = Minimizer(self)
         self.steps = self.skipped_steps = 0
-        self.minimizer.check(self._named())
+        self.minimizer.check(self.module or self._named())
         require_run(self)
 
     def __repr__(self) -> str:
@@ -213,7 +213,7 @@ class CrAMOptimizer(Settings, Delegating):
         found: Mapping[str, Tensor] | None = None
         try:
             with self._restored(weights) as saved:
-                found = self.minimizer.gradient(weights, first, gradient, self, self.steps, saved)
+                found = self.minimizer.gradient(weights, first, gradient, self, self.steps, saved, self.module)
         finally:
             good = found is not None and all_finite(found.values())
             self.minimizer.overflows += found is not None and not good
@@ -261,7 +261,7 @@ class CrAMOptimizer(Settings, Delegating):
         saved: dict[str, Tensor] = {}
         with step.perturbed(saved=saved) as weights:
             return self.minimizer.gradient(
-                weights, step.grads, lambda: step.replay(self.loss_fn), self, run.step_seed, saved
+                weights, step.grads, lambda: step.replay(self.loss_fn), self, run.step_seed, saved, run.module
             )
 
     @hookimpl

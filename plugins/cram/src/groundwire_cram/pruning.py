@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwire_cram.operators import NM, Magnitude, Operator, Quantize, apply_changes, apply_operator, parse_pattern
-from groundwire_cram.prunable import Skip, check_selection
+from groundwire_cram.prunable import Skip, check_selection, weights_of
 from groundwire_cram.threshold import check_sparsity, exact_masks
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -29,9 +29,9 @@ def prune(
 ) -> _Module:
     """Set the floor(sparsity * n) weights of smallest magnitude to zero.
 
-    Pruned are all parameters with more than one dimension (first and last layers too) that ``skip`` does not name;
-    biases and normalisation layers never. Of equal magnitudes the first go first. A model with BatchNorm needs
-    :func:`~groundwire_cram.recalibrate_batchnorm` afterwards.
+    Pruned are the weights of layers (first and last ones too; :func:`~groundwire_cram.prunable.describe` has the rule)
+    that ``skip`` does not name; biases, normalisation layers, scales and tokens never. Of equal magnitudes the first
+    go first. A model with BatchNorm needs :func:`~groundwire_cram.recalibrate_batchnorm` afterwards.
 
     Args:
         module: Any module.
@@ -40,7 +40,8 @@ def prune(
             the N largest of each M consecutive input channels.
         skip: Layers to leave dense: patterns of parameter or module names, or a predicate of name and tensor.
         compat: "reference" for the published rule, which keeps what is strictly above a threshold and so, without
-            ties, one weight fewer (n = all pruned weights, or those of a layer).
+            ties, one weight fewer (n = all pruned weights, or those of a layer), and which prunes all parameters with
+            more than one dimension.
         strict: Refuse an N:M pattern that does not divide a layer, instead of leaving it dense with a warning.
         inplace: Prune ``module`` itself instead of a copy.
 
@@ -57,7 +58,7 @@ def prune(
         18
     """
     rule = _masks(sparsity, pattern, compat, strict)
-    return _edited(module, skip, inplace, lambda weights: apply_changes(weights, rule(weights)))
+    return _edited(module, skip, inplace, lambda weights: apply_changes(weights, rule(weights)), compat)
 
 
 def quantize(module: _Module, bits: int = 8, *, skip: Skip = (), inplace: bool = False) -> _Module:
@@ -114,12 +115,21 @@ def compress(module: _Module, operator: Operator, *, skip: Skip = (), inplace: b
     return _edited(module, skip, inplace, edit)
 
 
-def _edited(module: _Module, skip: Skip, inplace: bool, edit: Callable[[Mapping[str, Tensor]], Any]) -> _Module:
-    module = module if inplace else copy.deepcopy(module)
-    parameters = dict(module.named_parameters())
-    weights = {name: parameters[name] for name in check_selection(parameters, skip)}
+def _edited(
+    module: _Module,
+    skip: Skip,
+    inplace: bool,
+    edit: Callable[[Mapping[str, Tensor]], Any],
+    compat: str | None = None,
+) -> _Module:
+    names = check_selection(module, skip, compat)
+    if not inplace:
+        try:
+            module = copy.deepcopy(module)
+        except RuntimeError as error:  # Tensors that a forward pass left in the module: masked biases, cached outputs.
+            raise ValueError(f"{type(module).__name__} cannot be copied ({error}) -> inplace=True") from error
     with torch.no_grad():
-        edit(weights)
+        edit(weights_of(module, names, compat))
     return module
 
 
@@ -148,10 +158,13 @@ def _divided(weights: Mapping[str, Tensor], operator: NM, strict: bool) -> Mappi
 
 
 @contextmanager
-def compressed(module: nn.Module, operator: Operator, skip: Skip = ()) -> Iterator[nn.Module]:
+def compressed(
+    module: nn.Module, operator: Operator, skip: Skip = (), compat: str | None = None
+) -> Iterator[nn.Module]:
     """Context manager: ``module`` compressed while open, and its own weights back afterwards, whatever happens.
 
-    Global and layerwise magnitudes are pruned to the exact count, as by :func:`prune`.
+    Global and layerwise magnitudes are pruned to the exact count, as by :func:`prune`; ``compat`` says of which
+    parameters, as in :func:`~groundwire_cram.prunable.describe`.
 
     Example:
         >>> from groundwire_cram import Magnitude
@@ -162,15 +175,16 @@ def compressed(module: nn.Module, operator: Operator, skip: Skip = ()) -> Iterat
         >>> int((layer.weight == 0).sum())
         0
     """
-    parameters = dict(module.named_parameters())
-    saved = {name: parameters[name].detach().clone() for name in check_selection(parameters, skip)}
+    weights = weights_of(module, check_selection(module, skip, compat), compat)
+    saved = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
-        if isinstance(operator, Magnitude):
-            prune(module, operator.sparsity, operator.scope, skip=skip, inplace=True)
-        else:
-            compress(module, operator, skip=skip, inplace=True)
+        with torch.no_grad():
+            if isinstance(operator, Magnitude):
+                apply_changes(weights, _masks(operator.sparsity, operator.scope, None, False)(weights))
+            else:
+                apply_operator(weights, operator)
         yield module
     finally:
         with torch.no_grad():
             for name, weight in saved.items():
-                parameters[name].copy_(weight)
+                weights[name].copy_(weight)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from groundwire import Finding, Section, Table
+from groundwire_cram.prunable import Prunability
 from groundwire_cram.settings import Settings
 from groundwire_cram.variants import described
 
 
-def section(settings: Settings, findings: list[Finding], plugin: str = "cram") -> Section:
-    """Return the settings as text; the latest evaluation of the pruned versions as a table and a curve per metric."""
+def section(
+    settings: Settings, findings: list[Finding], parameters: Sequence[Prunability], plugin: str = "cram"
+) -> Section:
+    """Return the settings as text; the latest evaluation of the pruned versions as a table and a curve per metric.
+
+    A last table tells what stays dense and why.
+    """
     trained_for = ", ".join(described(str(operator)) for operator in settings.operators)
     text = (
         f"Trained with {'CrAM+' if settings.plus else 'CrAM'} for: {trained_for}; "
@@ -24,6 +31,12 @@ def section(settings: Settings, findings: list[Finding], plugin: str = "cram") -
         Table(f"{metric} after one-shot compression", ("version", metric), list(values.items()))
         for metric, values in results.items()
     ]
+    reasons: dict[str, list[str]] = {}
+    for row in parameters:
+        if not row.pruned:
+            reasons.setdefault(row.reason, []).append(row.name)
+    left = [(reason, len(names), ", ".join(names)) for reason, names in reasons.items()]
+    tables.append(Table("Parameters that stay dense", ("reason", "parameters", "names"), left))
     figures = [partial(curve, metric, values) for metric, values in results.items()]
     return Section("CrAM: one-shot compression", text, tables, figures)
 

@@ -38,8 +38,9 @@ class Settings:
         grad_norm: Divide the move by the norm of the whole gradient, as SAM does.
         compress: One or several compression operators (:class:`~groundwire_cram.Operator`) to draw from, in place of
             ``sparsities`` and ``pattern``, such as ``Quantize(8)`` or ``Chain([Magnitude(0.9), Quantize(8)])``.
-        compat: "reference" takes the threshold of each of the optimizer's parameter groups by itself, as the published
-            code does; otherwise all are pruned together.
+        compat: "reference" prunes all parameters with more than one dimension, and takes the threshold of each of the
+            optimizer's parameter groups by itself, as the published code does; otherwise the weights of all layers are
+            pruned together (:meth:`~groundwire_cram.CrAM.describe`).
         strict: Refuse an N:M pattern that does not divide a layer, instead of leaving that layer dense with a warning.
         seed: Seed of the draws, which are a function of it, the global seed and the global step.
     """

@@ -15,9 +15,9 @@ from groundwire import Variant
 from groundwire.batch import copy_containers
 from groundwire_cram.minimizer import Minimizer
 from groundwire_cram.operators import Magnitude, Operator
-from groundwire_cram.prunable import Skip
 from groundwire_cram.pruning import compressed
-from groundwire_cram.recalibration import batchnorms, recalibrate_batchnorm
+from groundwire_cram.recalibration import Step, batchnorms, training_step, update_statistics
+from groundwire_cram.settings import Settings
 
 Statistics = list[dict[str, Tensor]]
 
@@ -58,14 +58,25 @@ def host_copy(batch: Any) -> Any:
 
 
 def variants(
-    module: nn.Module, minimizer: Minimizer, data: Iterable[Any], batches: int, calibrated: Calibrated
+    module: nn.Module,
+    minimizer: Minimizer,
+    data: Iterable[Any],
+    batches: int,
+    calibrated: Calibrated,
+    loss_fn: Step | None = None,
 ) -> list[Variant]:
-    """Return what CrAM trained for, recalibrated where the module has BatchNorm and ``data`` is not empty."""
+    """Return what CrAM trained for, recalibrated where the module has BatchNorm and ``data`` is not empty.
+
+    Statistics come from the user's own step, which visits what training does: ``loss_fn`` or ``training_step``.
+    """
+    step = training_step(module, loss_fn)
     operators = [o for o in minimizer.operators if not (isinstance(o, Magnitude) and o.sparsity == 0)]
     blind = bool(batchnorms(module)) and not data
     found = []
     for operator in operators:
-        apply = partial(_applied, module, operator, minimizer.settings.skip, [] if blind else data, batches, calibrated)
+        apply = partial(
+            _applied, module, operator, minimizer.settings, [] if blind else data, batches, calibrated, step
+        )
         found.append(Variant(f"{operator} (not recalibrated)" if blind else str(operator), apply))
     return found
 
@@ -89,18 +100,24 @@ def described(label: str) -> str:
 
 @contextmanager
 def _applied(
-    module: nn.Module, operator: Operator, skip: Skip, data: Iterable[Any], batches: int, calibrated: Calibrated
+    module: nn.Module,
+    operator: Operator,
+    settings: Settings,
+    data: Iterable[Any],
+    batches: int,
+    calibrated: Calibrated,
+    step: Step,
 ) -> Iterator[None]:
-    layers = batchnorms(module) if data else []
+    layers = list(batchnorms(module).values()) if data else []
     saved = _statistics(layers)
     known = calibrated.of(module, str(operator))
     try:
-        with compressed(module, operator, skip):
+        with compressed(module, operator, settings.skip, settings.compat):
             try:
                 if known is not None:
                     _set(layers, known)
                 elif layers:
-                    recalibrate_batchnorm(module, data, batches)
+                    update_statistics(module, data, batches, step)
                     calibrated.keep(str(operator), _statistics(layers))
                 yield
             finally:

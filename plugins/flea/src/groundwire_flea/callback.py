@@ -33,6 +33,7 @@ class FLEA(Plugin):
             the LightningModule. Features are reduced to 30 principal components.
         seed: Of the permutations and of the choice of rows.
         always_keep: Sources that you vouch for.
+        count_copies_once: Count sources that are near copies of each other as one, and train on one of them.
         keep_unsuspicious: Keep more than ``n_clean`` sources where a permutation test finds nothing suspicious.
         permutations: For p-values in the report; 0 for none.
         max_rows_per_source: Compare at most so many rows of a source; None for all.
@@ -61,6 +62,7 @@ class FLEA(Plugin):
         seed: int = 0,
         *,
         always_keep: Sequence[int | str] = (),
+        count_copies_once: bool = False,
         keep_unsuspicious: bool = False,
         permutations: int = 20,
         max_rows_per_source: int | None = 2000,
@@ -73,6 +75,7 @@ class FLEA(Plugin):
         check_n_clean(n_clean)
         self.source, self.groups, self.n_clean, self.fairness = source, groups, n_clean, fairness
         self.mode, self.embed, self.seed, self.always_keep = mode, embed, seed, always_keep
+        self.count_copies_once = count_copies_once
         self.keep_unsuspicious, self.permutations = keep_unsuspicious, permutations
         self.max_rows_per_source, self.append_sensitive, self.n_jobs = max_rows_per_source, append_sensitive, n_jobs
         #: What was decided in the latest fit, or restored from a checkpoint.
@@ -98,6 +101,9 @@ class FLEA(Plugin):
         """Rank 0 reads and decides; all ranks train on the same rows."""
         self.decision, rows = self.loader_filter.decide(run.trainer, data.loader, self.decision, run.fields, run.module)
         apply_result(self.decision, rows, self.mode, data)
+        # At once, not only when training is over.
+        scores = {f"q/{source}": q for source, q in zip(self.decision.sources, self.decision.q, strict=True)}
+        run.send({**scores, "kept": float(sum(self.decision.kept))})
 
     @property
     def loader_filter(self) -> LoaderFilter:
@@ -108,20 +114,13 @@ class FLEA(Plugin):
             "mode": self.mode,
             "append_sensitive": self.append_sensitive,
             "always_keep": self.always_keep,
+            "count_copies_once": self.count_copies_once,
             "keep_unsuspicious": self.keep_unsuspicious,
             "permutations": self.permutations,
             "random_state": self.seed,
             "n_jobs": self.n_jobs,
         }
         return LoaderFilter(self.source, self.groups, self.embed, self.max_rows_per_source, options)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Scores go to the Trainer's loggers at once, not only when training is over."""
-        if self.decision is None:
-            return
-        scores = {f"flea/q/{source}": q for source, q in zip(self.decision.sources, self.decision.q, strict=True)}
-        for logger in trainer.loggers:
-            logger.log_metrics({**scores, "flea/kept": float(sum(self.decision.kept))}, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The decision, in plain types."""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from groundwire import Fields, PluginError, TrainData
 from groundwire.batch import default_fields, unknown_batch
+from groundwire.modules import overrides
 from groundwire_flea.callback import FLEA
 from groundwire_flea.inputs.dataset import SourceDatasets
 from groundwire_flea.loader_filter import LoaderFilter, apply_result
@@ -123,7 +124,7 @@ class FLEADataModule(LightningDataModule):
             ("predict_dataloader", None),
         ):
             base = getattr(LightningDataModule, name)
-            missing = given is None if self.inner is None else getattr(type(self.inner), name) is base
+            missing = given is None if self.inner is None else not overrides(self.inner, name)
             if missing:
                 setattr(self, name, MethodType(base, self))
 

@@ -1,13 +1,16 @@
-"""Diagnostics of a selection, W1 to W7: the guarantee does not hold, or the decision rests on little."""
+"""Diagnostics of a selection, W1 to W8: the guarantee does not hold, or the decision rests on little."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import average, to_tree
 from scipy.spatial.distance import squareform
+from sklearn.linear_model import LogisticRegression
 
 from groundwire_flea.result import Caution
 from groundwire_flea.selection import Selection, SourceId
@@ -28,13 +31,14 @@ def diagnostics(selection: Selection) -> list[Caution]:
         heterogeneous_sources,
         vacuous_bound,
         tied_scores,
+        near_copies,
     )
     return [caution for test in tests if (caution := test(selection)) is not None]
 
 
 def no_clean_majority(s: Selection) -> Caution | None:
     """W1: K is at most half, or half of the sources or more are suspicious."""
-    n = s.data.n
+    n = int(s.counted.sum())
     if s.k <= n / 2:
         return Caution(
             "W1",
@@ -44,8 +48,9 @@ def no_clean_majority(s: Selection) -> Caution | None:
             (),
             s.k / n,
         )
-    if s.significance is not None and 2 * int((s.significance.p <= LEVEL).sum()) >= n:
-        bad = s.names(s.significance.p <= LEVEL)
+    suspicious = s.counted & (s.significance.p <= LEVEL) if s.significance is not None else ~s.counted
+    if s.significance is not None and 2 * int(suspicious.sum()) >= n:
+        bad = s.names(suspicious)
         return Caution(
             "W1",
             f"{len(bad)} of {n} sources are suspicious (p <= {LEVEL}): {_listed(bad)}. If half or more are "
@@ -75,18 +80,18 @@ def small_groups(s: Selection) -> Caution | None:
 
 def no_gap_in_scores(s: Selection) -> Caution | None:
     """W3: the last source that is kept and the first that is not differ by less than noise."""
-    by_score = s.kept & ~s.vouched
-    if s.kept.all() or not by_score.any():
+    by_score = s.kept & s.counted & ~s.vouched
+    if not s.rejected.any() or not by_score.any():
         return None
-    last, first, noise = float(s.q[by_score].max()), float(s.q[~s.kept].min()), chance_spread(s)
+    last, first, noise = float(s.q[by_score].max()), float(s.q[s.rejected].min()), chance_spread(s)
     if first - last >= noise:
         return None
-    at = (by_score & (s.q == last)) | (~s.kept & (s.q == first))
+    at = (by_score & (s.q == last)) | (s.rejected & (s.q == first))
     return Caution(
         "W3",
         f"no gap in the scores at the border: {first:.3f} is suppressed and {last:.3f} is kept, less apart than chance "
         f"({noise:.3f}), for {_listed(s.names(at))}. This border is arbitrary; if nothing was manipulated, that is "
-        "to be expected",
+        f"to be expected{_hidden_flips(s, last)}",
         s.names(at),
         first - last,
     )
@@ -94,19 +99,20 @@ def no_gap_in_scores(s: Selection) -> Caution | None:
 
 def two_clusters(s: Selection) -> Caution | None:
     """W4: two groups of sources, each close within and far from the other, of nearly the same size."""
-    n = s.data.n
+    n, places = int(s.counted.sum()), np.flatnonzero(s.counted)
     if n < 4:
         return None
+    total = s.total[np.ix_(places, places)]
     parts: NDArray[np.bool_] = np.zeros(n, dtype=bool)
-    parts[to_tree(average(squareform(s.total, checks=False))).left.pre_order()] = True
+    parts[to_tree(average(squareform(total, checks=False))).left.pre_order()] = True
     parts ^= parts[0]
-    across = float(s.total[np.ix_(parts, ~parts)].mean())
+    across = float(total[np.ix_(parts, ~parts)].mean())
     off = ~np.eye(n, dtype=bool)
-    inner = [float(s.total[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]
+    inner = [float(total[np.outer(p, p) & off].mean()) if p.sum() > 1 else 0.0 for p in (parts, ~parts)]
     smaller = int(min(parts.sum(), n - parts.sum()))
     if smaller < 2 or smaller < 0.35 * n or across < 2 * max(inner) or across - max(inner) < chance_spread(s):
         return None
-    camp = s.names(parts if parts.sum() <= n / 2 else ~parts)
+    camp = tuple(s.ids[i] for i in places[parts if parts.sum() <= n / 2 else ~parts])
     return Caution(
         "W4",
         f"the sources fall into two camps of {n - smaller} and {smaller}: mean distance {across:.2f} between them and "
@@ -123,7 +129,7 @@ def heterogeneous_sources(s: Selection) -> Caution | None:
     Scores in-sample are large for small clean sources too, because classifiers overfit; cross-fitted ones are not.
     """
     tested = s.significance
-    best = float(np.sort(s.q if tested is None else tested.q)[max(s.k // 2 - 1, 0)])
+    best = float(np.sort((s.q if tested is None else tested.q)[s.counted])[max(s.k // 2 - 1, 0)])
     balance = float(np.median(s.distances.disb[~np.eye(s.data.n, dtype=bool)]))
     if best <= 0.25 + 2 * chance_spread(s) and balance <= 0.2:
         return None
@@ -140,7 +146,7 @@ def heterogeneous_sources(s: Selection) -> Caution | None:
 
 def vacuous_bound(s: Selection) -> Caution | None:
     """W6: with so many manipulated rows and so rare a group, unfiltered training has no protection at all."""
-    bound, n = s.bound, s.data.n
+    bound, n = s.bound, int(s.counted.sum())
     if bound.ratio < 1:
         return None
     return Caution(
@@ -156,11 +162,11 @@ def vacuous_bound(s: Selection) -> Caution | None:
 
 def tied_scores(s: Selection) -> Caution | None:
     """W7: a source that nobody vouches for is kept, and another one of the same score is not."""
-    if s.kept.all():
+    if not s.rejected.any():
         return None
-    border = float(s.q[~s.kept].min())
+    border = float(s.q[s.rejected].min())
     tied = np.isclose(s.q, border, rtol=0, atol=1e-12)
-    first, last = tied & s.kept & ~s.vouched, tied & ~s.kept
+    first, last = tied & s.kept & s.counted & ~s.vouched, tied & s.rejected
     if not first.any():
         return None
     return Caution(
@@ -169,6 +175,50 @@ def tied_scores(s: Selection) -> Caution | None:
         "the order of the sources decided",
         s.names(first | last),
         border,
+    )
+
+
+def near_copies(s: Selection) -> Caution | None:
+    """W8: sources are near copies of each other, so one source has several votes, or is in the data several times."""
+    if not s.copies:
+        return None
+    sets = "; ".join(_listed(copies) for copies in s.copies)
+    votes = max(len(copies) for copies in s.copies)
+    if s.counted.all():
+        effect = (
+            f"Each counts among the {s.data.n}, so one source has up to {votes} votes: copies displace honest sources, "
+            "and copies of a manipulated one outvote them -> count_copies_once=True, or leave the copies out"
+        )
+    else:
+        effect = "Those of a set count as one source, and only the first one's rows may be kept"
+    return Caution("W8", f"near copies of each other, by their rows: {sets}. {effect}", sum(s.copies, ()), float(votes))
+
+
+def group_flip_effects(s: Selection) -> NDArray[Any]:
+    """(groups,) the distance by which flipping all labels of one group moves a source, about.
+
+    A flip turns the error e of a classifier within the group into 1 - e, so the error on the source moves by
+    P(a) (1 - 2 e). The best classifier's e is estimated by a logistic regression on the kept rows.
+    """
+    rows = s.kept[s.data.source]
+    x, y, a = s.data.x[rows], s.data.y[rows], s.data.a[rows]
+    with warnings.catch_warnings(action="ignore"):  # an estimate need not converge
+        wrong = LogisticRegression(max_iter=300).fit(x, y).predict(x) != y
+    effects = [(a == group).mean() * max(0, 1 - 2 * wrong[a == group].mean()) for group in range(s.data.groups)]
+    return np.array(effects)
+
+
+def _hidden_flips(s: Selection, last: float) -> str:
+    """The groups whose labels could be flipped without a score above ``last``, the largest of those kept."""
+    if s.data.classes != 2:
+        return ""
+    effects = group_flip_effects(s)
+    hidden = [f"{name!r} (about {effect:.2f})" for name, effect in zip(s.groups, effects, strict=True) if effect < last]
+    if not hidden:
+        return ""
+    return (
+        f". Flipped labels of one group only are at chance level here for {', '.join(hidden[:5])}: they move a "
+        f"distance by less than the {last:.2f} up to which scores are kept, so the filter may well not notice them"
     )
 
 

@@ -11,11 +11,14 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from groundwire import Fields, PluginError, TrainData
-from groundwire_flea.inputs.dataset import DatasetReader
+from groundwire_flea.inputs.dataset import DatasetReader, plain_values
 from groundwire_flea.inputs.embedding import resolve_embed
 from groundwire_flea.result import FLEAWarning, SavedResult, source_hash
 from groundwire_flea.selection import clean_count
 from groundwire_flea.selector import filter_sources
+
+#: Arguments that a resumed run cannot change any more.
+DECISIVE = ("fairness", "append_sensitive", "always_keep", "count_copies_once", "keep_unsuspicious")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class LoaderFilter:
                 result, rows = self._compare(reader, loader, progress)
             else:
                 result, rows = saved, known_sources(reader, loader, saved)
-                self._warn_if_k_differs(saved)
+                self._warn_of_other_arguments(saved)
         except (ValueError, TypeError, PluginError) as error:
             return None, None, f"flea: {str(error).removeprefix('flea: ')}"
         return result.state(), rows, None
@@ -93,10 +96,25 @@ class LoaderFilter:
             )
         for warning in caught:
             warnings.warn(f"flea: {warning.message}", FLEAWarning, stacklevel=2)
-        return SavedResult.of(result, rows), rows
+        return SavedResult.of(result, rows, self._decisive_options()), rows
 
-    def _warn_if_k_differs(self, saved: SavedResult) -> None:
-        now = clean_count(self.options.get("n_clean"), len(saved.sources))
+    def _decisive_options(self) -> dict[str, Any]:
+        """Arguments on which the decision depends, but not K, in plain types."""
+        given = {name: self.options[name] for name in DECISIVE if name in self.options}
+        return {name: plain_values(v) if name == "always_keep" else v for name, v in given.items()}
+
+    def _warn_of_other_arguments(self, saved: SavedResult) -> None:
+        """Tell that the decision of a checkpoint stays, although it would be another one with today's arguments."""
+        for name, value in self._decisive_options().items():
+            if name in saved.options and value != saved.options[name]:
+                text = (
+                    f"flea: {name} is {value!r} now, but the decision was made with {saved.options[name]!r} and stays "
+                    "-> start a new fit from the weights alone to decide again"
+                )
+                warnings.warn(text, FLEAWarning, stacklevel=2)
+        once = bool(saved.options.get("count_copies_once", False))
+        copies = sum(len(copies) - 1 for copies in saved.copies) if once else 0
+        now = clean_count(self.options.get("n_clean"), len(saved.sources) - copies)
         if now != saved.n_clean:
             text = (
                 f"flea: n_clean now means {now} sources, but the decision was made for {saved.n_clean} and stays -> "

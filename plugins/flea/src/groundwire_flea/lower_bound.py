@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from groundwire_flea.distances.sources import Sources
 
@@ -32,15 +34,16 @@ class LowerBound:
         return unavoidable_unfairness(self.alpha, self.rarest)
 
 
-def lower_bound(data: Sources, k: int, fairness: str) -> LowerBound:
-    """The bound when ``k`` sources are assumed clean.
+def lower_bound(data: Sources, k: int, fairness: str, stands_for: NDArray[Any] | None = None) -> LowerBound:
+    """The bound when ``k`` sources are assumed clean, of those that differ in ``stands_for`` (n,).
 
     Example:
         >>> data = Sources(np.zeros((8, 1)), np.zeros(8), np.arange(8) % 2, np.array([2, 5, 1]), 2, 2)
         >>> lower_bound(data, 2, "demographic_parity")
         LowerBound(alpha=0.625, rarest=0.5)
     """
-    largest = np.sort(data.sizes)[k:]
+    sizes = data.sizes if stands_for is None else np.bincount(stands_for, data.sizes)[np.unique(stands_for)]
+    largest = np.sort(sizes)[k:]
     cells = [mask & (data.a == group) for mask in data.conditions(fairness) for group in range(data.groups)]
     return LowerBound(float(largest.sum() / data.sizes.sum()), min(float(cell.mean()) for cell in cells))
 

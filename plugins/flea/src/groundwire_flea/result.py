@@ -26,7 +26,7 @@ class Caution:
     """One reason not to trust a decision blindly.
 
     Attributes:
-        code: ``"W1"`` ... ``"W7"``, see the documentation.
+        code: ``"W1"`` ... ``"W8"``, see the documentation.
         message: What, with sources and numbers, and what to do.
         sources: The sources it is about.
         value: The number behind it.
@@ -60,6 +60,7 @@ class FLEAResult:
         warnings: Reasons for caution.
         n_clean: K.
         mode: "filter", "weights" or "report".
+        copies: Sets of sources that are near copies of each other; the first of a set stands for it.
         bound: The share of unfairness that an adversary could force on any learner that does not filter; see
             :func:`groundwire_flea.lower_bound.unavoidable_unfairness`.
     """
@@ -78,18 +79,11 @@ class FLEAResult:
     n_clean: int
     mode: str = "filter"
     bound: float = 0.0
+    copies: tuple[tuple[SourceId, ...], ...] = ()
 
     @classmethod
     def of(
-        cls,
-        selection: Selection,
-        cautions: Sequence[Caution],
-        *,
-        row_source: NDArray[Any],
-        mode: Mode,
-        labels: Sequence[Any],
-        groups: Sequence[Any],
-        alpha: float,
+        cls, selection: Selection, cautions: Sequence[Caution], *, row_source: NDArray[Any], mode: Mode, alpha: float
     ) -> FLEAResult:
         """The result of a selection.
 
@@ -98,8 +92,6 @@ class FLEAResult:
             cautions: Reasons for caution.
             row_source: (R,) number of the source of each row that the user gave.
             mode: What is done with suppressed sources.
-            labels: Label values in code order.
-            groups: Group values in code order.
             alpha: Level of the permutation test.
         """
         ids, kept, parts = selection.ids, selection.kept, selection.distances
@@ -108,7 +100,7 @@ class FLEAResult:
             pd.DataFrame(values, index=index, columns=index)
             for values in (selection.total, parts.disc, parts.disp, parts.disb)
         )
-        row_kept = kept[row_source]
+        row_kept, weights = kept[row_source], source_weights(selection.q, kept, selection.counted)
         return cls(
             kept=selection.names(kept),
             suppressed=selection.names(~kept),
@@ -117,13 +109,14 @@ class FLEAResult:
             disc=disc,
             disp=disp,
             disb=disb,
-            report=report_table(selection, np.bincount(row_source), labels, groups, alpha),
+            report=report_table(selection, np.bincount(row_source), alpha),
             mask=row_kept if mode == "filter" else np.ones_like(row_kept),
-            weights=source_weights(selection.q, kept)[row_source] if mode == "weights" else None,
+            weights=weights[row_source] if mode == "weights" else None,
             warnings=tuple(cautions),
             n_clean=selection.k,
             mode=mode,
             bound=selection.bound.value,
+            copies=selection.copies,
         )
 
     def __repr__(self) -> str:
@@ -133,23 +126,19 @@ class FLEAResult:
         return "\n".join([*lines, *(f"  {caution}" for caution in self.warnings)])
 
 
-def report_table(
-    selection: Selection, rows: NDArray[Any], labels: Sequence[Any], groups: Sequence[Any], alpha: float
-) -> pd.DataFrame:
+def report_table(selection: Selection, rows: NDArray[Any], alpha: float) -> pd.DataFrame:
     """One row for each source.
 
     Args:
         selection: What was selected.
         rows: (n,) rows that the user gave of each source.
-        labels: Label values in code order.
-        groups: Group values in code order.
         alpha: Level of the permutation test.
     """
     data, tested = selection.data, selection.significance
     columns: dict[str, object] = {"rows": rows}
-    for code, label in enumerate(labels):
+    for code, label in enumerate(selection.labels):
         columns[f"P(y={label})"] = data.frequency(data.y == code)
-    for code, group in enumerate(groups):
+    for code, group in enumerate(selection.groups):
         columns[f"P(a={group})"] = data.frequency(data.a == code)
     columns["label gap"] = data.label_gap()
     columns["q"] = selection.q
@@ -178,12 +167,15 @@ def component_shares(selection: Selection) -> NDArray[Any]:
 def reasons(selection: Selection, alpha: float) -> list[str]:
     """Reasons, in words, why each source is kept or suppressed."""
     q, k, tested = selection.q, selection.k, selection.significance
-    places = np.argsort(np.argsort(q, kind="stable"), kind="stable") + 1
+    eligible = np.where(selection.counted, q, np.inf)
+    places = np.argsort(np.argsort(eligible, kind="stable"), kind="stable") + 1
     texts = []
     for i, (place, is_kept) in enumerate(zip(places, selection.kept, strict=True)):
-        rank = f"score {q[i]:.3f} is number {place} of {len(q)} from below"
+        rank = f"score {q[i]:.3f} is number {place} of {int(selection.counted.sum())} from below"
         if selection.vouched[i]:
-            texts.append(f"always kept; {rank}")
+            texts.append(f"always kept; {rank}" if selection.counted[i] else "always kept")
+        elif not selection.counted[i]:
+            texts.append(f"a copy of {selection.ids[selection.stands_for[i]]!r}, which counts for it")
         elif is_kept and place <= k:
             texts.append(f"{rank}, and {k} are kept")
         elif is_kept and tested is not None:
@@ -207,6 +199,8 @@ class SavedResult:
         columns: The report table by column.
         cautions: ``(code, message, value)`` of each.
         bound: See :class:`groundwire_flea.FLEAResult`.
+        copies: See there.
+        options: Arguments on which the decision depends, by name.
     """
 
     sources: Sequence[Plain]
@@ -218,11 +212,15 @@ class SavedResult:
     columns: Mapping[str, Sequence[Plain]]
     cautions: Sequence[tuple[str, str, float | None]] = ()
     bound: float = 0.0
+    copies: Sequence[Sequence[Plain]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     version: int = field(default=1)
 
     @classmethod
-    def of(cls, result: FLEAResult, row_sources: Sequence[Plain]) -> SavedResult:
-        """From ``result``, about rows of these sources."""
+    def of(
+        cls, result: FLEAResult, row_sources: Sequence[Plain], options: Mapping[str, Any] | None = None
+    ) -> SavedResult:
+        """From ``result``, about rows of these sources, with these options."""
         report = result.report
         return cls(
             sources=list(result.scores),  # type: ignore[arg-type]  # the data set's reader makes ids plain
@@ -234,6 +232,8 @@ class SavedResult:
             columns={str(name): [_number(v) for v in report[name].tolist()] for name in report},
             cautions=[(c.code, c.message, c.value) for c in result.warnings],
             bound=result.bound,
+            copies=[list(copies) for copies in result.copies],  # type: ignore[arg-type]
+            options=dict(options or {}),
         )
 
     @classmethod
@@ -261,7 +261,10 @@ class SavedResult:
 
     def weights(self, row_sources: Sequence[Plain]) -> NDArray[Any]:
         """(R,) sampling weights of the mode "weights"."""
-        values = source_weights(np.array(self.q), np.array(self.kept))
+        others = {source for copies in self.copies for source in copies[1:]}
+        once = bool(self.options.get("count_copies_once", False))
+        counted = np.array([not (once and source in others) for source in self.sources])
+        values = source_weights(np.array(self.q), np.array(self.kept), counted)
         weight = dict(zip(self.sources, values, strict=True))
         return np.array([weight[source] for source in row_sources])
 

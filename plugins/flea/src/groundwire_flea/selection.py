@@ -29,24 +29,33 @@ class Selection:
     Attributes:
         data: The rows that were compared.
         ids: (n,) names of the sources.
+        labels: Label values in code order.
+        groups: Group values in code order.
         distances: The parts of D.
         total: (n, n), D.
         q: (n,) scores.
         kept: (n,) bool.
         k: K, the number of sources assumed clean.
         vouched: (n,) bool, sources that are kept whatever their score.
+        stands_for: (n,) the source that a near copy stands for: the first of them, or one that is vouched for.
+        counted: (n,) bool, sources that count among the N of which K are clean: with ``count_copies_once``, those that
+            stand for themselves, else all.
         significance: The permutation test, if there was one.
         bound: What an adversary could do to a learner that does not filter.
     """
 
     data: Sources
     ids: Sequence[SourceId]
+    labels: Sequence[Any]
+    groups: Sequence[Any]
     distances: Distances
     total: NDArray[Any]
     q: NDArray[Any]
     kept: NDArray[Any]
     k: int
     vouched: NDArray[Any]
+    stands_for: NDArray[Any]
+    counted: NDArray[Any]
     significance: Significance | None
     bound: LowerBound
 
@@ -54,14 +63,34 @@ class Selection:
         """The sources of a bool (n,)."""
         return tuple(source for source, here in zip(self.ids, chosen, strict=True) if here)
 
+    @property
+    def rejected(self) -> NDArray[Any]:
+        """(n,) bool, sources that count and are not kept."""
+        rejected: NDArray[Any] = self.counted & ~self.kept
+        return rejected
+
+    @property
+    def copies(self) -> tuple[tuple[SourceId, ...], ...]:
+        """Sets of near copies, in each the one first that stands for them."""
+        found = []
+        for source in np.unique(self.stands_for):
+            others = (self.stands_for == source) & (np.arange(len(self.ids)) != source)
+            if others.any():
+                found.append((self.ids[source], *self.names(others)))
+        return tuple(found)
+
 
 def select_sources(
     data: Sources,
     ids: Sequence[SourceId],
+    labels: Sequence[Any],
+    groups: Sequence[Any],
     distances: Distances,
     options: DistanceOptions,
     *,
-    n_clean: int | float | None = None,
+    k: int,
+    stands_for: NDArray[Any],
+    count_copies_once: bool = False,
     always_keep: Sequence[SourceId] = (),
     keep_unsuspicious: bool = False,
     alpha: float = 0.05,
@@ -69,16 +98,20 @@ def select_sources(
     random: RandomState,
 ) -> Selection:
     """Score the sources, keep the K of smallest score, and test them; see :class:`groundwire_flea.FLEASelector`."""
-    k = clean_count(n_clean, data.n)
+    counted = stands_for == np.arange(data.n) if count_copies_once else np.ones(data.n, dtype=bool)
+    counts_as = stands_for if count_copies_once else None
     total = distances.total(options.aggregation)
-    q = q_scores(total, k)
+    q = q_scores(total, k, counts_as)
     vouched = np.isin(np.arange(data.n), [ids.index(source) for source in always_keep])
-    kept = select(q, k, np.flatnonzero(vouched).tolist())
-    significance = permutation_test(data, options, select(q, k), permutations, random)
+    eligible = np.where(counted, q, np.inf)
+    kept = select(eligible, k, np.flatnonzero(vouched).tolist())
+    significance = permutation_test(data, options, select(eligible, k), permutations, random, counts_as)
     if keep_unsuspicious and significance is not None:
-        kept = kept | (significance.p > alpha)
-    bound = lower_bound(data, k, options.fairness)
-    return Selection(data, ids, distances, total, q, kept, k, vouched, significance, bound)
+        kept = kept | (counted & (significance.p > alpha))
+    bound = lower_bound(data, k, options.fairness, counts_as)
+    return Selection(
+        data, ids, labels, groups, distances, total, q, kept, k, vouched, stands_for, counted, significance, bound
+    )
 
 
 def clean_count(n_clean: Any, n: int) -> int:
@@ -144,13 +177,16 @@ def select(q: NDArray[Any], k: int, always: Sequence[int] = ()) -> NDArray[Any]:
     return kept
 
 
-def source_weights(q: NDArray[Any], kept: NDArray[Any]) -> NDArray[Any]:
-    """1 for kept sources; for others ``exp(1 - q / q_kept)``, where q_kept is the largest kept score. No guarantee.
+def source_weights(q: NDArray[Any], kept: NDArray[Any], counted: NDArray[Any]) -> NDArray[Any]:
+    """Sampling weights: 1 for kept sources; for others ``exp(1 - q / q_kept)``, where q_kept is the largest kept score.
+
+    0 for copies of sources that count for them. No guarantee.
 
     Example:
-        >>> source_weights(np.array([0.1, 0.2, 0.4]), np.array([True, True, False])).round(3)
-        array([1.   , 1.   , 0.368])
+        >>> kept, counted = np.array([True, True, False, False]), np.array([True, True, True, False])
+        >>> source_weights(np.array([0.1, 0.2, 0.4, 0.1]), kept, counted).round(3)
+        array([1.   , 1.   , 0.368, 0.   ])
     """
     scale = max(float(q[kept].max()), 1e-12)
-    weights: NDArray[Any] = np.where(kept, 1.0, np.exp(np.minimum(0, 1 - q / scale)))
+    weights: NDArray[Any] = np.where(kept, 1.0, counted * np.exp(np.minimum(0, 1 - q / scale)))
     return weights

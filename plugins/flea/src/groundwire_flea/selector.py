@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from groundwire_flea.copies import first_copies, representatives
 from groundwire_flea.diagnostics import diagnostics
 from groundwire_flea.distances.pairwise import COMPONENTS, DistanceOptions, Distances, distances
 from groundwire_flea.distances.sources import FAIRNESS, Fairness, Sources, check_sources
@@ -44,6 +45,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         compat: "reference" computes each pair as the published code does, slowly.
         append_sensitive: Append the encoded group to X, unless X has an identical column.
         always_keep: Sources that the user vouches for. They count among the K that are kept.
+        count_copies_once: Count near copies as one source, of which the first is kept or suppressed, and the others are
+            suppressed. By default they are named (W8), and each counts.
         keep_unsuspicious: Keep, beyond K, every source whose cross-fitted score is not suspicious at ``alpha``.
         alpha: Level of that permutation test.
         permutations: Number of permutations for p-values; 0 for none (20 if ``keep_unsuspicious``).
@@ -95,6 +98,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         compat: str | None = None,
         append_sensitive: bool = False,
         always_keep: Sequence[SourceId] = (),
+        count_copies_once: bool = False,
         keep_unsuspicious: bool = False,
         alpha: float = 0.05,
         permutations: int = 0,
@@ -113,6 +117,7 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         self.compat = compat
         self.append_sensitive = append_sensitive
         self.always_keep = always_keep
+        self.count_copies_once = count_copies_once
         self.keep_unsuspicious = keep_unsuspicious
         self.alpha = alpha
         self.permutations = permutations
@@ -209,9 +214,11 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         unknown = [source for source in self.always_keep if source not in ids]
         if unknown:
             raise ValueError(f"always_keep names {unknown[0]!r}, which is none of the sources {list(ids)}")
+        stands_for = representatives(first_copies(data), [ids.index(source) for source in self.always_keep])
+        k = clean_count(self.n_clean, len(set(stands_for.tolist())) if self.count_copies_once else data.n)
         permutations = self.permutations or (20 if self.keep_unsuspicious else 0)
         if self.keep_unsuspicious:
-            check_power(self.alpha, permutations, clean_count(self.n_clean, data.n))
+            check_power(self.alpha, permutations, k)
         options = DistanceOptions(
             fairness=self.fairness,
             components=tuple(self.components),
@@ -225,9 +232,13 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
         selection = select_sources(
             data,
             ids,
+            encoder.labels,
+            encoder.groups,
             parts,
             options,
-            n_clean=self.n_clean,
+            k=k,
+            stands_for=stands_for,
+            count_copies_once=self.count_copies_once,
             always_keep=self.always_keep,
             keep_unsuspicious=self.keep_unsuspicious,
             alpha=self.alpha,
@@ -235,15 +246,8 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
             random=known.random,
         )
         row_source = np.concatenate([known.row_source, codes + len(known.ids)])
-        result = FLEAResult.of(
-            selection,
-            diagnostics(selection),
-            row_source=row_source,
-            mode=self.mode,
-            labels=encoder.labels,
-            groups=encoder.groups,
-            alpha=self.alpha,
-        )
+        cautions = diagnostics(selection)
+        result = FLEAResult.of(selection, cautions, row_source=row_source, mode=self.mode, alpha=self.alpha)
         self._compared = _Compared(encoder, known.random, ids, data, parts, row_source)
         self.source_ids_, self.n_clean_, self.q_, self.support_ = ids, selection.k, selection.q, selection.kept
         self.D_, self.disc_, self.disp_, self.disb_ = selection.total, parts.disc, parts.disp, parts.disb
@@ -255,11 +259,15 @@ class FLEASelector(BaseEstimator):  # type: ignore[misc]
     def _choose_rows(
         self, codes: NDArray[Any], labels: NDArray[Any], groups: NDArray[Any], random: RandomState
     ) -> NDArray[Any]:
-        """Rows in order of their sources; of each source at most ``max_rows_per_source``, alike in all its cells."""
+        """Rows in order of their sources; of each source at most ``max_rows_per_source``, alike in all its cells.
+
+        Of copies in the same order the same rows, so that they stay copies.
+        """
         order = np.argsort(codes, kind="stable")
         if self.max_rows_per_source is None:
             return order
-        shuffled = pd.Series(random.permutation(len(codes)))
+        within = pd.Series(codes).groupby(codes).cumcount()
+        shuffled = pd.Series(random.permutation(within.max() + 1)[within])
         cell = [codes, labels, groups]
         place = (shuffled.groupby(cell).rank() - 0.5) / shuffled.groupby(cell).transform("size")
         wanted = place.groupby(codes).rank(method="first") <= self.max_rows_per_source

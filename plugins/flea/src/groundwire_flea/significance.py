@@ -40,19 +40,25 @@ class Significance:
 
 
 def permutation_test(
-    data: Sources, options: DistanceOptions, kept: NDArray[Any], permutations: int, random: RandomState
+    data: Sources,
+    options: DistanceOptions,
+    kept: NDArray[Any],
+    permutations: int,
+    random: RandomState,
+    stands_for: NDArray[Any] | None = None,
 ) -> Significance | None:
     """Test every source against "it is like the K kept ones"; None without permutations.
 
     Rows change places between the K kept sources (bool (n,)) at random. The p-value of a source is the share of all
     scores that come out that are at least as large as its own, its own counted. Among K sources the score is the
     distance to the farthest one, as it is for a clean source when all others are manipulated: where more sources are
-    clean, the test is careful not to accuse.
+    clean, the test is careful not to accuse. For ``stands_for`` see
+    :func:`groundwire_flea.distances.pairwise.q_scores`; no two of the K kept sources stand for the same one.
     """
     if not permutations:
         return None
     k, trusted = int(kept.sum()), data.only(np.flatnonzero(kept))
-    q = crossfitted_scores(data, options, k, random)
+    q = crossfitted_scores(data, options, k, random, stands_for)
     steps = range(permutations)
     null = [
         crossfitted_scores(trusted.permuted(random.permutation(len(trusted.y))), options, k, random)
@@ -63,13 +69,19 @@ def permutation_test(
     return Significance(q, p, float(values.std()))
 
 
-def crossfitted_scores(data: Sources, options: DistanceOptions, k: int, random: RandomState) -> NDArray[Any]:
+def crossfitted_scores(
+    data: Sources,
+    options: DistanceOptions,
+    k: int,
+    random: RandomState,
+    stands_for: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """(n,) scores from classifiers fitted on one half of the rows and judged on the other, both ways."""
     fold = halves(data, random)
     splits = [Split(fold == half, fold != half) for half in (0, 1)]
     disc, disp = pairwise(data, replace(options, compat=None, progress=False), splits, signed=True)
     disb = disbalance(cell_frequencies(data, options.fairness)) * ("disb" in options.components)
-    return q_scores(Distances(disc, disp, disb).total(options.aggregation), k)
+    return q_scores(Distances(disc, disp, disb).total(options.aggregation), k, stands_for)
 
 
 def halves(data: Sources, random: RandomState) -> NDArray[Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from groundwire import Fields, Finding, Plugin, PluginError, Problem, RunContext, Section, Variant, hookimpl
 from groundwire.modules import outputs_of
-from groundwire_limes import compatibility, report
+from groundwire.services.checkpoint.load import read
 from groundwire_limes.adaptation import adapted_offset, remember
 from groundwire_limes.batch_fields import row_weights
 from groundwire_limes.class_counts import accumulation_dtype
+from groundwire_limes.compatibility import prior_changes, refuse_probabilities, warn
 from groundwire_limes.distributed import Processes
 from groundwire_limes.expectation_maximization import LabelledScores
 from groundwire_limes.export import BiasTable, bias_table, fold_into_bias
@@ -25,6 +25,7 @@ from groundwire_limes.functional import Array
 from groundwire_limes.labels import as_two_logits, check_class_indices, class_scores, labels_of
 from groundwire_limes.logit_offset import LogitOffset, by_row, device_of
 from groundwire_limes.prior_tracker import PriorTracker
+from groundwire_limes.report import stream_findings, stream_section
 from groundwire_limes.time_steps import DAY, BatchSteps, TimeIndex, period_seconds
 from groundwire_limes.validation import check_choice, check_whole_number
 
@@ -130,12 +131,9 @@ class LIMES(Plugin):
         self._processes = Processes()
         self._hook: LogitOffset | None = None
         self._conv = False  # whether classes are in dimension 1 of the scores
-        self._head_is_taken, self._is_inspected, self._warned_of_labels = False, False, False
-        self._steps: BatchSteps | None = None
-        self._row_weights: Tensor | None = None
-        self._counts_batch = True
+        self._is_prepared, self._warned_of_labels = False, False
+        self._to_count: tuple[BatchSteps, Tensor | None] | None = None  # steps and weights of a batch's rows
         self._evaluation_tracker: PriorTracker | None = None
-        self._is_off = False
         self._notes: list[tuple[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +160,7 @@ class LIMES(Plugin):
             names = [getattr(other, "name", type(other).__name__) for other in others]
             text = "{!r} and {!r} both correct the scores of the head"
             return [Problem(self.name, text.format(self.name, name), "keep one of them") for name in names]
-        self._run, self._processes = run, Processes(run.trainer.world_size)
+        self._run, self._processes = run, Processes(run.trainer)
         if run.trainer.state.fn != "fit":
             self._restore_from(run.trainer)
         if run.head is not None:
@@ -179,14 +177,12 @@ class LIMES(Plugin):
     def _restore_from(self, trainer: Any) -> None:
         """Lightning restores callbacks in ``fit`` only: a checkpoint would be predicted with uncorrected."""
         if self._tracker is None and trainer.ckpt_path:
-            from groundwire.services.checkpoint.load import read
-
             self.load_state_dict(read(trainer.ckpt_path).get("callbacks", {}).get(self.state_key, {}))
         self._absorb()
         if self._tracker is None or not self._tracker.extrapolator.observed:
             logging.getLogger("groundwire.limes").warning(NO_HISTORY)
 
-    def _take_head(self, run: RunContext) -> PriorTracker:
+    def _take_head(self, run: RunContext) -> None:
         """Attach the offset to the head, and begin a stream of its classes unless there is one."""
         if run.head is None:
             raise PluginError("limes: the head is not known -> name it: LIMES(head=...)")
@@ -200,11 +196,10 @@ class LIMES(Plugin):
                 f"limes: what was learned has {known} classes and the head {run.head.name!r} has {classes} -> "
                 "use the model that it was learned with, or a new LIMES()"
             )
-        self._head_name, self._conv, self._head_is_taken = run.head.name, hasattr(layer, "kernel_size"), True
+        self._head_name, self._conv = run.head.name, hasattr(layer, "kernel_size")
         if self._hook is None:
             self._hook = LogitOffset(torch.zeros(outputs, device=device_of(layer)))
             run.on_close(layer.register_forward_hook(self._hook).remove)
-        return self._tracker
 
     def _new_extrapolator(self, classes: int) -> PriorExtrapolator:
         if self.method == "seasonal" and self._season_steps is None:
@@ -216,75 +211,80 @@ class LIMES(Plugin):
     @hookimpl
     def gw_batch_start(self, batch: Any, stage: str, first_result: Tensor | None, run: RunContext) -> Tensor:
         """Write the offset of this batch into the head; a replayed one gets that which it had at first."""
-        tracker = self._tracker
-        if tracker is None or not self._head_is_taken:
-            tracker = self._take_head(run)
-        assert run.head is not None
-        assert self._hook is not None
-        layer = run.head.module
-        if not self._is_inspected:
-            self._is_inspected = True
-            compatibility.refuse_probabilities(run, batch)
+        if not self._is_prepared:
+            self._take_head(run)
+            assert self._hook is not None
+            refuse_probabilities(run, batch)
             self._hook.refuse_bypass(run, batch)
+            self._is_prepared = True
+        tracker, hook = self._tracker, self._hook
+        assert tracker is not None
+        assert hook is not None
+        assert run.head is not None
         if first_result is not None:
             offset = first_result
-        elif self._is_off:
-            offset = torch.zeros(outputs_of(layer))
         elif stage == "train":
-            offset = self._training_offset(tracker, batch, run)
+            offset = self._training_offset(tracker, batch, run, device_of(run.head.module))
         else:
-            tracker = self._evaluation_tracker or tracker
-            current = tracker.current or 0 if run.trainer.state.fn == "fit" else self.next_step
-            steps = self._time_index.of_evaluation_batch(batch, run.fields(batch), otherwise=current)
-            offset = by_row(steps, lambda step: tracker.offset(step, device_of(layer)))
-            if self.unlabelled:
-                self._hook.write(layer, offset)
-                adapted = adapted_offset(tracker, self._labelled_scores, run, batch, steps)
-                offset = offset if adapted is None else adapted
-        self._hook.write(layer, offset)
+            offset = self._evaluation_offset(self._evaluation_tracker or tracker, batch, run)
+        hook.write(run.head.module, offset)
         return offset
 
-    def _training_offset(self, tracker: PriorTracker, batch: Any, run: RunContext) -> Tensor:
+    def _training_offset(self, tracker: PriorTracker, batch: Any, run: RunContext, device: torch.device) -> Tensor:
         """Agree on the time step, finish those before it, and return the offset of a training batch."""
-        assert run.head is not None
-        fields, device = run.fields(batch), device_of(run.head.module)
+        fields = run.fields(batch)
         if fields.targets is None and not self._warned_of_labels:
             self._warned_of_labels = True
-            compatibility.warn([("no_labels", NO_LABELS)])
+            warn([("no_labels", NO_LABELS)])
         check_class_indices(fields.targets, tracker.extrapolator.num_classes)  # the loss would fail without a name
-        steps = self._steps = self._time_index.of_training_batch(batch, fields, self._batches)
-        self._row_weights = row_weights(self.weights, batch, steps.rows)
+        steps = self._time_index.of_training_batch(batch, fields, self._batches)
+        weights = row_weights(self.weights, batch, steps.rows)
         agreed = self._processes.earliest(steps.earliest)
-        self._counts_batch = not tracker.replays(agreed)
-        if not self._counts_batch and self.on_backward == "raise":
+        is_replay = tracker.replays(agreed)
+        if is_replay and self.on_backward == "raise":
             tracker.refuse(agreed)
+        self._to_count = None if is_replay else (steps, weights)
         for finished in tracker.advance(agreed, self._processes.all_gather):
             run.send(tracker.metrics(finished))
-        if self._counts_batch:
+        if not is_replay:
             tracker.judge_later(agreed)
-        if self._counts_batch and self.training_prior == "realised":
-            counts = run.trainer.datamodule.step_counts
-            classes = tracker.extrapolator.num_classes
+        if self.training_prior == "forecast" or is_replay:
+            return by_row(steps, lambda step: tracker.offset(step, device))
+        if self.training_prior == "realised":
+            classes, counts = tracker.extrapolator.num_classes, run.trainer.datamodule.step_counts
             return by_row(steps, lambda step: tracker.realised_offset(counts(step, classes), device))
-        if self._counts_batch and self.training_prior == "running":
-            # A sum over the ranks, also where a rank has no row of that step.
-            running = tracker.running_offset(agreed, self._processes.total(tracker.new_labels(agreed, device)))
-            return by_row(steps, lambda step: running if step == agreed else tracker.offset(step, device))
-        return by_row(steps, lambda step: tracker.offset(step, device))
+        # A sum over the ranks, also where a rank has no row of that step.
+        running = tracker.running_offset(agreed, self._processes.total(tracker.new_labels(agreed, device)))
+        return by_row(steps, lambda step: running if step == agreed else tracker.offset(step, device))
+
+    def _evaluation_offset(self, tracker: PriorTracker, batch: Any, run: RunContext) -> Tensor:
+        """Return the offset of a batch that is only predicted, from the forecast for its time."""
+        assert run.head is not None
+        assert self._hook is not None
+        device = device_of(run.head.module)
+        current = tracker.current or 0 if run.trainer.state.fn == "fit" else self.next_step
+        steps = self._time_index.of_evaluation_batch(batch, run.fields(batch), otherwise=current)
+        offset = by_row(steps, lambda step: tracker.offset(step, device))
+        if not self.unlabelled or self._hook.is_off:
+            return offset
+        self._hook.write(run.head.module, offset)  # the last batch's may be of other rows
+        adapted = adapted_offset(tracker, self._labelled_scores, run, batch, steps)
+        return offset if adapted is None else adapted.to(device)
 
     # Training
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """What changes the effective prior of the batches is said, not guessed around."""
-        self._notes = compatibility.prior_changes(pl_module, trainer)
-        compatibility.warn(self._notes)
+        self._notes = prior_changes(pl_module, trainer)
+        warn(self._notes)
 
     @hookimpl
     def gw_scores(self, fields: Fields, stage: str, run: RunContext) -> None:
         """Count the labels of a training batch, now that it was learned from, and how well it had been predicted."""
-        tracker, steps = self._tracker, self._steps
-        if stage != "train" or tracker is None or steps is None or fields.targets is None or not self._counts_batch:
+        if stage != "train" or self._to_count is None or fields.targets is None:
             return
+        (steps, weights_of_rows), tracker = self._to_count, self._tracker
+        assert tracker is not None
         assert run.raw_scores is not None
         classes = tracker.extrapolator.num_classes
         scores = as_two_logits(class_scores(run.raw_scores, self._conv))
@@ -293,14 +293,14 @@ class LIMES(Plugin):
         if self.unlabelled:
             remember(self._labelled_scores, steps, scores, labels)
         weights = labels.weights(accumulation_dtype(scores.device))
-        if self._row_weights is not None:
-            weights = weights * self._row_weights.to(weights).repeat_interleave(len(scores) // steps.rows)
+        if weights_of_rows is not None:
+            weights = weights * weights_of_rows.to(weights).repeat_interleave(len(scores) // steps.rows)
         tracker.count(steps, scores, labels, weights)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One batch more."""
         self._batches += 1
-        self._steps = None
+        self._to_count = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The last complete step, for whoever monitors it."""
@@ -344,22 +344,12 @@ class LIMES(Plugin):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Training goes on with its own step; the next batch says which."""
-        self._steps, self._evaluation_tracker = None, None
+        self._evaluation_tracker = None
 
     @hookimpl
     def gw_variants(self) -> list[Variant]:
         """The model without the correction, so that others can see what it does, and to whom."""
-        return [] if self._hook is None else [Variant("without LIMES", self._off)]
-
-    @contextmanager
-    def _off(self) -> Iterator[None]:
-        assert self._hook is not None
-        with self._hook.off():
-            self._is_off = True
-            try:
-                yield
-            finally:
-                self._is_off = False
+        return [] if self._hook is None else [Variant("without LIMES", self._hook.off)]
 
     # Reporting
 
@@ -369,12 +359,12 @@ class LIMES(Plugin):
         if run.stage != "train" or self._tracker is None:
             return []
         self._absorb()
-        return report.findings(self._tracker, self._season_steps, self._notes)
+        return stream_findings(self._tracker, self._season_steps, self._notes)
 
     @hookimpl
     def gw_section(self) -> Section | None:
         """Curves of accuracy, forecast and realised priors, and what the guard did."""
-        return None if self._tracker is None else report.section(self._tracker, self.training_prior, self._season_steps)
+        return None if self._tracker is None else stream_section(self._tracker, self.training_prior, self._season_steps)
 
     @hookimpl
     def gw_provenance(self) -> dict[str, Any]:
@@ -477,7 +467,7 @@ class LIMES(Plugin):
         if state_dict["memory"] is not None:
             self._labelled_scores.load_state_dict(state_dict["memory"])
         self._batches, self._head_name = state_dict["batches"], state_dict["head"]
-        self._head_is_taken = False
+        self._is_prepared = False
 
     def _forecast_arguments(self) -> dict[str, Any]:
         """Return the arguments that forecasts depend on."""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
-from groundwire.batch import default_fields
+from groundwire import default_fields
 from groundwire_limes.functional import Array
 from groundwire_limes.labels import labels_of
 from groundwire_limes.time_steps import period_seconds, time_steps, unix_seconds

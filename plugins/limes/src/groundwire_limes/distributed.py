@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from groundwire.distributed import gathered
+
 
 class Processes:
     """The processes of a run; alone, every answer is one's own.
 
     Args:
-        world_size: How many.
+        trainer: Of the run; None for no run.
     """
 
-    def __init__(self, world_size: int = 1) -> None:
-        self.world_size = world_size if dist.is_available() and dist.is_initialized() else 1
+    def __init__(self, trainer: Any = None) -> None:
+        initialized = trainer is not None and dist.is_available() and dist.is_initialized()
+        self.world_size: int = trainer.world_size if initialized else 1
+        self._trainer = trainer
         self._host: Any = None
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return ``value`` of every rank, in the order of the ranks."""
+        return [value] if self.world_size == 1 else gathered(self._trainer, value)
 
     def earliest(self, step: int) -> int:
         """Return the smallest ``step`` of all ranks. It goes through the hosts, so that no device is waited for."""
@@ -35,14 +43,6 @@ class Processes:
         row = row.clone()
         dist.all_reduce(row)
         return row
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return ``value`` of every rank, in the order of the ranks."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._host_group())
-        return values
 
     def _host_group(self) -> Any:
         """Return the default group if it works on host memory, else one that does."""

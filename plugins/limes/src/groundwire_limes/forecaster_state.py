@@ -11,10 +11,10 @@ from statistics import quantiles
 
 import numpy as np
 
-from groundwire_limes import kalman
 from groundwire_limes.forecasters import Past, experts
 from groundwire_limes.functional import Array, dirichlet_mean, kl_divergence, laplace_smoothed, log_odds
 from groundwire_limes.history import History, usual_gap
+from groundwire_limes.kalman import KalmanFilter, harmonics
 from groundwire_limes.mixture import WINDOW, Mixture, is_change_point, is_whole_seasons_later
 
 #: Largest move per step in log-odds that "auto" makes unless told otherwise, in nats; more only where moves that are
@@ -47,7 +47,7 @@ class ForecasterState:
     gap: int
     total: Array
     long_run: Array
-    filter: kalman.KalmanFilter | None
+    filter: KalmanFilter | None
     mixtures: Mapping[int, Mixture]
     moves: tuple[float, ...] = ()
     limit: float = MAX_MOVE
@@ -73,7 +73,7 @@ class ForecasterStates:
         self._classes = history.counts.shape[1]
         self._period, self._smoothing, self._max_move = period, smoothing, max_move
         self._priors = np.zeros((64, self._classes))
-        self._kept = max(4, min(KEPT, NUMBERS // (self._classes * (1 + 2 * kalman.harmonics(period)) ** 2)))
+        self._kept = max(4, min(KEPT, NUMBERS // (self._classes * (1 + 2 * harmonics(period)) ** 2)))
         self._by_rows: dict[int, ForecasterState] = {}
         self._distances: dict[int, Array] = {}
         self._horizons: tuple[int, ...] = (1,) if mixed else ()
@@ -153,9 +153,9 @@ class ForecasterStates:
             self._priors = np.concatenate([self._priors, np.zeros_like(self._priors)])
         self._priors[n] = row
         if state.filter is None:
-            filtered = kalman.initial(step, row, float(counts.sum()), self._period)
+            filtered = KalmanFilter.start(step, row, float(counts.sum()), self._period)
         else:
-            filtered = kalman.update(state.filter, step, row, float(counts.sum()), self._period)
+            filtered = state.filter.updated(step, row, float(counts.sum()))
         moves = (
             (*state.moves, float(np.abs(log_odds(row) - log_odds(self._priors[n - 1])).max()))[-RECENT:] if n else ()
         )

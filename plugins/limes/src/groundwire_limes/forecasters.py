@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from groundwire_limes import kalman
 from groundwire_limes.functional import Array
 from groundwire_limes.history import horizon
+from groundwire_limes.kalman import KalmanFilter
 
 #: Weight of a row of the same slot, one season older than another.
 FADING = 0.6
@@ -35,7 +35,7 @@ class Past:
     gap: int
     priors: Array
     pooled: Array
-    filter: kalman.KalmanFilter
+    filter: KalmanFilter
     period: int | None
     distances: Callable[[int], Array]
 
@@ -75,7 +75,7 @@ def seasonal(past: Past, step: int) -> Array:
 
 def kalman_filter(past: Past, step: int) -> Array:
     """Return what the Kalman filter expects."""
-    return kalman.predict(past.filter, step, past.period)
+    return past.filter.forecast(step)
 
 
 def analogue(past: Past, step: int) -> Array:

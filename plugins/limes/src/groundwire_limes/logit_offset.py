@@ -29,6 +29,7 @@ class LogitOffset:
     Attributes:
         vector: The offset of all rows.
         rows: An offset for each row, (B, K), which then counts; None where they share one.
+        is_off: Whether nothing is added for the time being.
     """
 
     changes = "shift"
@@ -36,6 +37,7 @@ class LogitOffset:
     def __init__(self, vector: Tensor | None = None) -> None:
         self.vector = vector
         self.rows: Tensor | None = None
+        self.is_off = False
 
     def __call__(self, layer: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         """Return ``output`` plus the offset.
@@ -55,6 +57,8 @@ class LogitOffset:
     def write(self, layer: nn.Module, offset: Tensor) -> None:
         """Set the ``offset`` of ``layer`` for the coming forward passes: (K,), or (B, K) for rows that differ.
 
+        It is on the layer's device. Nothing is set while the hook is off.
+
         Raises:
             PluginError: It is of another shape, or not finite.
         """
@@ -67,7 +71,9 @@ class LogitOffset:
             raise PluginError(
                 f"an offset for {layer} has values that are not finite -> clamp the priors away from zero"
             )
-        offset = offset.detach().to(device_of(layer), torch.float32)
+        if self.is_off:
+            return
+        offset = offset.detach().float()
         if offset.dim() == 2:
             self.rows = offset
         else:
@@ -75,14 +81,15 @@ class LogitOffset:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Context manager in which nothing is added, unless something is written."""
-        before = self.vector, self.rows
+        """Context manager in which nothing is added, whatever is written."""
+        before = self.vector, self.rows, self.is_off
         # Zeros, because a compiled model that was called with a vector would be compiled again for None.
-        self.vector, self.rows = None if self.vector is None else torch.zeros_like(self.vector), None
+        zeros = None if self.vector is None else torch.zeros_like(self.vector)
+        self.vector, self.rows, self.is_off = zeros, None, True
         try:
             yield
         finally:
-            self.vector, self.rows = before
+            self.vector, self.rows, self.is_off = before
 
     def refuse_bypass(self, run: RunContext, batch: Any) -> None:
         """Raise if the hook is attached but has no effect: a model compiled and called before ignores new hooks.

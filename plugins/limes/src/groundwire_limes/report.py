@@ -39,7 +39,7 @@ def seasons(by_step: dict[int, float], season: int | None) -> dict[int, list[flo
     return {day: values for day, values in found.items() if season is None or len(values) == season}
 
 
-def findings(tracker: PriorTracker, season: int | None, notes: list[tuple[str, str]]) -> list[Finding]:
+def stream_findings(tracker: PriorTracker, season: int | None, notes: list[tuple[str, str]]) -> list[Finding]:
     """Return numbers of the whole stream, and warnings."""
     found = [Finding("limes", code, "warn", True, text) for code, text in notes]
     by_step = accuracies(tracker)
@@ -65,7 +65,7 @@ def findings(tracker: PriorTracker, season: int | None, notes: list[tuple[str, s
 
 
 def _harmful_correction(tracker: PriorTracker) -> list[Finding]:
-    """Return warnings if the correction makes predictions worse: something else moves, or the model is too young."""
+    """Return warnings if the correction makes predictions worse: something else moves, or it was not learned yet."""
     last = [tracker.class_counts.quality(step) for step in sorted(tracker.class_counts.known)][-24:]
     last = [q for q in last if "loss" in q]
     found = []
@@ -81,7 +81,7 @@ def _harmful_correction(tracker: PriorTracker) -> list[Finding]:
     return found
 
 
-def section(tracker: PriorTracker, training_prior: str, season: int | None) -> Section | None:
+def stream_section(tracker: PriorTracker, training_prior: str, season: int | None) -> Section | None:
     """Return settings, a table of the seasons, and three pictures: accuracy, priors, divergence."""
     by_step = accuracies(tracker)
     if not by_step:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from groundwire_aol.certify.bound import Bound
 from groundwire_aol.certify.rounding import Rounding, not_standard
 from groundwire_aol.errors import UnsoundError
 
 #: The radii of the literature, in units of pixels in [0, 1].
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
+#: Default of an argument that must be given.
+REQUIRED: Any = type("Required", (), {"__repr__": lambda _: "<required>"})()
 #: Covers the rounding of the float64 arithmetic here.
 _DOWN = 1 - 1e-12
 _UP = 1 + 1e-12
@@ -22,7 +27,7 @@ _UP = 1 + 1e-12
 def certified_radius(
     logits: Tensor,
     target: Tensor,
-    lipschitz: Any = 1.0,
+    lipschitz: Any = REQUIRED,
     *,
     input_std: Any = None,
     slack: Any = 0.0,
@@ -37,45 +42,79 @@ def certified_radius(
     Args:
         logits: Shape (B, K), K >= 2, floating.
         target: Shape (B,), integers in [0, K).
-        lipschitz: Bound L of the model that made ``logits``: a number or :func:`groundwire_aol.lipschitz_bound`'s
-            result.
+        lipschitz: Bound L of the model that made ``logits``: :func:`groundwire_aol.lipschitz_bound`'s result, or a
+            number that you vouch for.
         input_std: Deviations that the data was divided by, outside the model. Radii are then in units of the undivided
             pixels: L is multiplied by ``1 / min(input_std)``.
         slack: What else the margin must cover, a number or a tensor (B,): errors of a score difference, both at the
             input and at the moved one.
-        last_layer: Weight (K, d) of the final linear layer. L is then the bound of the model up to that layer, and each
-            pair of classes is divided by ``||w_y - w_j||`` instead of sqrt(2).
+        last_layer: Weight (K, d) of the final linear layer. L is then the bound of the model up to that layer, of
+            ``lipschitz_bound(model, x, upto="path")``, and each pair of classes is divided by ``||w_y - w_j||`` instead
+            of sqrt(2). A model whose last layer is a :class:`groundwire_aol.NormalizedLinear` needs no ``last_layer``:
+            its Bound holds the rows.
         inputs: Shape (B, ...), what the scores were computed from. The radius then covers the rounding of the forward
             pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
             (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
-            the certificate is one of exact arithmetic.
+            the certificate is one of exact arithmetic, of which a warning tells once.
 
     Returns:
         Shape (B,), float64, at least 0; 0 also for scores that are not finite.
 
     Raises:
-        ValueError: Shapes, classes or dtypes do not fit.
-        UnsoundError: L is not a positive finite number, so there is nothing to certify with; or ``inputs`` are given
-            and the rounding has no bound, for this model or on this device.
+        TypeError: ``lipschitz`` is left out.
+        ValueError: Shapes, classes or dtypes do not fit, or ``last_layer`` is not the bound's.
+        UnsoundError: L is not a positive finite number, or the weights changed since it was proved, so there is nothing
+            to certify with; or ``inputs`` are given and the rounding has no bound, for this model or on this device,
+            or the scores were computed in half precision.
 
     Example:
-        >>> certified_radius(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        >>> certified_radius(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), lipschitz=1.0)
         tensor([1.4142, 0.0000], dtype=torch.float64)
     """
+    radii = radii_of(logits, target, lipschitz, input_std, slack, last_layer, inputs)
+    if inputs is None and isinstance(lipschitz, Bound):
+        _warn_of_exact_arithmetic()
+    return radii
+
+
+@cache
+def _warn_of_exact_arithmetic() -> None:
+    warnings.warn(
+        "certified radii are of exact arithmetic: the rounding of the scores is not covered -> pass inputs=, what the "
+        "scores were computed from",
+        stacklevel=4,
+    )
+
+
+def radii_of(
+    logits: Tensor,
+    target: Tensor,
+    lipschitz: Any,
+    input_std: Any = None,
+    slack: Any = 0.0,
+    last_layer: Tensor | None = None,
+    inputs: Tensor | None = None,
+) -> Tensor:
+    """Return what :func:`certified_radius` returns, without a word about arithmetic."""
     _check(logits, target)
     constant = total_lipschitz(lipschitz, input_std)
+    weight = _last_weight(lipschitz, last_layer)
+    if weight is not None and isinstance(lipschitz, Bound) and lipschitz.head is not None:
+        constant = lipschitz.head.body / smallest_std(input_std)
     scores = logits.detach().double()
     own = scores.gather(1, target.view(-1, 1).long())
     margins = own - scores - torch.as_tensor(slack, dtype=torch.float64, device=scores.device).reshape(-1, 1)
+    moved_by_rounding = 0.0
     if inputs is not None:
-        rounding = _rounding(lipschitz, logits, inputs, last_layer)
+        rounding = _rounding(lipschitz, logits, inputs)
         norms = inputs.detach().double().flatten(1).norm(dim=1) * _UP
         margins = margins - 2 * math.sqrt(2) * rounding.error(norms)[:, None]
-        constant += rounding.slope / smallest_std(input_std)
-    if last_layer is None:
-        radii = margins / (math.sqrt(2) * constant)
+        moved_by_rounding = math.sqrt(2) * rounding.slope / smallest_std(input_std)
+    if weight is None:
+        radii = margins / (math.sqrt(2) * constant + moved_by_rounding)
     else:
-        radii = margins / (constant * _pair_norms(last_layer, target, scores.shape[1]))
+        pairs = _pair_norms(weight.to(scores.device), target, scores.shape[1])
+        radii = margins / (constant * pairs + moved_by_rounding)
     radii = radii.scatter(1, target.view(-1, 1).long(), math.inf).amin(1) * _DOWN
     sound = torch.isfinite(scores).all(1) & torch.isfinite(radii)
     if inputs is not None:
@@ -88,7 +127,7 @@ def certified_accuracy(
     logits: Tensor,
     target: Tensor,
     eps: Sequence[float] = RADII,
-    lipschitz: Any = 1.0,
+    lipschitz: Any = REQUIRED,
     **options: Any,
 ) -> Tensor:
     """Fraction of samples that are predicted right and certified at each radius (strictly above it).
@@ -104,10 +143,10 @@ def certified_accuracy(
         Shape (len(eps),), float64.
 
     Example:
-        >>> certified_accuracy(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), eps=(0.0, 1.0))
+        >>> certified_accuracy(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), (0.0, 1.0), lipschitz=1.0)
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    radii = certified_radius(logits, target, lipschitz, **options)
+    radii = radii_of(logits, target, lipschitz, **options)
     return (radii[:, None] > check_radii(eps).to(radii.device)).double().mean(0)
 
 
@@ -127,13 +166,23 @@ def total_lipschitz(lipschitz: Any, input_std: Any = None) -> float:
     """Return the constant from undivided pixels to scores: ``L / min(input_std)``.
 
     Raises:
-        UnsoundError: ``lipschitz`` is not a positive finite number.
+        TypeError: ``lipschitz`` was left out.
+        UnsoundError: ``lipschitz`` is not a positive finite number, or was proved for other weights.
         ValueError: A deviation is not positive.
 
     Example:
         >>> total_lipschitz(1.0, (0.25, 0.5))
         4.0
     """
+    if lipschitz is REQUIRED:
+        raise TypeError(
+            "a certificate needs the Lipschitz constant of the model -> lipschitz=lipschitz_bound(model, inputs), or "
+            "lipschitz=1.0 if you know it to be that"
+        )
+    if isinstance(lipschitz, Bound) and lipschitz.weights.state() not in ("unchanged", "unchecked"):
+        raise UnsoundError(
+            f"{lipschitz.weights.state()} since the bound was proved -> lipschitz_bound(model, inputs) again"
+        )
     try:
         constant = float(lipschitz)
     except (TypeError, ValueError) as error:
@@ -156,25 +205,72 @@ def smallest_std(input_std: Any) -> float:
     return float(values.min())
 
 
-def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor, last_layer: Tensor | None) -> Rounding:
-    """Return the rounding of a bound, if it is about these scores."""
-    found = getattr(lipschitz, "rounding", None)
-    if not isinstance(found, Rounding) or last_layer is not None:
+def _last_weight(lipschitz: Any, last_layer: Tensor | None) -> Tensor | None:
+    """Return the weight of the last layer, if certificates are per pair of classes and the bound is of the body."""
+    if not isinstance(lipschitz, Bound):
+        return last_layer
+    head = lipschitz.head
+    if last_layer is None and not lipschitz.upto:
+        return None if head is None else head.weight
+    if not lipschitz.upto or head is None:
         raise ValueError(
-            "inputs= needs the bound of the whole model, got "
-            f"{'last_layer=' if last_layer is not None else type(lipschitz).__name__} -> "
+            "last_layer= needs the bound of the model up to that layer, and this one is of the whole model -> "
+            'lipschitz=lipschitz_bound(model, inputs, upto="path of the layer")'
+        )
+    if last_layer is None:
+        raise ValueError(
+            f"this bound is of the model up to {lipschitz.upto} only -> last_layer={lipschitz.upto}.weight"
+        )
+    given = last_layer.detach().cpu().double()
+    if given.shape != head.weight.shape or not torch.equal(given, head.weight):
+        raise ValueError(f"last_layer= is not the weight of {lipschitz.upto} for which the bound was proved")
+    return last_layer
+
+
+def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor) -> Rounding:
+    """Return the rounding of a bound, if it is about these scores."""
+    if not isinstance(lipschitz, Bound):
+        raise ValueError(
+            f"inputs= needs the bound of the whole model, got {type(lipschitz).__name__} -> "
             "lipschitz=lipschitz_bound(model, inputs)"
         )
+    found = lipschitz.rounding
     shape = (len(logits), *lipschitz.input_shape)
     if inputs.shape != shape or not inputs.dtype == logits.dtype == found.dtype:
         raise ValueError(
             f"inputs= must be what gave the logits, {found.dtype} of shape {shape}, got {inputs.dtype} "
             f"{tuple(inputs.shape)} and {logits.dtype} logits -> compute them without autocast"
         )
-    reason = found.unknown or not_standard(logits.device)
+    reason = found.unknown or not_standard(logits.device) or half_precision(logits)
     if reason:
-        raise UnsoundError(f"the rounding of the scores has no bound: {reason} -> leave inputs= out, or run on a CPU")
+        raise UnsoundError(
+            f"the rounding of the scores has no bound: {reason} -> leave inputs= out, or compute the scores on a CPU "
+            "without autocast"
+        )
     return found
+
+
+def half_precision(scores: Tensor) -> str:
+    """Return why scores seem to have been computed in half precision; empty if they do not.
+
+    Example:
+        >>> half_precision(torch.tensor([[0.1, 0.2]])), half_precision(torch.tensor([[0.1, 0.2]]).bfloat16().float())
+        ('', 'all scores are numbers of torch.bfloat16')
+    """
+    if torch.is_autocast_enabled(scores.device.type):
+        return "autocast is active"
+    dtype = half_dtype(scores)
+    return f"all scores are numbers of {dtype}" if dtype is not None else ""
+
+
+def half_dtype(scores: Tensor) -> torch.dtype | None:
+    """Return the dtype of half precision of which all scores are numbers; None for small integers too."""
+    if bool(((scores == scores.round()) & (scores.abs() <= 16)).all()):
+        return None
+    for dtype in (torch.bfloat16, torch.float16):
+        if bool((scores.to(dtype).to(scores.dtype) == scores).all()):
+            return dtype
+    return None
 
 
 def _check(logits: Tensor, target: Tensor) -> None:

@@ -45,6 +45,10 @@ class _Tracer(fx.Tracer):
         return is_leaf(m)
 
 
+class _TracerOfBuffers(_Tracer):
+    proxy_buffer_attributes = True
+
+
 def trace(module: nn.Module) -> fx.Graph:
     """Return the graph of ``module.forward``.
 
@@ -52,7 +56,11 @@ def trace(module: nn.Module) -> fx.Graph:
         UnknownLipschitzError: It depends on values or on state, or cannot be traced for another reason.
     """
     try:
-        first, second = _Tracer().trace(module), _Tracer().trace(module)
+        try:
+            first, second = _Tracer().trace(module), _Tracer().trace(module)
+        except TypeError:
+            # Methods of a buffer that take sizes of the input need it to be traced as well.
+            first, second = _TracerOfBuffers().trace(module), _TracerOfBuffers().trace(module)
     except Exception as error:
         raise UnknownLipschitzError(
             type(module).__name__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, fx
 
 from groundwire_aol.certify.call import Call, Proof, sizes_per_axis
 from groundwire_aol.certify.linear_norms import layer_norm
-from groundwire_aol.certify.norms import ROUNDING, kernel_norm, matrix_norm, nonnegative_norm
+from groundwire_aol.certify.norms import (
+    MAX_COLUMNS,
+    ROUNDING,
+    kernel_norm,
+    matrix_norm,
+    nonnegative_norm,
+    operator_norm,
+)
 from groundwire_aol.certify.shape_rules import repetitions
 from groundwire_aol.layers.rescale import Geometry
 
@@ -94,15 +102,43 @@ def known(call: Call) -> Proof:
 
 def batchnorm(call: Call) -> Proof:
     """Bound of BatchNorm in evaluation: the largest factor of its channels."""
-    layer = call.layer
-    if layer.running_var is None:
+    norm = BatchNormConstants.of(call)
+    if norm is None:
         raise call.unknown(
-            "BatchNorm without running statistics divides by those of the batch", "use groundwire_aol.BatchCentering"
+            "BatchNorm without running statistics, or in training mode, divides by those of the batch",
+            "use groundwire_aol.BatchCentering",
         )
-    factors = (layer.running_var.double() + layer.eps).rsqrt()
-    if layer.weight is not None:
-        factors = factors * layer.weight.detach().double().abs()
-    return Proof(call.only * float(factors.max()) * ROUNDING * _FACTOR, "largest factor of its channels")
+    return Proof(call.only * float(norm.factors.max()) * ROUNDING * _FACTOR, "largest factor of its channels")
+
+
+@dataclass(frozen=True)
+class BatchNormConstants:
+    """Constants of BatchNorm in evaluation, as a layer or a function: ``factors * (x - mean) + bias``."""
+
+    factors: Tensor
+    mean: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call) -> BatchNormConstants | None:
+        """Return those of a call; None where statistics are of the batch."""
+        layer = call.layer
+        if layer is not None:
+            mean, var, weight, bias, eps = (
+                layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps,
+            )  # fmt: skip
+        else:
+            names = ("running_mean", "running_var", "weight", "bias")
+            mean, var, weight, bias = (call.argument(i, name) for i, name in enumerate(names, start=1))
+            eps = call.argument(7, "eps", 1e-5)
+            if call.argument(5, "training", False):
+                return None
+        if mean is None or var is None:
+            return None
+        factors = (var.detach().double() + eps).rsqrt()
+        if weight is not None:
+            factors = factors * weight.detach().double().abs()
+        return cls(factors, mean.detach().double(), None if bias is None else bias.detach())
 
 
 # Several branches
@@ -177,9 +213,16 @@ def extreme(call: Call) -> Proof:
 
 
 def sorting(call: Call) -> Proof:
-    """Bound of sorting: 1."""
-    _refuse_batch_dims(call, call.argument(1, "dim", -1))
+    """Bound of sorting, and of the largest so many: 1."""
+    _refuse_batch_dims(call, call.argument(2 if call.name == "topk" else 1, "dim", -1))
     return Proof(call.only, "sorting")
+
+
+def selection(call: Call) -> Proof:
+    """Bound of entries of one tensor where a constant mask is true, of another elsewhere."""
+    if call.depends(call.nodes[0]):
+        raise call.unknown("a selection by the values of activations may jump", "use torch.maximum, relu or clamp")
+    return Proof(math.hypot(*repetitions(call, 3)), "root of the sum of squares")
 
 
 def _refuse_batch_dims(call: Call, dims: Any) -> None:
@@ -199,6 +242,26 @@ def max_pool(axes: int) -> LipschitzRule:
         size, stride, dilation = (getattr(layer, n) if layer else call.argument(i, n, d) for i, n, d in arguments)
         constant = max_pool_constant(size, stride, dilation, axes)
         return Proof(call.only * constant, "root of the number of windows that share a pixel")
+
+    return rule
+
+
+def adaptive_max_pool(axes: int) -> LipschitzRule:
+    """Return the rule of adaptive max pooling: a pixel counts as often as windows hold it."""
+
+    def rule(call: Call) -> Proof:
+        layer = call.layer
+        if layer.return_indices if layer else call.argument(2, "return_indices", False):
+            raise call.unknown("indices of entries are no continuous function", "use return_indices=False")
+        sizes = sizes_per_axis(layer.output_size if layer else call.argument(1, "output_size"), axes)
+        windows = 1
+        for size, outputs in zip(call.x.shape[-axes:], sizes, strict=True):
+            count = [0] * size
+            for i in range(size if outputs is None else outputs):
+                start, end = i * size // (outputs or size), -(-(i + 1) * size // (outputs or size))
+                count[start:end] = [c + 1 for c in count[start:end]]
+            windows *= max(count)
+        return Proof(call.only * math.sqrt(windows), "root of the number of windows that share a pixel")
 
     return rule
 
@@ -256,6 +319,42 @@ def item(call: Call) -> Proof:
     if isinstance(chosen, Tensor) and not chosen.is_floating_point():
         raise call.unknown("indices of entries are no continuous function", "use the values")
     return Proof(call.only, "one of several")
+
+
+def values(call: Call) -> Proof:
+    """Bound of the values of a maximum or of sorting."""
+    if call.node.op != "call_function" or not isinstance(call.x, tuple):
+        raise call.unknown("values of this have no rule")
+    return Proof(call.only, "one of several")
+
+
+def einsum(call: Call) -> Proof:
+    """Bound of an Einstein sum of one activation and constants, from its matrix written out."""
+    operands = call.args[1:]
+    dependent = [i for i, node in enumerate(call.nodes[1:]) if call.depends(node)]
+    if len(dependent) != 1 or not isinstance(operands[dependent[0]], Tensor):
+        raise call.unknown("a sum of products of activations is not Lipschitz", "let one operand depend on the input")
+    place = dependent[0]
+    x = operands[place]
+    shape = tuple(x.shape[1:])
+    if math.prod(shape) > MAX_COLUMNS:
+        raise call.unknown(
+            f"the matrix of an einsum with inputs of shape {shape} is too large", "use nn.Linear or conv"
+        )
+
+    def function(value: Tensor) -> Tensor:
+        constants = [c.detach().double() if isinstance(c, Tensor) else c for c in operands]
+        constants[place] = value
+        found: Tensor = torch.einsum(call.args[0], *constants)
+        if len(found) != len(value):
+            raise call.unknown("it sums over the batch", "keep the batch first and apart")
+        return found
+
+    mixed = function(torch.stack([torch.ones_like(x[0]).double(), torch.zeros_like(x[0]).double()]))
+    if bool(mixed[1].any()):
+        raise call.unknown("it mixes the samples of a batch", "keep the batch first and apart")
+    bound = next(call.bounds[n] for n in call.bounds)
+    return Proof(bound * operator_norm(function, shape), "exact (singular values)")
 
 
 def linear_layer(call: Call) -> Proof:

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _each(1.0, rnd.exact, (nn.ReLU6,), "relu6"),
     _each(1.0, rnd.approximate, (nn.Tanh,), "tanh tanh_"),
     _each(1.0, rnd.few, (nn.Softsign,), "softsign"),
-    _each(1.0, rnd.approximate, (nn.LogSigmoid,), "logsigmoid"),
+    _each(1.0, rnd.approximate, (nn.LogSigmoid,), "logsigmoid log_sigmoid"),
     _each(1.0, rnd.approximate, (nn.Tanhshrink,), "tanhshrink"),
     _each(1.0, rnd.few, (nn.Softshrink,), "softshrink"),
     _each(1.0, rnd.approximate, (), "sin cos"),
@@ -128,7 +129,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _each(lip.prelu, rnd.few, (nn.PReLU,), "prelu"),
     _each(lip.elu, rnd.approximate, (nn.ELU,), "elu"),
     _each(lip.celu, rnd.approximate, (nn.CELU,)),
-    _each(lip.softplus, rnd.approximate, (nn.Softplus,)),
+    _each(lip.softplus, rnd.softplus, (nn.Softplus,)),
     _operation(
         lip.inactive, rnd.exact, shape.same,
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -140,7 +141,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _operation(lip.known, rnd.centering, shape.same, (BatchCentering,)),
     _operation(
         lip.batchnorm, rnd.batchnorm, shape.same,
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), "batch_norm",
     ),
     # Several branches
     _operation(lip.total, rnd.few, shape.broadcast, (), "add sub rsub iadd isub"),
@@ -151,10 +152,15 @@ OPERATIONS: tuple[Operation, ...] = (
     # Extremes
     _operation(lip.extreme_of_two, rnd.exact, shape.broadcast, (), "maximum minimum"),
     _operation(lip.extreme, rnd.exact, shape.extreme, (), "max min amax amin"),
-    _operation(lip.sorting, rnd.exact, shape.fewer, (), "sort"),
+    _operation(lip.sorting, rnd.exact, shape.fewer, (), "sort topk"),
+    _operation(lip.selection, rnd.exact, shape.broadcast_of_all, (), "where"),
     *(
         _operation(lip.max_pool(axes), rnd.exact, shape.pooled, (layer,), f"max_pool{axes}d")
         for axes, layer in ((1, nn.MaxPool1d), (2, nn.MaxPool2d), (3, nn.MaxPool3d))
+    ),
+    *(
+        _operation(lip.adaptive_max_pool(axes), rnd.exact, shape.pooled, (layer,), f"adaptive_max_pool{axes}d")
+        for axes, layer in ((1, nn.AdaptiveMaxPool1d), (2, nn.AdaptiveMaxPool2d), (3, nn.AdaptiveMaxPool3d))
     ),
     # Rearrangements and copies
     _linear(
@@ -167,9 +173,11 @@ OPERATIONS: tuple[Operation, ...] = (
         ),
         "view reshape flatten unflatten permute transpose swapaxes movedim moveaxis squeeze unsqueeze expand repeat "
         "repeat_interleave tile select narrow index_select split chunk unbind flip roll pixel_shuffle "
-        "pixel_unshuffle channel_shuffle unfold view_as reshape_as expand_as T mT diagonal tensor_split rot90",
+        "pixel_unshuffle channel_shuffle unfold view_as reshape_as expand_as T mT diagonal tensor_split rot90 t "
+        "gather take_along_dim",
     ),
     _operation(lip.item, rnd.exact, shape.measured, (), "getitem"),
+    _operation(lip.values, rnd.exact, shape.fewer_in_all, (), "values"),
     _linear(rnd.few, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), "pad to type_as"),
     _linear(rnd.interpolation, (nn.Upsample, nn.UpsamplingBilinear2d), "interpolate upsample"),
     # Averages
@@ -185,6 +193,7 @@ OPERATIONS: tuple[Operation, ...] = (
     # Products with constant weights; layers of them are found by what they compute, see operation_of_layer
     _operation(lip.dense, rnd.dense, shape.multiplied, (), "linear"),
     _operation(lip.product, rnd.product, shape.multiplied, (), "matmul mm"),
+    _operation(lip.einsum, rnd.einsum, shape.measured, (), "einsum"),
     _operation(
         lip.convolution, rnd.convolution, shape.convolved, (),
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -203,12 +212,14 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 FACTS = frozenset((
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device", "len", "is_floating_point",
 ))  # fmt: skip
+#: Functions of a tensor of which only the shape and the dtype count.
+CONSTANTS_LIKE = frozenset(("zeros_like", "ones_like", "new_zeros", "new_ones"))
 #: What may be computed from constants alone, beside the functions in the table: it always gives the same result.
 PURE = frozenset((
     "floordiv", "mod", "pow", "sqrt", "rsqrt", "exp", "log", "square", "reciprocal", "softmax", "softplus", "norm",
     "zeros", "ones", "full", "eye", "arange", "linspace", "tensor", "as_tensor", "where", "prod", "sign", "item",
     "zeros_like", "ones_like", "floor", "ceil", "int", "eq", "ne", "lt", "gt", "le", "ge", "and_", "or_", "not_",
-    "normalize",
+    "normalize", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
 ))  # fmt: skip
 
 #: What to use instead of operations that have no rule.
@@ -254,11 +265,27 @@ def is_known_function(target: Any) -> bool:
         >>> is_known_function(torch.relu), is_known_function(lambda x: x)
         (True, False)
     """
-    if isinstance(target, str) or target in (getattr, math.sqrt):
-        return True
+    if isinstance(target, str):
+        return is_original(getattr(torch.Tensor, target, None))
     name = getattr(target, "__name__", "")
     places: tuple[Any, ...] = (torch, nn.functional, operator, torch.Tensor)
-    return any(getattr(place, name, None) is target for place in places) or target in _BUILTINS
+    own = any(getattr(place, name, None) is target for place in places) or target in _BUILTINS
+    own = own or getattr(torch.linalg, name.removeprefix("linalg_"), None) is target
+    return own and is_original(target)
 
 
-_BUILTINS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+_BUILTINS = (
+    getattr,
+    math.sqrt,
+    nn.functional.logsigmoid,
+    nn.functional.conv1d,
+    nn.functional.conv2d,
+    nn.functional.conv3d,
+)
+_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def is_original(function: Any) -> bool:
+    """Tell whether a function is compiled, or written in torch or this package: not a patch by somebody else."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_filename.startswith(_FOLDERS)

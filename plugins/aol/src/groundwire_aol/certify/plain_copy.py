@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
 from groundwire import PluginError
 from groundwire.modules import shift_hooks, without_shifts
+from groundwire_aol.certify.operations import is_original
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.layers.parametrization import bake
 
@@ -32,17 +34,36 @@ def rows_of(example: Any) -> Tensor:
     return torch.cat([first, torch.zeros_like(first)])
 
 
+def evaluation_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode, with its parametrizations.
+
+    Raises:
+        UnsoundError: Weights are not finite, or of a precision for which no bound is proved.
+        UnknownLipschitzError: Something in ``module``, or in torch, could change what its layers compute.
+    """
+    refuse_weights(module)
+    refuse_patches(module)
+    live = copy.deepcopy(module).eval()
+    without_shifts(live)  # They add a vector that no input moves, so they change no distance.
+    refuse_hooks(live)
+    for path, part in live.named_modules():
+        if part.training:
+            raise UnknownLipschitzError(
+                path,
+                f"{type(part).__name__} stays in training mode in evaluation, as its train() or eval() was replaced",
+                "remove the replacement: statistics of a batch have no certificate",
+            )
+    return live
+
+
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode with every parametrization baked, ready to trace.
 
     Raises:
         UnsoundError: Weights are not finite, or of a precision for which no bound is proved.
-        UnknownLipschitzError: Something in ``module`` could change what its layers compute.
+        UnknownLipschitzError: Something in ``module``, or in torch, could change what its layers compute.
     """
-    refuse_weights(module)
-    twin = copy.deepcopy(module).eval()
-    without_shifts(twin)  # They add a vector that no input moves, so they change no distance.
-    bake(twin)
+    twin = bake(evaluation_copy(module))
     for layer in list(twin.modules()):
         if parametrize.is_parametrized(layer):
             cls = type(layer)
@@ -50,7 +71,6 @@ def plain_copy(module: nn.Module) -> nn.Module:
             for name in list(layer.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     refuse_weights(twin)  # A parametrization may make NaN from finite numbers, as weight_norm does from a zero row.
-    refuse_hooks(twin)
     return twin
 
 
@@ -79,14 +99,41 @@ def refuse_hooks(module: nn.Module) -> None:
         if foreign:
             raise UnknownLipschitzError(
                 path,
-                f"a forward hook ({getattr(foreign[0], '__qualname__', type(foreign[0]).__name__)}) may change what it "
-                "computes",
+                f"a forward hook ({_name(foreign[0])}) may change what it computes",
                 "remove it, such as by torch.nn.utils.remove_spectral_norm, or use torch.nn.utils.parametrizations",
             )
         own = vars(layer).get("forward")
         # Lightning leaves the class's own method on the instance.
         if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise UnknownLipschitzError(path, "forward was replaced on the instance", "give the class this forward")
+
+
+def refuse_patches(module: nn.Module) -> None:
+    """Raise for hooks of all modules, and for functions and layers of torch that were replaced in this process."""
+    name = type(module).__name__
+    hooks = [*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values()]
+    if hooks:
+        raise UnknownLipschitzError(
+            name, f"a forward hook of all modules is registered ({_name(hooks[0])})", "remove it before certifying"
+        )
+    for path, layer in module.named_modules():
+        for cls in type(layer).__mro__:
+            if cls.__module__.split(".")[0] in ("torch", "groundwire_aol"):
+                for method in map(vars(cls).get, _COMPUTING):
+                    if not is_original(method):
+                        raise UnknownLipschitzError(
+                            path, f"{cls.__name__}.{_name(method)} was replaced", "restart without that patch"
+                        )
+    for key, function in vars(nn.functional).items():
+        if not is_original(function):
+            raise UnknownLipschitzError(name, f"torch.nn.functional.{key} was replaced", "restart without that patch")
+
+
+_COMPUTING = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def foreign_hooks(layer: nn.Module) -> list[Any]:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from groundwire_aol.certify.batch_size import BatchSize
 from groundwire_aol.certify.call import Call, Proof, floats_in
 from groundwire_aol.certify.graph import tensors_of
 from groundwire_aol.certify.linear_norms import Rescale
 from groundwire_aol.certify.operations import (
+    CONSTANTS_LIKE,
     FACTS,
     FUNCTIONS,
     PURE,
@@ -69,6 +71,7 @@ class Propagation:
         self.bounds: dict[fx.Node, float] = {}
         self.layers: list[LayerBound] = []
         self.errors: RoundingErrors | None = None
+        self.batch_size = BatchSize()
         self.outputs: list[fx.Node] = []
 
     def run(self, example: Tensor) -> float:
@@ -80,9 +83,7 @@ class Propagation:
         """
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         name = type(self.module).__name__
-        if not inputs or any(not n.args for n in inputs[1:]):
-            names = ", ".join(str(n.target) for n in inputs) or "nothing"
-            raise UnknownLipschitzError(name, f"its forward takes {names}", "wrap it in a module that takes one tensor")
+        _refuse_odd_arguments(name, inputs)
         self.errors = RoundingErrors(example.dtype)
         lipschitz = 0.0
         for node in self.graph.nodes:
@@ -120,6 +121,7 @@ class Propagation:
         call = Call(node, self.module, args, kwargs, bounds, self.rescales, layer)
         operation = _operation_of(call)
         proof = proof_of(call, operation)
+        self.batch_size.follow(call, operation)
         before = self._versions(node)
         try:
             value = self.values[node] = call.run()
@@ -195,14 +197,14 @@ def proof_of(call: Call, operation: Operation | None) -> Proof | None:
     """
     if call.node.op == "get_attr":
         return None
-    if "out" in call.kwargs:
+    if call.kwargs.get("out") is not None:
         raise call.unknown("out= writes into another tensor", "use the result")
     if call.layer is None and not is_known_function(call.node.target):
         raise call.unknown(f"{call.name} is no function of torch", "call torch functions, or put it into a module")
     if not call.bounds:
         _refuse_impure(call, operation)
         return None
-    if call.layer is None and call.name in FACTS:
+    if call.layer is None and (call.name in FACTS or call.name in CONSTANTS_LIKE):
         return None
     if operation is None:
         shape = f" (input of shape {tuple(call.x.shape)})" if isinstance(call.x, Tensor) else ""
@@ -294,6 +296,19 @@ class RoundingErrors:
         finite = math.isfinite(total.offset) and math.isfinite(total.slope)
         unknown = self.unknown or ("" if finite else "a sum of products is too long for this dtype")
         return Rounding(total.offset, total.slope, (self.peak.offset, self.peak.slope), self.dtype, unknown)
+
+
+def _refuse_odd_arguments(name: str, inputs: list[fx.Node]) -> None:
+    if not inputs or any(not n.args for n in inputs[1:]):
+        names = ", ".join(str(n.target) for n in inputs) or "nothing"
+        raise UnknownLipschitzError(name, f"its forward takes {names}", "wrap it in a module that takes one tensor")
+    for node in inputs[1:]:
+        if node.users:
+            raise UnknownLipschitzError(
+                name,
+                f"its forward computes with its argument {node.target}, of which another call may give another value",
+                "set it in __init__, or wrap the model in a module that always passes the same value",
+            )
 
 
 def _refuse_odd_results(name: str, result: Any) -> None:

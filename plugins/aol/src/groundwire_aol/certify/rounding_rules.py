@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwire_aol.certify.call import Call, floats_in, sizes_per_axis
+from groundwire_aol.certify.lipschitz_rules import BatchNormConstants
 from groundwire_aol.certify.norms import nonnegative_norm
 from groundwire_aol.layers.parametrization import TRANSPOSED
 
@@ -118,6 +119,13 @@ def approximate(at: Magnitudes) -> Affine:
     return whole * (APPROXIMATE * at.unit)
 
 
+def softplus(at: Magnitudes) -> Affine:
+    """Error of Softplus, which torch computes as the identity beyond its threshold."""
+    layer = at.call.layer
+    jump = math.log1p(math.exp(-layer.threshold)) / layer.beta * (1 + 1e-9)
+    return approximate(at) + Affine(jump * math.sqrt(at.entries))
+
+
 def averaging(at: Magnitudes) -> Affine:
     """Error of sums of at most all entries of a sample."""
     return at.sums(at.call.x[0].numel())
@@ -164,14 +172,17 @@ def centering(at: Magnitudes) -> Affine:
     return (at.inputs + Affine(constant)) * gamma(4, at.unit)
 
 
-def batchnorm(at: Magnitudes) -> Affine:
+def batchnorm(at: Magnitudes) -> Affine | None:
     """Error of BatchNorm in evaluation."""
-    layer = at.call.layer
-    factors = (layer.running_var.double() + layer.eps).rsqrt()
-    if layer.weight is not None:
-        factors = factors * layer.weight.detach().double().abs()
-    constant = at.norm_of_channels(factors * layer.running_mean.double()) + at.norm_of_channels(layer.bias)
-    return (at.inputs * float(factors.max()) + Affine(constant)) * gamma(12, at.unit)
+    norm = BatchNormConstants.of(at.call)
+    if norm is None:
+        return None
+    constant = at.norm_of_channels(norm.factors * norm.mean) + at.norm_of_channels(norm.bias)
+    return (at.inputs * float(norm.factors.max()) + Affine(constant)) * gamma(12, at.unit)
+
+
+def einsum(at: Magnitudes) -> None:
+    """No rule: its sums have any length."""
 
 
 # Products with weights: ``gamma_n (|| |W| || ||x|| + ||b||)``

@@ -27,6 +27,19 @@ def fewer(call: Call, value: Any) -> None:
         _refuse(call, value, "copies entries", "")
 
 
+def fewer_in_all(call: Call, value: Any) -> None:
+    """One of several tensors."""
+    if not isinstance(value, Tensor) or all(value is not part for part in call.x):
+        _refuse(call, value, "is none of several tensors", "")
+
+
+def broadcast_of_all(call: Call, value: Any) -> None:
+    """The common shape of three operands; the Lipschitz rule counts how often each is repeated."""
+    shapes = [a.shape for a in call.args if isinstance(a, Tensor)]
+    if not isinstance(value, Tensor) or value.shape != torch.broadcast_shapes(*shapes):  # type: ignore[no-untyped-call]
+        _refuse(call, value, "gives another shape than its operands have together", "")
+
+
 def broadcast(call: Call, value: Any) -> None:
     """The operands' common shape; the Lipschitz rule counts how often each is repeated."""
     shapes = [a.shape for a in call.args[:2] if isinstance(a, Tensor)]
@@ -77,12 +90,16 @@ def measured(call: Call, value: Any) -> None:
     """Any: the Lipschitz rule ran the call itself on these shapes."""
 
 
-def repetitions(call: Call) -> list[float]:
-    """Return the bounds of two operands, each times the root of how often broadcasting repeats its entries."""
-    tensors = [v for v in call.args[:2] if isinstance(v, Tensor)]
+def repetitions(call: Call, operands: int = 2) -> list[float]:
+    """Return the bounds of the operands, each times the root of how often broadcasting repeats its entries."""
+    if len(call.args) < operands:
+        raise call.unknown(
+            f"{call.name} has fewer than {operands} operands, or takes them by name", "give all in order"
+        )
+    tensors = [v for v in call.args[:operands] if isinstance(v, Tensor)]
     total = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     found = []
-    for node, value in zip(call.nodes[:2], call.args[:2], strict=True):
+    for node, value in zip(call.nodes[:operands], call.args[:operands], strict=True):
         bound = call.bounds.get(node, 0.0) if isinstance(node, fx.Node) else 0.0
         if bound and (value.dim() != len(total) or value.shape[0] != total[0] or value.shape[0] != 2):
             raise call.unknown(f"broadcasting {tuple(value.shape)} to {tuple(total)} moves the batch dimension")

@@ -20,10 +20,17 @@ from groundwire_aol.certify.operations import FACTS, FUNCTIONS, HINTS, is_known_
 from groundwire_aol.certify.plain_copy import refuse_weights
 from groundwire_aol.certify.score_module import is_lightning, score_module
 from groundwire_aol.convert.branches import rewrite, sums_and_concatenations
-from groundwire_aol.convert.replacements import Activation, Init, replacement, takes_weights
+from groundwire_aol.convert.replacements import Activation, Init, LastLayer, replacement, takes_weights
 from groundwire_aol.errors import UnknownLipschitzError
 from groundwire_aol.layers.initialisers import nearest_orthogonal_
-from groundwire_aol.layers.parametrization import CONVOLUTIONS, aol_of, constrain, geometry_of
+from groundwire_aol.layers.parametrization import (
+    CONVOLUTIONS,
+    aol_of,
+    constrain,
+    geometry_of,
+    has_unit_rows,
+    normalize_rows,
+)
 
 
 def lipschitz(
@@ -36,6 +43,7 @@ def lipschitz(
     exclude: Sequence[str] = (),
     input_std: Any = None,
     inplace: bool = False,
+    last_layer: LastLayer = "aol",
 ) -> tuple[nn.Module, list[str]]:
     r"""Turn a stock CNN or MLP into a 1-Lipschitz one, to be trained from here.
 
@@ -53,6 +61,8 @@ def lipschitz(
         exclude: Paths of submodules to leave alone; the certificate then counts them as they are.
         input_std: Deviations that the data is divided by outside the model, noted in the list.
         inplace: Change ``module`` itself instead of a copy.
+        last_layer: "normalized" gives the Linear layer that computes the scores rows of length 1, which are certified
+            per pair of classes, see :class:`groundwire_aol.NormalizedLinear`.
 
     Returns:
         The model and one line per change. The lines are empty for a model that is converted already.
@@ -72,7 +82,7 @@ def lipschitz(
     """
     module = module if inplace else copy.deepcopy(module)
     wrapped = nn.Sequential(module) if is_leaf(module) and aol_of(module) is None else module
-    found = Conversion(wrapped, activation, steps, init, tuple(exclude))
+    found = Conversion(wrapped, activation, steps, init, tuple(exclude), last_layer)
     changes = found.apply()
     result = found.module
     if input_std is not None:
@@ -82,10 +92,14 @@ def lipschitz(
         )
     if example_input is not None:
         bound = lipschitz_bound(result, example_input)
-        if float(bound) > 1 + 1e-4 and not exclude:
+        if float(bound) > 1 + 1e-4 and not exclude and bound.head is None:
             worst = ", ".join(f"{b.path} {b.constant:.4g}" for b in bound.layers if b.constant > 1 + 1e-4)
             changes.append(f"counted, not changed: {worst}")
         changes.append(f"proved: Lipschitz constant at most {float(bound):.8g}")
+        if bound.head is not None:
+            changes.append(
+                f"proved: at most {bound.head.body:.8g} up to {bound.head.path}; certified per pair of classes"
+            )
     return result, changes
 
 
@@ -93,7 +107,13 @@ class Conversion:
     """Looks at everything first, then changes: a refusal leaves the model as it was."""
 
     def __init__(
-        self, module: nn.Module, activation: Activation, steps: int, init: Init, exclude: tuple[str, ...]
+        self,
+        module: nn.Module,
+        activation: Activation,
+        steps: int,
+        init: Init,
+        exclude: tuple[str, ...],
+        last_layer: LastLayer = "aol",
     ) -> None:
         if activation not in ("maxmin", "nactivation", None):
             raise ValueError(f"activation must be 'maxmin', 'nactivation' or None, got {activation!r}")
@@ -101,6 +121,8 @@ class Conversion:
             raise ValueError(f"init must be 'orthogonal' or 'keep', got {init!r}")
         if steps not in (1, 2):
             raise ValueError(f"steps must be 1 or 2, got {steps!r}")
+        if last_layer not in ("aol", "normalized"):
+            raise ValueError(f"last_layer must be 'aol' or 'normalized', got {last_layer!r}")
         names = dict(module.named_modules())
         missing = [name for name in exclude if name not in names]
         if missing:
@@ -119,6 +141,7 @@ class Conversion:
         self.channels: dict[fx.Node, int | None] = {}
         self.new: dict[str, nn.Module | None] = {}
         self.lines: dict[str, str] = {}
+        self.normalized = self.last_linear() if last_layer == "normalized" else ""
 
     def apply(self) -> list[str]:
         """Check everything, change everything, and tell."""
@@ -144,6 +167,23 @@ class Conversion:
             else:
                 self.module = block
         return list(self.lines.values())
+
+    def last_linear(self) -> str:
+        """Return the path of the Linear layer that gives the scores.
+
+        Raises:
+            UnknownLipschitzError: Another step gives them.
+        """
+        [output] = [n for n in self.graph.nodes if n.op == "output"]
+        last = output.args[0]
+        path = self.path(str(last.target)) if isinstance(last, fx.Node) and last.op == "call_module" else ""
+        if not path or not isinstance(self.module.get_submodule(path), nn.Linear):
+            raise UnknownLipschitzError(
+                path or type(self.module).__name__,
+                "the scores are not given by a Linear layer, whose rows could be normalized",
+                "use last_layer='aol'",
+            )
+        return path
 
     def path(self, bare: str) -> str:
         """Return a path in the traced part as one in the whole model."""
@@ -189,7 +229,11 @@ class Conversion:
 
     def plan_layer(self, path: str, layer: nn.Module, channels: int | None) -> None:
         """Note what takes the place of a layer."""
-        if path in self.new:
+        if path in self.new or has_unit_rows(layer):
+            return
+        if path == self.normalized:
+            self.new[path] = None
+            self.lines[path] = f"{path}: {type(layer).__name__} -> rows of length 1, certified per pair of classes"
             return
         found = replacement(path, layer, channels, self.activation, self.init)
         if found is not None:
@@ -204,7 +248,10 @@ class Conversion:
                 _start_orthogonal(old)
                 if old.bias is not None:
                     nn.init.zeros_(old.bias)  # type: ignore[arg-type]
-            constrain(old, self.steps)
+            if path == self.normalized:
+                normalize_rows(old)
+            else:
+                constrain(old, self.steps)
             return
         layer.train(old.training)
         parameter = next(old.parameters(), next(self.module.parameters(), None))

@@ -21,6 +21,7 @@ from groundwire_aol.layers.pooling import GlobalAvgPool, Rescaled
 
 Activation: TypeAlias = Literal["maxmin", "nactivation"] | None
 Init: TypeAlias = Literal["orthogonal", "keep"]
+LastLayer: TypeAlias = Literal["aol", "normalized"]
 
 #: Replaced by MaxMin or NActivation. Tanh, Sigmoid and the like stay: somebody chose them for their range.
 REPLACED = (

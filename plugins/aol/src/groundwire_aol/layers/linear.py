@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from groundwire_aol.layers.initialisers import nearest_orthogonal_
-from groundwire_aol.layers.parametrization import aol_of, constrain, geometry_of
+from groundwire_aol.layers.parametrization import aol_of, constrain, geometry_of, normalize_rows
 from groundwire_aol.layers.rescale import Side
 
 Size: TypeAlias = int | tuple[int, ...]
@@ -69,6 +69,40 @@ class AOLLinear(_Orthogonal, nn.Linear):  # type: ignore[misc]
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         constrain(self, steps, side=side, compat=compat)
+
+
+class NormalizedLinear(_Orthogonal, nn.Linear):  # type: ignore[misc]
+    """A last layer whose rows have length 1, as :class:`torch.nn.Linear` otherwise; certified per pair of classes.
+
+    Its norm may be up to the root of the number of classes, and two rows may differ by 2, so the rule with sqrt(2) does
+    not hold with the bound of the layers before it: :func:`groundwire_aol.lipschitz_bound` keeps that and the rows, and
+    :func:`groundwire_aol.certified_radius` divides each margin by ``L_body ||w_y - w_j||``.
+
+    Args:
+        in_features: Size of each input.
+        out_features: Number of classes.
+        bias: Whether to add a bias, which begins at 0.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        (B, in_features) to (B, out_features).
+
+    Example:
+        >>> bool(torch.allclose(NormalizedLinear(8, 3).weight.norm(dim=1), torch.ones(3)))
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        normalize_rows(self)
 
 
 class _Convolution(_Orthogonal):

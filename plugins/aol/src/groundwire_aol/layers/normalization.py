@@ -21,6 +21,9 @@ class BatchCentering(nn.Module):
     Shape:
         (B, C, ...) to the same.
 
+    Raises:
+        ValueError: In ``forward``, for another number of channels, which would be copied to as many.
+
     Example:
         >>> layer = BatchCentering(2)
         >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
@@ -45,6 +48,8 @@ class BatchCentering(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Centre ``x``."""
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"BatchCentering({self.num_features}) got an input of shape {tuple(x.shape)}")
         shape = (1, -1, *(1 for _ in x.shape[2:]))
         mean = self.running_mean.to(x.dtype)
         if self.training:

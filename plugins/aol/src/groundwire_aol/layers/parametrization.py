@@ -237,6 +237,55 @@ def constrain(
     return layer
 
 
+class UnitRows(nn.Module):
+    """A raw weight as one whose rows have length 1."""
+
+    groundwire_aol_unit_rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # As for AOL: torch's own error for another model then names what the weights need.
+        self.register_buffer("groundwire_aol_unit_rows", torch.empty(0))
+
+    def forward(self, original: Tensor) -> Tensor:
+        """Return the weight with each row divided by its length, in float32 at least, in the dtype of ``original``."""
+        exact = original if original.dtype in (torch.float32, torch.float64) else original.float()
+        with torch.autocast(original.device.type, enabled=False):
+            return nn.functional.normalize(exact, dim=1).to(original.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """``layer.weight = w`` sets the raw weight."""
+        return weight
+
+
+def normalize_rows(layer: _Layer) -> _Layer:
+    """Give a Linear layer a weight whose rows have length 1, in place; its weight becomes the raw one.
+
+    Its norm may be up to the root of the number of rows, and two rows may differ by 2: as a last layer it is certified
+    per pair of classes.
+
+    Raises:
+        TypeError: ``layer`` is of another kind.
+
+    Example:
+        >>> bool(torch.allclose(normalize_rows(nn.Linear(5, 2)).weight.norm(dim=1), torch.ones(2)))
+        True
+    """
+    if not (isinstance(layer, nn.Linear) and computes_linear(layer)):
+        raise TypeError(f"{type(layer).__name__} is no Linear layer")
+    if not has_unit_rows(layer):
+        rule = UnitRows().to(device=layer.weight.device)
+        rule.train(layer.training)
+        parametrize.register_parametrization(layer, "weight", rule, unsafe=True)
+        layer.register_load_state_dict_pre_hook(_take_plain_weight)  # type: ignore[no-untyped-call]
+    return layer
+
+
+def has_unit_rows(layer: nn.Module) -> bool:
+    """Tell whether :func:`normalize_rows` gave ``layer`` its weight."""
+    return parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations["weight"][-1], UnitRows)  # type: ignore[index]
+
+
 def computes_linear(layer: nn.Module) -> bool:
     """Tell whether ``layer`` is one of torch's Linear and convolution layers and computes what they do."""
     for cls in LAYERS:
@@ -252,20 +301,21 @@ _COMPUTING = ("forward", "_conv_forward", "__call__")
 def _take_plain_weight(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a checkpoint of the plain layer load: its weight is the raw weight."""
     plain = f"{prefix}weight"
-    if aol_of(layer) is not None and plain in state:
+    if plain in state and (aol_of(layer) is not None or has_unit_rows(layer)):
+        mark = "groundwire_aol_unit_rows" if has_unit_rows(layer) else "groundwire_aol"
         state[f"{prefix}parametrizations.weight.original"] = state.pop(plain)
-        state[f"{prefix}parametrizations.weight.0.groundwire_aol"] = torch.empty(0)
+        state[f"{prefix}parametrizations.weight.0.{mark}"] = torch.empty(0)
 
 
 def bake(module: _Layer) -> _Layer:
-    """Replace every AOL parametrization in ``module`` by the weight it gives, in place; outputs stay bit-equal.
+    """Replace each parametrization of this package by the weight it gives, in place; outputs stay bit-equal.
 
     Example:
         >>> list(bake(constrain(nn.Linear(4, 4))).state_dict())
         ['weight', 'bias']
     """
     for layer in list(module.modules()):
-        if aol_of(layer) is not None:
+        if aol_of(layer) is not None or has_unit_rows(layer):
             _own_class(layer)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             _drop_hook(layer)

@@ -15,6 +15,7 @@ class Rescaled(nn.Module):
         factor: What to multiply by.
 
     Example:
+        >>> import torch
         >>> Rescaled(nn.AvgPool1d(4), 2.0)(torch.ones(1, 1, 4))
         tensor([[[2.]]])
     """
@@ -40,6 +41,7 @@ class GlobalAvgPool(nn.Module):
         axes: Spatial dimensions behind the channels, which become of size 1.
 
     Example:
+        >>> import torch
         >>> GlobalAvgPool(2)(torch.ones(1, 1, 2, 2))
         tensor([[[[2.]]]])
     """

@@ -99,7 +99,7 @@ def rescale(
 
 
 def squared_scale(weight: Tensor, geometry: Geometry, *, steps: int, side: Side, eps: float = EPS) -> Tensor:
-    """Return the diagonal D with ``J^T J <= D`` (input side) or ``J J^T <= D`` (output side), J the operator.
+    """Return the diagonal D with ``J^T J <= D`` (input side) or ``J J^T <= D`` (output side), J being the operator.
 
     Returns:
         Shape (groups, channels * phases) for the side that carries phases, (groups, channels) for the other.

@@ -1,88 +1,25 @@
-"""Two models on the same rows: what changed, for whom, and whether it changed more for some than for others."""
+"""Two models on the same rows: what changed, for whom, and whether a group lost more than the tolerance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from groundwire_bias_audit.audit.gap_tests import with_obstacles
 from groundwire_bias_audit.audit.gate import GOOD_WHEN_HIGH, Gate, Test, Verdict, verdict_of
 from groundwire_bias_audit.audit.groups import Groups, as_tuple, by_target, unwrapped
-from groundwire_bias_audit.audit.hypothesis_tests import adjust, mcnemar, sequential
+from groundwire_bias_audit.audit.hypothesis_tests import adjust, mcnemar
 from groundwire_bias_audit.audit.intervals import quantiles, resample
 from groundwire_bias_audit.audit.predictions import Outputs
-from groundwire_bias_audit.audit.rates import Counts, ratio
-
-
-def change_test(
-    worse: Counts, better: Counts, trials: Counts, *, draws: int = 2000, rng: np.random.Generator | None = None
-) -> float:
-    """P value of "the mean change is the same in all groups", each row changing by -1, 0 or +1.
-
-    The null is that the changes are exchangeable among the rows, so counts by group are drawn hypergeometrically.
-
-    Args:
-        worse: Rows of each group that change by -1.
-        better: Rows that change by +1.
-        trials: All rows of each group.
-        draws: Most permutations.
-        rng: Source of randomness; seeded with 0 when left out.
-
-    Example:
-        >>> a, b = np.array([30, 2]), np.array([0, 0])
-        >>> change_test(a, b, np.array([100, 100])) < 0.001
-        True
-    """
-    held = trials > 0
-    worse, better, trials = worse[held], better[held], trials[held]
-    if len(trials) < 2 or worse.sum() + better.sum() == 0:
-        return 1.0
-    source = rng or np.random.default_rng(0)
-    observed = ((better - worse) ** 2 / trials).sum()
-
-    def exceeding(count: int) -> int:
-        down = _spread(trials, int(worse.sum()), count, source)
-        up = _spread(trials - down, int(better.sum()), count, source)
-        return int((((up - down) ** 2 / trials).sum(axis=1) >= observed * (1 - 1e-9)).sum())
-
-    return sequential(exceeding, draws)
-
-
-def _spread(room: Counts, marked: int, draws: int, rng: np.random.Generator) -> Counts:
-    """Put ``marked`` marks on rows at random; ``room`` is (G,) or, by draw, (B, G). Returns (B, G)."""
-    room = np.broadcast_to(room, (draws, room.shape[-1]))
-    left, marks = room.sum(axis=1), np.full(draws, marked)
-    found = np.zeros(room.shape, np.int64)
-    for group in range(room.shape[1] - 1):
-        left = left - room[:, group]
-        found[:, group] = rng.hypergeometric(marks, room[:, group] + left - marks, room[:, group])
-        marks = marks - found[:, group]
-    found[:, -1] = marks
-    return found
-
-
-def tested_change(
-    changes: Counts, groups: Sequence[Any], metric: str, least: int, draws: int, rng: np.random.Generator
-) -> Test:
-    """Test whether ``metric`` changed alike, given the rows by which it falls, by which it rises, and all, by group."""
-    enough = changes[2] >= least
-    judged, small = (
-        tuple(g for g, ok in zip(groups, enough, strict=True) if bool(ok) is which) for which in (True, False)
-    )
-    down, up, trials = changes[:, enough]
-    if len(trials) < 2:
-        return Test("", "", groups=judged, small=small)
-    mean = (up - down) / trials
-    bad = mean.min() if metric in GOOD_WHEN_HIGH else mean.max()
-    worst = tuple(g for g, m in zip(judged, mean, strict=True) if m == bad)
-    p = change_test(down, up, trials, draws=draws, rng=rng)
-    return Test("", "", groups=judged, small=small, gap=float(np.ptp(mean)), p_value=p, outliers=worst)
+from groundwire_bias_audit.audit.rate_differences import loss_at_least, loss_at_most, paired_p_value
+from groundwire_bias_audit.audit.rates import Counts, Floats, ratio
 
 
 def broken_mended(pairs: Counts) -> tuple[Counts, Counts]:
@@ -156,7 +93,7 @@ class Comparison:
         names: Of the targets.
         pairs: ``[group, target, label, baseline prediction, prediction]``.
         flips: ``[group, target]`` rows whose prediction differs.
-        gate: When a change is a disparity: it differs between groups by more than ``tolerance``, significantly.
+        gate: When a change is a disparity: a group is shown to have lost more than ``tolerance``.
         n_boot: Paired bootstrap draws.
         ci_quantiles: Of the intervals.
         random_state: Seed.
@@ -206,52 +143,73 @@ class Comparison:
 
     @cached_property
     def tests(self) -> list[Test]:
-        """Tests of whether the gated rates (but precision) changed more in some groups, for every attribute."""
+        """Tests of whether a gated rate (but precision) got worse by more than the tolerance in some group."""
         assert self.gate.metrics is not None
         single = not self.pairs[:, :, 0].any()  # "right" of a multiclass task
-        metrics = [m for m in self.gate.metrics if m == "accuracy" or not single]
-        asked = [
-            (names, metric, target)
+        found = [
+            block
             for names in self.gate.attributes(self.groups.sensitive)
+            for metric in self.gate.metrics
+            if metric in CHANGES and (metric == "accuracy" or not single)
             for target in range(self.pairs.shape[1])
-            for metric in metrics
-            if metric in CHANGES
+            for block in self._blocks(names, metric, target)
         ]
-        blocks = math.prod(self.groups.shape[: self.groups.controls])
-        draws = self.gate.permutations(len(asked) * blocks)
-        raw = [test for i, question in enumerate(asked) for test in self._raw(*question, i, draws)]
-        adjusted = adjust([test.p_value for test in raw], self.gate.correction)
-        return [_judged(test, float(p), self.gate) for test, p in zip(raw, adjusted, strict=True)]
+        enough = [rows >= self.gate.min_count for _, (_, _, rows) in found]
+        judged = [changes[:, good].astype(np.int64) for (_, changes), good in zip(found, enough, strict=True)]
+        level = self.gate.alpha / max(1, sum(changes.shape[1] for changes in judged))
+        p_values = [
+            np.array([paired_p_value(b, c, n, self.gate.tolerance, level) for b, c, n in changes.T.tolist()])
+            for changes in judged
+        ]
+        adjusted = adjust(np.concatenate([np.empty(0), *p_values]), self.gate.correction)
+        ends = np.cumsum([0, *map(len, p_values)])
+        tests = [
+            self._test(head, good, changes, p, adjusted[start:end], level)
+            for (head, _), good, changes, p, start, end in zip(
+                found, enough, judged, p_values, ends[:-1], ends[1:], strict=True
+            )
+        ]
+        return with_obstacles(tests, [rows for _, (_, _, rows) in found], {}, self.gate)
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict on how evenly the change itself is distributed; an old disparity that stayed as it was passes."""
+        """Verdict on the change: a disparity where a group lost; gains, and gaps that stay as they were, pass."""
         return verdict_of(self.tests)
 
-    def _raw(self, names: list[str], metric: str, target: int, seed: int, draws: int) -> Iterator[Test]:
-        """One test for each combination of control values, before the correction."""
-        kept = self.groups.keep(names)
+    def _blocks(self, names: list[str], metric: str, target: int) -> Iterator[tuple[Test, Counts]]:
+        """Rows by group that get worse, that get better, and all, for each combination of control values."""
+        groups = self.groups.keep(names)
         pairs = self.groups.marginal(self.pairs, names)[:, target]
-        changes = np.stack(CHANGES[metric](pairs))
-        present = pairs.sum(axis=(1, 2, 3)) > 0
-        labels = [as_tuple(label) for label in kept.index]
+        down, up, rows = CHANGES[metric](pairs)
+        changes = np.stack([down, up, rows] if metric in GOOD_WHEN_HIGH else [up, down, rows])
+        labels = [as_tuple(label) for label in groups.index]
         target_name = str(self.names[target]) if len(self.names) > 1 and self.pairs.shape[1] > 1 else ""
-        controls, attribute = kept.controls, " x ".join(names)
-        width = kept.size // math.prod(kept.shape[:controls])
-        for start in range(0, kept.size, width):
-            cells = [cell for cell in range(start, start + width) if present[cell]]
+        width = groups.size // math.prod(groups.shape[: groups.controls])
+        for start in range(0, groups.size, width):
+            cells = [cell for cell in range(start, start + width) if pairs[cell].any()]
             if cells:
-                groups = [unwrapped(labels[cell][controls:]) for cell in cells]
-                rng = np.random.default_rng([self.random_state, seed, start])
-                found = tested_change(changes[:, cells], groups, metric, self.gate.min_count, draws, rng)
-                yield replace(
-                    found, attribute=attribute, metric=metric, target=target_name, control=labels[start][:controls]
-                )
+                inside = tuple(unwrapped(labels[cell][groups.controls :]) for cell in cells)
+                control = labels[start][: groups.controls]
+                yield Test(" x ".join(names), metric, target_name, control, inside, change=True), changes[:, cells]
 
-
-def _judged(test: Test, adjusted: float, gate: Gate) -> Test:
-    disparity = test.gap > gate.tolerance and adjusted <= gate.alpha
-    outliers = test.outliers if disparity else ()
-    return replace(
-        test, metric=f"{test.metric}_change", p_adjusted=adjusted, disparity=disparity, outliers=outliers
-    )  # fmt: skip
+    def _test(
+        self, head: Test, enough: NDArray[np.bool_], changes: Counts, p: Floats, adjusted: Floats, level: float
+    ) -> Test:
+        groups, small = (
+            tuple(g for g, good in zip(head.groups, enough, strict=True) if bool(good) is wanted)
+            for wanted in (True, False)
+        )
+        worse, better, rows = changes
+        loss = (worse - better) / rows
+        rates = tuple((-loss if head.metric in GOOD_WHEN_HIGH else loss).tolist())
+        head = replace(head, metric=f"{head.metric}_change", groups=groups, small=small, rates=rates,
+                       rows=tuple(rows.tolist()))  # fmt: skip
+        if not len(p):
+            return head
+        lost = [position for position in np.argsort(-loss, kind="stable") if adjusted[position] <= self.gate.alpha]
+        at_least, at_most = (partial(limit, worse, better, rows, level) for limit in (loss_at_least, loss_at_most))
+        return replace(
+            head, gap=float(loss.max()), p_value=float(p.min()), p_adjusted=float(adjusted.min()),
+            disparity=bool(lost), outliers=tuple(groups[position] for position in lost),
+            limits=(at_least, at_most),
+        )  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,21 +55,21 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Gate:
-    """Rule by which a gap between groups is a disparity: larger than ``tolerance`` and significant at ``alpha``.
+    """Rule by which a gap between groups is a disparity: shown to be larger than ``tolerance``.
 
-    The gap is max - min over groups. Its significance is that of an exact permutation test of equal rates
-    (:func:`groundwire_bias_audit.audit.hypothesis_tests.homogeneity`), corrected over metrics x attributes. A group
-    with a denominator under ``min_count`` makes the verdict ``insufficient data`` unless the others already show a
-    disparity.
+    Disparity: the difference of two groups exceeds ``tolerance`` by an exact test
+    (:mod:`groundwire_bias_audit.audit.rate_differences`) at level ``alpha`` over all metrics, attributes, targets and
+    pairs of groups of the audit together. Pass: there is none, and at least two groups of ``min_count`` rows hold 90 %
+    of the rows of every gated rate; smaller groups are listed as not judged. Else the data are insufficient.
 
     Args:
         tolerance: Largest gap that is accepted, in [0, 1).
         alpha: Chance of a false alarm over all tests together, in (0, 1).
         metrics: Gated rates. The default leaves selection_rate out: it differs wherever base rates differ.
-        min_count: Rows that each denominator of each group must have.
-        correction: "holm", "bh" or "none".
+        min_count: Rows that a group's denominator must have for the group to be judged.
+        correction: "holm" (chance of any false alarm), "bh" (share of false alarms) or "none".
         intersections: Also gate the crossing of all sensitive features.
-        draws: Permutations of each test, raised where the correction needs more; fewer where the first 2,000 decide.
+        draws: Deprecated, without effect: the tests draw nothing any more.
 
     Raises:
         TypeError: ``tolerance`` or ``alpha`` is no number.
@@ -84,7 +86,7 @@ class Gate:
     min_count: int = 30
     correction: str = "holm"
     intersections: bool = False
-    draws: int = 2000
+    draws: int | None = None
     named: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,8 +97,10 @@ class Gate:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance!r} (0.05 means five percentage points)")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha must be in (0, 1), got {self.alpha!r}")
-        if self.min_count < 1 or self.draws < 100:
-            raise ValueError(f"min_count >= 1 and draws >= 100 are needed, got {self.min_count} and {self.draws}")
+        if self.min_count < 1:
+            raise ValueError(f"min_count must be at least 1, got {self.min_count}")
+        if self.draws is not None:
+            warnings.warn("Gate(draws=...) has no effect: the tests are exact", DeprecationWarning, stacklevel=3)
         if self.correction not in CORRECTIONS:
             raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
         object.__setattr__(self, "named", self.metrics is not None)
@@ -116,18 +120,6 @@ class Gate:
         """
         crossed = [list(features)] if self.intersections and len(features) > 1 else []
         return [[name] for name in features] + crossed
-
-    def permutations(self, tests: int) -> int:
-        """Draws of each of so many tests: a P value must be able to fall below the strictest level of the correction.
-
-        Example:
-            >>> [Gate().permutations(tests) for tests in (3, 100, 1000, 10_000)]
-            [2000, 40000, 100000, 400000]
-        """
-        if self.correction == "none":
-            return self.draws
-        wanted = max(self.draws, math.ceil(20 * tests / self.alpha))
-        return min(wanted, max(100_000, math.ceil(2 * tests / self.alpha)))
 
 
 def checked_gate(gate: Any) -> Gate:
@@ -164,7 +156,7 @@ def check_metric(name: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Test:
-    """One gated gap.
+    """One gated gap between groups, or (``change``) one gated change from a baseline within groups.
 
     Attributes:
         attribute: The sensitive feature (``"a x b"`` for the crossing of all).
@@ -172,12 +164,16 @@ class Test:
         target: Output, for tasks with several; else "".
         control: Values of the control features, ``()`` without.
         groups: Groups with enough rows.
-        small: Groups with too few rows in the denominator.
-        gap: max - min of the rate over ``groups``.
-        p_value: Of the permutation test of equal rates.
+        small: Groups with too few rows in the denominator; they are not judged.
+        gap: max - min of the rate over ``groups``; of a change the largest loss of a group.
+        p_value: Smallest one of "the difference of two groups is within the tolerance" (of a change: "the loss is").
         p_adjusted: Corrected over the whole audit; NaN where nothing could be tested.
-        disparity: Whether the gap is beyond the gate.
-        outliers: If it is: the groups whose removal leaves no significant gap, worst first.
+        disparity: True if a difference is shown to be beyond the tolerance.
+        outliers: If it is: groups without which no difference would be, worst first.
+        rates: The rate (of a change: the change) of each of ``groups``.
+        rows: Rows in the denominator of each of ``groups``, effective ones with weights.
+        insufficient: Reason for which this test does not let the audit pass, else "".
+        change: True for a change from a baseline.
     """
 
     __test__ = False  # pytest: this is no test class
@@ -193,16 +189,117 @@ class Test:
     p_adjusted: float = math.nan
     disparity: bool = False
     outliers: tuple[Any, ...] = ()
+    rates: tuple[float, ...] = ()
+    rows: tuple[float, ...] = ()
+    insufficient: str = ""
+    change: bool = False
+    limits: tuple[Callable[[], float], Callable[[], float]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def at_least(self) -> float:
+        """Lower end of the simultaneous interval of the true ``gap`` of the judged groups."""
+        return math.nan if self.limits is None else self.limits[0]()
+
+    @cached_property
+    def at_most(self) -> float:
+        """Upper end of it: the data rule out larger gaps. All of an audit hold together with a chance of 1 - alpha."""
+        return math.nan if self.limits is None else self.limits[1]()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Both ends."""
+        return self.at_least, self.at_most
+
+    @property
+    def name(self) -> str:
+        """Metric, target, attribute and control values in words.
+
+        Example:
+            >>> Test("sex", "accuracy", "hat", ("north",)).name
+            'accuracy of hat by sex within north'
+        """
+        target = f" of {self.target}" if self.target else ""
+        within = f" within {', '.join(map(str, self.control))}" if self.control else ""
+        return f"{self.metric}{target} by {self.attribute}{within}"
 
 
 def verdict_of(tests: Sequence[Test]) -> Verdict:
-    """The verdict of an audit: a disparity if there is one, a pass only if every group could be judged.
+    """Verdict of an audit: a disparity if there is one, a pass only if nothing stands against it.
 
     Example:
-        >>> print(verdict_of([Test("sex", "accuracy", small=("f",))]))
-        insufficient data
+        >>> print(verdict_of([Test("sex", "accuracy", insufficient="there is one group")]), verdict_of([]))
+        insufficient data insufficient data
     """
     if any(test.disparity for test in tests):
         return Verdict.DISPARITY
-    judged = bool(tests) and all(not test.small and len(test.groups) > 1 for test in tests)
-    return Verdict.PASS if judged else Verdict.INSUFFICIENT
+    return Verdict.PASS if tests and not any(test.insufficient for test in tests) else Verdict.INSUFFICIENT
+
+
+def describe(test: Test) -> str:
+    """Return a test as one sentence, with the values of the groups furthest apart.
+
+    Example:
+        >>> describe(Test("sex", "accuracy", gap=0.2, p_adjusted=0.001, disparity=True, outliers=("f",)))
+        'accuracy by sex differs by 0.200 (adjusted P = 0.001); stands out: f'
+        >>> describe(Test("sex", "accuracy", groups=("f", "m"), gap=0.2, p_adjusted=0.5, rates=(0.7, 0.9)))
+        'accuracy by sex differs by 0.200: 0.700 for f, 0.900 for m (adjusted P = 0.5)'
+    """
+    named = {group: rate for group, rate in zip(test.groups, test.rates, strict=True) if not math.isnan(rate)}
+    values = ""
+    if named:
+        ends = dict.fromkeys((min(named, key=named.__getitem__), max(named, key=named.__getitem__)))
+        values = ": " + ", ".join(f"{named[group]:{'+' if test.change else ''}.3f} for {group}" for group in ends)
+    shown = f", at least by {test.at_least:.3f}" if test.disparity and test.at_least > 0 else ""
+    worst = f"; stands out: {', '.join(map(str, test.outliers))}" if test.outliers else ""
+    verb = ("got worse by" if test.gap > 0 else "got worse by at most") if test.change else "differs by"
+    return f"{test.name} {verb} {test.gap:.3f}{values}{shown} (adjusted P = {test.p_adjusted:.2g}){worst}"
+
+
+def conclusion(tests: Sequence[Test], gate: Gate) -> str:
+    """Return what follows from the tests in words: the disparities, or the largest gap ruled out, or what is missing.
+
+    Example:
+        >>> conclusion([Test("sex", "accuracy", insufficient="sex has one group")], Gate())
+        'sex has one group'
+    """
+    verdict = verdict_of(tests)
+    told = [describe(test) for test in sorted(tests, key=lambda test: -test.gap) if test.disparity]
+    if verdict is Verdict.PASS:
+        widest = max(tests, key=lambda test: -1.0 if math.isnan(test.at_most) else test.at_most)
+        if widest.change:
+            told = [f"no group is shown to have lost more than {gate.tolerance:g}, and the data rule out losses above "
+                    f"{_rounded_up(widest.at_most)} ({widest.name})"]  # fmt: skip
+        else:
+            told = [f"no gap is shown to exceed {gate.tolerance:g}, and the data rule out gaps above "
+                    f"{_rounded_up(widest.at_most)} ({widest.name})"]  # fmt: skip
+    if verdict is Verdict.INSUFFICIENT:
+        told = list(dict.fromkeys(test.insufficient for test in tests if test.insufficient)) or ["nothing is gated"]
+        told = told[:5] + ([f"and {len(told) - 5} more"] if len(told) > 5 else [])
+    return "; ".join([*told, *_not_judged(tests, gate)])
+
+
+def _rounded_up(value: float) -> str:
+    return f"{math.ceil(value * 1000) / 1000:.3f}"
+
+
+def _not_judged(tests: Sequence[Test], gate: Gate) -> list[str]:
+    found = [(test.attribute, group) for test in tests for group in test.small]
+    names = [f"{group} ({attribute})" for attribute, group in dict.fromkeys(found)]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    some = f"not judged for at least one rate, with fewer than {gate.min_count} rows: {', '.join(names[:10])}{more}"
+    return [some] if names else []
+
+
+def not_gated(task: str, gate: Gate) -> str:
+    """Return which rates the gate does not judge, as a sentence.
+
+    Example:
+        >>> not_gated("binary", Gate(metrics=["accuracy", "true_positive_rate", "precision"]))
+        'Not judged: selection_rate, true_negative_rate, false_positive_rate, false_negative_rate.'
+    """
+    if task == "regression":
+        return "Judged are mean_error and mean_absolute_error, in standard deviations of the label, and nothing else."
+    if task == "multiclass" and not gate.named:
+        return "Judged is accuracy over all classes; the rates of single classes are not."
+    left = [name for name in GATED if name not in (gate.metrics or ())]
+    return f"Not judged: {', '.join(left)}." if left else "All rates are judged."

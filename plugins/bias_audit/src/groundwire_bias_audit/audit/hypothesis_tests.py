@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, chi2, f, false_discovery_control
+from scipy.stats import binomtest, chi2, false_discovery_control
 
 #: NumPy draws multivariate hypergeometric variates for fewer rows than this.
 _MOST_ROWS = 1_000_000_000
@@ -111,31 +111,6 @@ def sequential(exceeding: Callable[[int], int], draws: int) -> float:
     # In parts, so that memory does not grow with the draws.
     found += sum(exceeding(min(_PART, draws - done)) for done in range(first, draws, _PART))
     return (1 + found) / (1 + draws)
-
-
-def welch(means: NDArray[np.float64], variances: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """P value of "all groups have the same mean" by Welch's analysis of variance, for unequal variances.
-
-    Args:
-        means: Of each group, shape (G,).
-        variances: Unbiased, of each group.
-        sizes: Rows of each group, at least 2.
-
-    Returns:
-        P value; with groups that do not vary at all, 0 if their means differ and 1 if not.
-
-    Example:
-        >>> round(welch(np.array([1.0, 1.5]), np.array([1.0, 2.0]), np.array([50.0, 60.0])), 4)
-        0.0326
-    """
-    if (variances <= 0).any():
-        return float(np.ptp(means) == 0)
-    weights = sizes / variances
-    k, total = len(means), weights.sum()
-    between = (weights * (means - (weights * means).sum() / total) ** 2).sum() / (k - 1)
-    spread = ((1 - weights / total) ** 2 / (sizes - 1)).sum()
-    statistic = between / (1 + 2 * (k - 2) / (k**2 - 1) * spread)
-    return float(f.sf(statistic, k - 1, (k**2 - 1) / (3 * spread)))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -65,6 +66,46 @@ def real(values: NDArray[Any], what: str) -> NDArray[np.float64]:
     return real
 
 
+def comparable(labels: NDArray[Any], predictions: NDArray[Any]) -> None:
+    """Refuse labels and predictions that can never be equal: text beside numbers, or words without one in common.
+
+    Raises:
+        ValueError: They are; the text shows both sets of values.
+
+    Example:
+        >>> comparable(np.array(["0", "1", "?"]), np.array([0, 1, 1]))
+        Traceback (most recent call last):
+            ...
+        ValueError: y_true holds text (['0', '1', '?'], not numbers: ['?']) and y_pred holds numbers ([0, 1]): ...
+    """
+    if labels.dtype.kind in "biuf" and predictions.dtype.kind in "biuf":
+        return
+    values = {"y_true": pd.unique(labels.ravel()), "y_pred": pd.unique(predictions.ravel())}
+    kinds = {what: sorted({_kind(value) for value in found}) for what, found in values.items()}
+    told = [f"{what} holds {' and '.join(kinds[what])} ({_with_strays(found)})" for what, found in values.items()]
+    if len(set(kinds["y_true"] + kinds["y_pred"])) > 1:
+        hint = (
+            "bring both to one type; one value that is no number, such as '?', makes text of a whole column of a file"
+        )
+        raise ValueError(f"{' and '.join(told)}: values of different types are never equal -> {hint}")
+    if not set(values["y_true"]) & set(values["y_pred"]):
+        raise ValueError(f"{' and '.join(told)}: no value is in both -> spell labels and predictions alike")
+
+
+def _kind(value: Any) -> str:
+    """Family of values that can be equal to each other."""
+    if isinstance(value, bool | np.bool_ | int | float | np.number):
+        return "numbers"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def _with_strays(values: Any) -> str:
+    """Some of the values and, where most are numbers written as text, those that are none."""
+    numbers = pd.to_numeric(pd.Series([str(value) for value in values]), errors="coerce").notna().to_numpy()
+    strays = f", not numbers: {_some(values[~numbers])}" if numbers.any() and not numbers.all() else ""
+    return f"{_some(values)}{strays}"
+
+
 def zero_one(values: NDArray[Any], what: str, pos_label: Any) -> NDArray[np.uint8]:
     """Binary labels as 0 and 1.
 
@@ -107,17 +148,22 @@ def probabilities(values: NDArray[Any], from_logits: bool, axis: bool = False) -
         ValueError: A score is outside [0, 1].
     """
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"scores must be numbers, got type {values.dtype}")
+        commas = all(re.fullmatch(r"-?\d*,\d+", str(value)) for value in values.ravel()[:5])
+        hint = " -> they have a decimal comma (on the command line: --decimal ,)" if commas else ""
+        raise ValueError(f"scores must be numbers, got text such as {values.ravel()[0]!r}{hint}")
     values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
     if from_logits:
         return np.asarray(softmax(values, axis=-1) if axis else expit(values))
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         outside = int(((values < 0) | (values > 1)).sum())
-        raise ValueError(
-            f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), as logits are "
-            "-> pass from_logits=True if they are, or probabilities P(y=1)"
+        percent = low >= 0 and 10 < high <= 100
+        hint = (
+            "as percentages are -> divide by 100"
+            if percent
+            else "as logits are -> pass from_logits=True if they are, or probabilities P(y=1)"
         )
+        raise ValueError(f"{outside} of {values.size} scores are outside [0, 1] (from {low:.4g} to {high:.4g}), {hint}")
     return values
 
 
@@ -182,6 +228,13 @@ class Outputs:
             return self.labels, self.predictions
         classes = np.arange(len(self.names))
         return self.labels[:, None] == classes, self.predictions[:, None] == classes
+
+    def with_classes(self, names: Sequence[Any]) -> Outputs:
+        """The same predictions of a multiclass task, numbered as ``names``, which hold all classes."""
+        places = pd.Index(names).get_indexer(self.names)
+        return replace(
+            self, names=tuple(names), labels=places[self.labels], predictions=places[self.predictions], scores=None
+        )
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -264,6 +317,8 @@ def _binary(
     from_logits: bool,
     columns: Any,
 ) -> Outputs:
+    if what == "y_pred" and pos_label is not None:
+        comparable(labels, values)
     y = zero_one(labels, "y_true", pos_label)
     scores = None
     if what == "scores":
@@ -276,6 +331,11 @@ def _binary(
         predictions = (scores >= np.asarray(least, scores.dtype)).view(np.uint8)
     else:
         predictions = zero_one(values, "y_pred", pos_label)
+        if pos_label is not None:
+            different = pd.unique(np.concatenate([pd.unique(labels.ravel()), pd.unique(values.ravel())]))
+            if len(different) > 2 and not set(different) <= {-1, 0, 1}:
+                raise ValueError(f"labels and predictions together have the values {_some(different)} -> a binary task "
+                                 "has two, spelled alike in both")  # fmt: skip
     if y.shape != predictions.shape:
         raise ValueError(
             f"y_true has shape {y.shape} and {what} {predictions.shape} -> give one column for each target"
@@ -297,7 +357,11 @@ def _multiclass(
     if what == "y_pred":
         if values.ndim != 1:
             raise ValueError(f"y_pred must be one class a row, got shape {values.shape}")
+        comparable(labels, values)
         codes, classes = pd.factorize(np.concatenate([labels, values]), sort=True)
+        if not np.intersect1d(codes[: len(labels)], codes[len(labels) :]).size:
+            raise ValueError(f"no class is in both: y_true has {_some(pd.unique(labels))} and y_pred "
+                             f"{_some(pd.unique(values))} -> number the classes alike")  # fmt: skip
         found = tuple(c.item() if hasattr(c, "item") else c for c in classes)
         return Outputs("multiclass", found, codes[: len(labels)], codes[len(labels) :], None)
     if values.ndim != 2:

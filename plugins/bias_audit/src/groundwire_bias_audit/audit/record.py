@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from groundwire_bias_audit.audit.change import Comparison
 from groundwire_bias_audit.audit.counts import GroupCounts
 from groundwire_bias_audit.audit.gap_tests import gap_tests
-from groundwire_bias_audit.audit.gate import Gate, Test, Verdict, verdict_of
+from groundwire_bias_audit.audit.gate import Gate, Test, Verdict, conclusion, verdict_of
 from groundwire_bias_audit.audit.groups import by_target, unwrapped
 from groundwire_bias_audit.audit.rates import rate, spread
 from groundwire_bias_audit.audit.tables import (
@@ -133,12 +133,16 @@ class AuditRecord:
         """Selection rate of each group over the highest one of its target and control values; is it four fifths of it?
 
         A figure that US employment guidance and New York's rule on hiring tools ask for. It says nothing about
-        compliance with either.
+        compliance with either. Groups with fewer rows than the gate's ``min_count`` are marked ``too_few_rows`` and
+        neither judged nor compared with.
+
+        Raises:
+            ValueError: The task has no selection rate.
         """
-        controls = list(range(self.counts.groups.controls))
-        one = self.targets[0] if target is None and len(self.targets) == 1 else target
-        frame = replace(self, metrics=("selection_rate",)).to_frame(features, target=one)
-        return impact_ratios(frame, controls if one is not None else [*controls, frame.index.nlevels - 1])
+        if self.task == "regression" or (self.task == "multiclass" and target is None):
+            raise ValueError("there is no selection rate -> of a multiclass task name a class as target")
+        counts = self._counts_by(features)
+        return self._of_targets(target, lambda index, _: impact_ratios(counts, index, self.gate.min_count))
 
     @property
     def worst_group(self) -> tuple[Any, float]:
@@ -163,12 +167,17 @@ class AuditRecord:
     @cached_property
     def tests(self) -> list[Test]:
         """Every gated gap with its P value, corrected over all of them."""
-        return gap_tests(self.counts, self.gate, self.random_state)
+        return gap_tests(self.counts, self.gate)
 
     @cached_property
     def verdict(self) -> Verdict:
         """``disparity``, ``insufficient data`` or ``pass``; see :class:`Gate`."""
         return verdict_of(self.tests)
+
+    @property
+    def conclusion(self) -> str:
+        """Reasons of the verdict in words: the disparities, the largest gap that is ruled out, or what is missing."""
+        return conclusion(self.tests, self.gate)
 
     @property
     def disparities(self) -> list[Test]:
@@ -179,9 +188,13 @@ class AuditRecord:
         """The tests as a table."""
         columns = [
             "attribute", "metric", "target", "control", "gap", "p_value", "p_adjusted", "disparity", "outliers",
-            "small",
+            "small", "insufficient",
         ]  # fmt: skip
-        return pd.DataFrame([[getattr(test, name) for name in columns] for test in self.tests], columns=columns)
+        table = pd.DataFrame([[getattr(test, name) for name in columns] for test in self.tests], columns=columns)
+        bounds = np.array([test.bounds for test in self.tests]).reshape(-1, 2)
+        table.insert(5, "gap_low", bounds[:, 0])
+        table.insert(6, "gap_high", bounds[:, 1])
+        return table
 
     def _counts_by(self, features: str | Sequence[str] | None) -> GroupCounts:
         if features is None:

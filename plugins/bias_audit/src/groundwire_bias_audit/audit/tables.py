@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pandas as pd
 from groundwire_bias_audit.audit.counts import GroupCounts
 from groundwire_bias_audit.audit.gate import check_metric
 from groundwire_bias_audit.audit.intervals import bootstrap, bootstrap_rows, bootstrap_scores
-from groundwire_bias_audit.audit.rates import RATES, Counts, Floats, rate, regression_table
+from groundwire_bias_audit.audit.rates import RATES, Counts, Floats, parts, rate, ratio, regression_table
 
 SCORE_METRICS = ("roc_auc", "calibration_error", "uncertainty")
 REGRESSION_METRICS = (
@@ -127,16 +129,32 @@ def confusion_by_confidence(counts: GroupCounts, target: int) -> pd.DataFrame:
     return pd.DataFrame(columns, index=counts.groups.index)
 
 
-def impact_ratios(frame: pd.DataFrame, within: Sequence[int]) -> pd.DataFrame:
-    """Selection rates over the highest one among the rows that agree in the index levels ``within``.
+def impact_ratios(counts: GroupCounts, target: int, min_count: int) -> pd.DataFrame:
+    """Selection rates of one target over the highest one within the same control values, and the four-fifths rule.
+
+    The rule compares counts and not rounded quotients: k_i / n_i is four fifths of k_b / n_b if 5 k_i n_b >= 4 k_b n_i;
+    with weights, up to a relative slack of 1e-9. A group with fewer than ``min_count`` rows is marked, never sets the
+    highest rate, and is judged no more than it judges others; unless all groups have so few.
 
     Raises:
-        ValueError: ``frame`` has no selection rate.
+        ValueError: The task has no selection rate.
     """
-    if "selection_rate" not in frame:
+    if counts.confusion is None:
         raise ValueError("there is no selection rate -> of a multiclass task name a class as target")
-    rates = frame["selection_rate"]
-    best = rates.groupby(level=list(within)).transform("max") if within else rates.max()
-    values = rates / best  # NaN where nobody is selected
-    four_fifths = (values >= 0.8).astype(object).where(values.notna(), None)
-    return frame[["count", "selection_rate"]].assign(impact_ratio=values, four_fifths=four_fifths)
+    k, n = parts(counts.confusion[:, target], "selection_rate")
+    few = counts.size < min_count
+    ratios, judged = np.full(len(n), np.nan), np.full(len(n), None, dtype=object)
+    width = len(n) // math.prod(counts.groups.shape[: counts.groups.controls])
+    for start in range(0, len(n), width):
+        block = [i for i in range(start, start + width) if n[i] > 0]
+        able = [i for i in block if not few[i]] or block
+        best = max(able, key=lambda i: Fraction(k[i].item()) / Fraction(n[i].item()), default=None)
+        if best is None or not k[best]:
+            continue  # nobody is selected
+        ratios[block] = (k[block] / n[block]) / (k[best] / n[best])
+        slack = 1 if counts.squared_weights is None else 1 + 1e-9
+        for i in able:
+            judged[i] = bool(5 * k[i].item() * n[best].item() * slack >= 4 * k[best].item() * n[i].item())
+    columns = {"count": counts.size, "selection_rate": ratio(k, n), "impact_ratio": ratios, "four_fifths": judged,
+               "too_few_rows": few}  # fmt: skip
+    return pd.DataFrame(columns, index=counts.groups.index)

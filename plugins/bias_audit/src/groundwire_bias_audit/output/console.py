@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from groundwire_bias_audit.audit.gate import Verdict
+from groundwire_bias_audit.audit.gate import Verdict, conclusion, not_gated, verdict_of
 from groundwire_bias_audit.audit.groups import with_groups
 from groundwire_bias_audit.audit.record import AuditRecord
 
@@ -19,13 +19,20 @@ def show(result: AuditRecord) -> None:
     console = console if console.is_terminal else Console(width=120)  # a pipe has no width, and 80 is too little
     colour = {Verdict.PASS: "green", Verdict.DISPARITY: "red", Verdict.INSUFFICIENT: "yellow"}[result.verdict]
     console.print(f"[bold {colour}]{result.verdict}[/] {escape(result.title)}", highlight=False)
-    gaps = Table("feature", "rate", "gap", "adjusted P", "stands out", "too few rows", title="gated gaps")
-    for test in result.tests:
+    console.print(escape(f"{result.conclusion}."), highlight=False)
+    changes = [] if result.comparison is None else result.comparison.tests
+    if changes:
+        change = conclusion(changes, result.gate)
+        console.print(f"[bold]change: {verdict_of(changes)}[/] {escape(change)}.", highlight=False)
+    columns = ("feature", "rate", "gap", "at least", "at most", "adjusted P", "stands out", "too few rows")
+    gaps = Table(*columns, title="gated gaps" + (" and changes" if changes else ""))
+    for test in [*result.tests, *changes]:
         named = [", ".join(map(str, (test.attribute, *test.control))), f"{test.metric} {test.target}".strip()]
-        numbers = [f"{test.gap:.3f}", f"{test.p_adjusted:.2g}"]
+        numbers = [f"{test.gap:.3f}", *(f"{end:.3f}" for end in test.bounds), f"{test.p_adjusted:.2g}"]
         lists = [", ".join(map(str, test.outliers)), ", ".join(map(str, test.small))]
         gaps.add_row(*map(escape, (*named, *numbers, *lists)), style="red" if test.disparity else "")
     console.print(gaps)
+    console.print(not_gated(result.task, result.gate), highlight=False)
     for feature in result.features:
         shown = _main(result, feature).iloc[:50]
         table = Table(*(escape(str(c).replace("_", " ")) for c in shown.columns))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from groundwire_bias_audit.audit.gate import Test, conclusion
 from groundwire_bias_audit.audit.groups import with_groups
 from groundwire_bias_audit.audit.record import AuditRecord
 
 #: Raised when the content of the JSON changes its meaning; additions do not raise it.
-SCHEMA = 1
+SCHEMA = 2
 LIMITATIONS = (
     "Verdicts hold for the audited rows and attributes only.",
     "Rows are taken to be independent; repeated persons make intervals and P values too small.",
-    "A pass means that no disparity beyond the tolerance was shown, not that there is none.",
+    "A pass means that no disparity beyond the tolerance was shown, not that there is none; it says which gaps the "
+    "data rule out.",
     "Nothing here is a statement about compliance with any law.",
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -68,8 +70,9 @@ def content(result: AuditRecord) -> dict[str, Any]:
         "features": features,
         "control_features": list(groups.names[: groups.controls]),
         "rows": int(result.counts.size.sum()),
-        "gate": {k: plain(v) for k, v in asdict(result.gate).items() if k != "named"},
-        "tests": [plain(asdict(test)) for test in result.tests],
+        "gate": {k: plain(v) for k, v in asdict(result.gate).items() if k not in ("named", "draws")},
+        "conclusion": result.conclusion,
+        "tests": [_test(test) for test in result.tests],
         "overall": records(result.to_frame([])),
         "by_group": {" x ".join(names): records(result.to_frame(names)) for names in marginals},
         "intervals": {" x ".join(names): records(_quick(result).intervals(names)) for names in marginals},
@@ -86,10 +89,17 @@ def content(result: AuditRecord) -> dict[str, Any]:
         comparison = result.comparison
         found["comparison"] = {
             "verdict": str(comparison.verdict),
-            "tests": [plain(asdict(test)) for test in comparison.tests],
+            "conclusion": conclusion(comparison.tests, comparison.gate),
+            "tests": [_test(test) for test in comparison.tests],
             "by_group": {name: records(comparison.to_frame([name])) for name in features},
         }
     return found
+
+
+def _test(test: Test) -> dict[str, Any]:
+    low, high = test.bounds
+    values = {f.name: plain(getattr(test, f.name)) for f in fields(test) if f.name != "limits"}
+    return values | {"gap_low": plain(low), "gap_high": plain(high)}
 
 
 def _quick(result: AuditRecord) -> AuditRecord:

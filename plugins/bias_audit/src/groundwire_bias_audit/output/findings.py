@@ -13,8 +13,7 @@ from groundwire.records import Severity
 from groundwire_bias_audit.attribution.flip_attributions import NO_FLIP, FlipAttributions
 from groundwire_bias_audit.attribution.shift import AttributionShift
 from groundwire_bias_audit.audit.association import bias_amplification, interdependence, rare_value_ratio
-from groundwire_bias_audit.audit.gap_tests import describe
-from groundwire_bias_audit.audit.gate import Verdict
+from groundwire_bias_audit.audit.gate import Verdict, conclusion
 from groundwire_bias_audit.audit.record import AuditRecord
 from groundwire_bias_audit.output.export import plain
 from groundwire_bias_audit.stream.streaming_counts import StreamingCounts, TrainingCounts
@@ -45,11 +44,7 @@ def _named(variant: str) -> str:
 
 
 def _verdict(plugin: str, variant: str, suffix: str, result: AuditRecord) -> Finding:
-    reasons = "; ".join(describe(test) for test in result.disparities)
-    if result.verdict is Verdict.INSUFFICIENT:
-        small = sorted({str(group) for test in result.tests for group in test.small})
-        reasons = f"too few rows to judge {', '.join(small[:5])}" if small else "there is only one group"
-    text = f"Audit of {_named(variant)}: {result.verdict}{': ' if reasons else ''}{reasons}."
+    text = f"Audit of {_named(variant)}: {result.verdict}: {result.conclusion}."
     return Finding(plugin, f"verdict{suffix}", SEVERITY[result.verdict], str(result.verdict), text)
 
 
@@ -120,9 +115,8 @@ def _changes(plugin: str, variant: str, result: AuditRecord) -> Iterator[Finding
     yield Finding(
         plugin, f"flip_rate{suffix}", "info", flips, f"Share of rows whose prediction changed ({_named(variant)})."
     )
-    worst = [describe(test) for test in comparison.tests if test.disparity]
-    text = f"Did {_named(variant)} change more for some groups than for others: {comparison.verdict}"
-    text += f": {'; '.join(worst)}." if worst else "."
+    reasons = conclusion(comparison.tests, comparison.gate)
+    text = f"Did a group lose in {_named(variant)}: {comparison.verdict}: {reasons}."
     severity = SEVERITY[comparison.verdict]
     yield Finding(plugin, f"change_verdict{suffix}", severity, str(comparison.verdict), text)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from groundwire import Finding, Section, Table
-from groundwire_bias_audit.audit.gap_tests import describe
+from groundwire_bias_audit.audit.gate import conclusion, not_gated
 from groundwire_bias_audit.audit.groups import with_groups
 from groundwire_bias_audit.audit.record import AuditRecord
 from groundwire_bias_audit.output import figures
@@ -58,18 +58,27 @@ def _shown(result: AuditRecord) -> list[str]:
 def _text(results: Mapping[str, AuditRecord]) -> str:
     first = next(iter(results.values()))
     gate = first.gate
-    parts = [f"{name}: {result.verdict}" for name, result in results.items()]
-    lines = [
-        "Verdicts: " + "; ".join(parts) + ".",
-        f"A disparity is a gap (max - min over groups) of more than {gate.tolerance:g} in "
-        f"{', '.join(gate.metrics or ())} that an exact permutation test finds significant at {gate.alpha:g} over all "
-        f"tests together ({gate.correction}). "
-        f"Groups with fewer than {gate.min_count} rows in a denominator are not judged, and then there is no pass. "
-        "Intervals are 95 % bootstrap intervals; an interval of a gap is no test.",
-    ]
+    lines = []
+    for name, result in results.items():
+        lines.append(f"{name}: {result.verdict}: {result.conclusion}.")
+        if result.comparison is not None:
+            change = result.comparison
+            lines.append(f"Change in {name}: {change.verdict}: {conclusion(change.tests, gate)}.")
+    lines.append(
+        f"A disparity is a difference of two groups in {_gated(first)} that is shown to exceed {gate.tolerance:g} by "
+        f"exact tests of all pairs of groups, at {gate.alpha:g} over all tests together ({gate.correction}). Groups "
+        f"with fewer than {gate.min_count} rows in a denominator are not judged; for a pass the others must hold 90 % "
+        f"of the rows. {not_gated(first.task, gate)} The intervals in the pictures are 95 % bootstrap intervals of "
+        "single values."
+    )
     if first.dropped:
         lines.append(f"{len(first.dropped)} combinations of the features have no row.")
     return "\n\n".join(lines)
+
+
+def _gated(result: AuditRecord) -> str:
+    names = dict.fromkeys(test.metric for test in result.tests)
+    return ", ".join(names or result.gate.metrics or ())
 
 
 def _verdicts(results: Mapping[str, AuditRecord]) -> Table:
@@ -89,19 +98,24 @@ def _verdicts(results: Mapping[str, AuditRecord]) -> Table:
         _shown(next(iter(results.values())))[0],
         "uncertainty",
         "flip rate",
-        "uneven change",
+        "change",
     )
     return Table("Variants of the model", columns, plain(rows))
 
 
 def _tests(results: Mapping[str, AuditRecord]) -> Table:
+    found = [(name, test) for name, result in results.items() for test in result.tests]
+    found += [(name, test) for name, r in results.items() if r.comparison is not None for test in r.comparison.tests]
     rows = [
-        (name, t.attribute, t.metric, t.target, t.gap, t.p_adjusted, t.disparity, ", ".join(map(str, t.outliers)))
-        for name, result in results.items()
-        for t in result.tests
-    ]
-    columns = ("variant", "feature", "metric", "target", "gap", "adjusted P", "disparity", "stands out")
-    return Table("Gated gaps", columns, plain(rows[:200]))
+        (
+            name, ", ".join(map(str, (t.attribute, *t.control))), t.metric, t.target, t.gap, *t.bounds, t.p_adjusted,
+            t.disparity, ", ".join(map(str, t.outliers)), ", ".join(map(str, t.small)), t.insufficient,
+        )
+        for name, t in found[:200]
+    ]  # fmt: skip
+    columns = ("variant", "feature", "metric", "target", "gap", "at least", "at most", "adjusted P", "disparity",
+               "stands out", "too few rows", "no pass because")  # fmt: skip
+    return Table("Gated gaps and changes", columns, plain(rows))
 
 
 def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
@@ -120,10 +134,9 @@ def to_html(result: AuditRecord, path: str | Path | None = None) -> str:
     """See :meth:`groundwire_bias_audit.AuditResult.to_html`."""
     from groundwire.services.report.page import render
 
-    reasons = "; ".join(describe(test) for test in result.disparities)
-    message = f"Bias audit of {int(result.counts.size.sum())} rows: {result.verdict}{': ' if reasons else ''}{reasons}."
+    message = f"{result.title}: {result.verdict}: {result.conclusion}."
     finding = Finding("bias_audit", "verdict", SEVERITY[result.verdict], str(result.verdict), message)
-    shown = section({"dense": result}) if result.comparison is None else section({"model": result})
+    shown = section({"model": result})
     limits = Section("Limitations", "\n\n".join(LIMITATIONS))
     meta = {"module": "Bias audit", "task": result.task, "features": list(result.features), **result.meta}
     text = render(plain(meta | versions()), [finding], [("bias_audit", shown), ("bias_audit", limits)])

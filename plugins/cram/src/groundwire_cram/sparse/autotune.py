@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from groundwire_cram.sparse import semi_structured
-from groundwire_cram.sparse.eligibility import Dense
+from groundwire_cram.sparse.eligibility import Dense, is_transposed
 from groundwire_cram.sparse.layers import SparseConv, SparseLayer, SparseLinear
 from groundwire_cram.sparse.observer import InputLayout, Observed
 from groundwire_cram.sparse.products import TILE
@@ -134,7 +134,7 @@ def batch(layer: Dense, layout: InputLayout) -> int:
         >>> batch(nn.Conv1d(2, 2, 1, stride=2), InputLayout((3, 2, 5), (10, 5, 1), torch.float32, torch.device("cpu")))
         9
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) or is_transposed(layer):
         return math.prod(layout.shape[:-1])
     dims = len(layer.stride)
     sizes = [-(-size // step) for size, step in zip(layout.shape[-dims:], layer.stride, strict=True)]
@@ -171,6 +171,10 @@ def _candidates(layer: Dense, batches: Sequence[int]) -> list[nn.Module]:
 
 
 def _sparse(layer: Dense, tile: int | None) -> SparseLayer:
+    if is_transposed(layer):
+        sparse = SparseLinear(layer.weight.t(), layer.bias, tile).eval()
+        sparse.transposed = type(layer)
+        return sparse
     if isinstance(layer, nn.Linear):
         return SparseLinear(layer.weight, layer.bias, tile).eval()
     return SparseConv(layer.weight, layer.bias, tuple(layer.stride), tile).eval()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from groundwire_cram.sparse import semi_structured
 
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Dense = Any  # nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, or the Conv1D of transformers
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Above this density nothing was measured to be faster than dense, so measuring would be waste.
 DENSEST = 0.7
@@ -24,7 +25,13 @@ def layers(module: nn.Module) -> dict[str, Dense]:
         >>> list(layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(2, 2, 1))))
         ['0', '2']
     """
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, KINDS)}
+    return {name: m for name, m in module.named_modules() if isinstance(m, KINDS) or is_transposed(m)}
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether ``module`` is the Conv1D of transformers: a Linear layer whose weight is (in, out)."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 
 
 def density(layer: Dense) -> float:
@@ -34,7 +41,8 @@ def density(layer: Dense) -> float:
         >>> density(nn.Linear(4, 4))
         1.0
     """
-    return int((layer.weight.detach() != 0).sum()) / max(1, layer.weight.numel())
+    weight: Tensor = layer.weight
+    return int((weight.detach() != 0).sum()) / max(1, weight.numel())
 
 
 def obstacles(module: nn.Module) -> dict[str, str]:
@@ -61,7 +69,7 @@ def obstacles(module: nn.Module) -> dict[str, str]:
 def _altered(layer: Dense) -> str | None:
     if torch.nn.utils.parametrize.is_parametrized(layer):
         return "parametrized -> torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(layer) not in KINDS:
+    if type(layer) not in KINDS and not is_transposed(layer):
         return f"{type(layer).__name__} is a class of its own, which may do something else"
     if "weight" not in layer._parameters or layer.weight is None:
         return "weight is computed from others -> torch.nn.utils.prune.remove or remove_weight_norm first"
@@ -73,7 +81,7 @@ def _altered(layer: Dense) -> str | None:
 
 
 def _of_the_kernel(layer: Dense) -> str | None:
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) or is_transposed(layer):
         return None
     if any(size != 1 for size in layer.kernel_size):
         return f"kernel {tuple(layer.kernel_size)}, only 1x1 is supported"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from groundwire_cram.sparse import products
 from groundwire_cram.sparse.csr import CSR, decode, encode, matrix, narrowed, problem, widened
@@ -35,6 +36,9 @@ class SparseLayer(nn.Module):
     row_starts: Tensor
     bias: Tensor | None
 
+    #: The class of the layer whose weight is stored as (in, out), such as the Conv1D of transformers; else None.
+    transposed: type[nn.Module] | None = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, tile: int | None = products.TILE) -> None:
         super().__init__()
         encoded = encode(weight.flatten(1))
@@ -49,7 +53,8 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Weight as a dense copy: reading is right though slow, writing has no effect."""
-        return decode(self._csr(), self.shape[1]).reshape(self.shape)
+        dense = decode(self._csr(), self.shape[1]).reshape(self.shape)
+        return dense if self.transposed is None else dense.t().contiguous()
 
     @property
     def density(self) -> float:
@@ -116,6 +121,11 @@ class SparseLayer(nn.Module):
             raise RuntimeError(f"{name} is for inference -> call .eval(), or densify(module) to train again")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} has no gradient -> use torch.no_grad(), or densify(module) to train again")
+        if not _recorded():
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise RuntimeError(f"{name} has no rules for torch.func (vmap, jvp, grad) -> densify(module)")
+            if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+                raise RuntimeError(f"{name} has no tangent in forward-mode AD -> densify(module)")
         values: Any = self._buffers["values"]
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -127,13 +137,17 @@ class SparseLayer(nn.Module):
             )
         return product(x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise if ``fn`` takes tensors to where this layer was not measured."""
         after = fn(self.values[:0])
         if after.device.type != "cpu" or after.dtype not in (torch.float32, torch.float64):
             raise RuntimeError(
                 f"{type(self).__name__} cannot become {after.dtype} on {after.device}: sparse layers were measured "
                 "where they are -> densify(module), move that, and sparsify it there"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.check_move(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
@@ -143,6 +157,7 @@ class SparseLayer(nn.Module):
         names = [prefix + name for name in ("values", "columns", "row_starts")]
         if prefix + "weight" in state_dict:
             weight = state_dict.pop(prefix + "weight")
+            weight = weight if self.transposed is None else weight.t()
             if tuple(weight.shape) != self.shape:
                 reports[-1].append(f"{prefix}weight has shape {tuple(weight.shape)}, the layer {self.shape}")
                 return
@@ -172,6 +187,14 @@ class SparseLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made on demand."""
         return {**self.__dict__, "_made": None}
+
+
+def move_together(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Move a module with sparse layers, or none of it: its ``_apply``."""
+    for layer in module.modules():
+        if isinstance(layer, SparseLayer):
+            layer.check_move(fn)
+    return type(module)._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class SparseLinear(SparseLayer):

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from groundwire_cram.sparse import eligibility, observer, semi_structured
 from groundwire_cram.sparse.autotune import Measure, choose
 from groundwire_cram.sparse.autotune import measure as measure_in_turn
-from groundwire_cram.sparse.layers import SparseConv, SparseLayer
+from groundwire_cram.sparse.layers import SparseConv, SparseLayer, move_together
 from groundwire_cram.sparse.products import load_numba
 from groundwire_cram.sparse.report import LayerRow, SparsityReport
 
@@ -89,6 +90,8 @@ def sparsify(
     _tell(module, report, fit)
     module = _replaced(module, new)
     setattr(module, _REPORT, report)
+    if new and not isinstance(module, SparseLayer):
+        module.__dict__["_apply"] = partial(move_together, module)
     return module
 
 
@@ -115,6 +118,7 @@ def densify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
         if semi_structured.is_converted(layer):
             layer.weight = nn.Parameter(layer.weight.data.to_dense())  # type: ignore[operator]
     module.__dict__.pop(_REPORT, None)
+    module.__dict__.pop("_apply", None)
     return _replaced(module, new)
 
 
@@ -175,13 +179,17 @@ def _replaced(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
 
 def _dense(layer: SparseLayer) -> nn.Module:
     out, into, *kernel = layer.shape
+    if layer.transposed is not None:
+        dense: nn.Module = layer.transposed(out, into)
+        dense.weight, dense.bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias.clone())  # type: ignore[union-attr]
+        return dense.train(layer.training)
     bias, weight = layer.bias is not None, layer.weight
     make: Callable[..., nn.Module] = nn.Linear
     sizes: dict[str, Any] = {}
     if isinstance(layer, SparseConv):
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
         sizes = {"kernel_size": 1, "stride": layer.stride}
-    dense: nn.Module = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+    dense = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
         make, into, out, bias=bias, dtype=weight.dtype, **sizes
     )
     dense.weight = nn.Parameter(weight)

@@ -81,13 +81,26 @@ def total_distance(
     return total
 
 
-def q_scores(distances: NDArray[Any], k: int) -> NDArray[Any]:
+def q_scores(distances: NDArray[Any], k: int, stands_for: NDArray[Any] | None = None) -> NDArray[Any]:
     """The K-th smallest entry of each row of D (n, n), the zero on the diagonal included.
 
+    Args:
+        distances: D.
+        k: K.
+        stands_for: (n,) the source that each source counts as; sources that count as one count once. Each for itself
+            when left out.
+
     Example:
-        >>> q_scores(np.array([[0, 1, 5], [1, 0, 6], [5, 6, 0]]), 2)
+        >>> distances = np.array([[0, 1, 5], [1, 0, 6], [5, 6, 0]])
+        >>> q_scores(distances, 2)
         array([1, 1, 5])
+        >>> q_scores(distances, 2, np.array([0, 0, 2]))
+        array([5, 6, 5])
     """
+    if stands_for is not None:
+        counted, own = np.unique(stands_for, return_inverse=True)
+        distances = distances[:, counted]
+        distances[np.arange(len(own)), own] = 0
     ordered: NDArray[Any] = np.sort(distances, axis=1)
     return ordered[:, k - 1]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from groundwire import Fields, PluginError
 from groundwire.undo.random_states import preserve_rng
-from groundwire_flea.inputs.embedding import evaluating, features, principal_components
+from groundwire_flea.inputs.embedding import features, principal_components, without_training
 
 #: Rows that are read together.
 CHUNK = 256
@@ -92,7 +93,7 @@ class DatasetReader:
         index = None if every is None or max_rows is None else sample_rows(every, max_rows, seed)
         groups = self._without_rows(loader.dataset, self.groups, "groups")
         parts: dict[str, list[Any]] = {"x": [], "y": [], "groups": [], "source": []}
-        with preserve_rng(), evaluating(self.embed):
+        with preserve_rng(), without_training(self.embed):
             for batch, places in batches(loader, index):
                 found = self._fields(batch)
                 parts["x"].append(self._features(found.inputs))
@@ -221,15 +222,16 @@ def row_attribute(dataset: Any, name: str) -> Any:
 
 
 def sample_rows(sources: Sequence[Any], max_rows: int, seed: int) -> NDArray[Any]:
-    """Places of at most ``max_rows`` rows of each source, drawn, in order."""
-    order = np.random.default_rng(seed).permutation(len(sources))
-    taken: dict[Any, int] = {}
-    places = []
-    for place in order.tolist():
-        taken[sources[place]] = taken.get(sources[place], 0) + 1
-        if taken[sources[place]] <= max_rows:
-            places.append(place)
-    return np.sort(np.array(places, dtype=int))
+    """Places of at most ``max_rows`` rows of each source, drawn, in order; of copies in the same order the same rows.
+
+    Example:
+        >>> sample_rows(["a", "a", "a", "b", "b", "b"], 1, seed=0)
+        array([1, 4])
+    """
+    codes, _ = pd.factorize(pd.Series(sources, dtype=object))
+    within = pd.Series(codes).groupby(codes).cumcount()
+    shuffled = pd.Series(np.random.default_rng(seed).permutation(within.max() + 1)[within])
+    return np.flatnonzero(shuffled.groupby(codes).rank() <= max_rows)
 
 
 def plain_values(column: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
+
+from groundwire.modules import evaluating
 
 #: Width to which embeddings, and inputs that are no tables, are reduced.
 WIDTH = 30
@@ -40,19 +42,11 @@ def resolve_embed(embed: Any, module: Any) -> Callable[[Any], Any] | None:
 
 
 @contextmanager
-def evaluating(embed: Any) -> Iterator[None]:
-    """Context manager for evaluation mode without gradients; the modes of modules come back."""
+def without_training(embed: Any) -> Iterator[None]:
+    """Context manager for evaluation mode of the module of ``embed``, if there is one, without gradients."""
     owner = embed if isinstance(embed, nn.Module) else getattr(embed, "__self__", None)
-    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-    modes = [m.training for m in modules]
-    try:
-        for m in modules:
-            m.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+    with evaluating(owner) if isinstance(owner, nn.Module) else nullcontext(), torch.no_grad():
+        yield
 
 
 def features(inputs: Any, embed: Callable[[Any], Any] | None) -> NDArray[Any]:
