@@ -83,11 +83,13 @@ def test_only_the_linear_layer_that_gives_the_scores_is_a_last_layer(path):
 # The weights
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "replaced", "buffer"])
+@pytest.mark.parametrize("how", ["in place", "data", "replaced", "buffer", "attribute"])
 def test_a_bound_is_refused_after_the_weights_changed(how):
     net, x = network(), data()
     if how == "buffer":
         net.insert(1, nn.BatchNorm1d(8).eval())
+    if how == "attribute":
+        net[1] = nn.LeakyReLU()
     bound = lipschitz_bound(net, x)
     scores, y = net(x).detach(), torch.zeros(64).long()
     assert certified_radius(scores, y, bound, inputs=x).shape == (64,)
@@ -97,6 +99,8 @@ def test_a_bound_is_refused_after_the_weights_changed(how):
             net[-1].weight.mul_(2)
         elif how == "data":
             net[-1].weight.data.mul_(2)
+        elif how == "attribute":
+            net[1].negative_slope = 7.0
         elif how == "buffer":
             net[1].running_var.mul_(0.1)
         else:
@@ -154,6 +158,22 @@ def test_scores_of_half_precision_are_refused_where_rounding_is_covered(dtype):
         certified_radius(scores.float(), y, bound, inputs=x)
     with pytest.raises(UnsoundError, match="all scores are numbers of"):
         certified_radius((300 * scores).float(), y, bound, inputs=x)
+
+
+def test_scores_of_other_inputs_or_of_another_model_are_refused():
+    net, x = network(), data()
+    bound, y = lipschitz_bound(net, x), torch.zeros(64).long()
+    inside = nn.Sequential(*net[:4], nn.Linear(8, 3)).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        half_inside = net(x).float() * 1.0000001
+    for scores in (net(x + 0.01).detach(), inside(x).detach(), half_inside + 1e-5):
+        with pytest.raises(UnsoundError, match="not those that the model computes"):
+            certified_radius(scores, y, bound, inputs=x)
+    net.train()
+    assert certified_radius(net.eval()(x).detach(), y, bound, inputs=x).shape == (64,)
+    net.train()
+    certified_radius(net(x).detach(), y, bound, inputs=x)
+    assert net.training
 
 
 def test_active_autocast_is_refused_where_rounding_is_covered():

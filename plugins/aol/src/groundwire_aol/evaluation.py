@@ -14,7 +14,13 @@ from torchmetrics import MaxMetric
 from groundwire import Fields, Finding
 from groundwire.modules import shift_hooks
 from groundwire_aol.certify.bound import Bound, lipschitz_bound
-from groundwire_aol.certify.certificates import half_dtype, half_precision, smallest_std, total_lipschitz
+from groundwire_aol.certify.certificates import (
+    half_dtype,
+    half_precision,
+    smallest_std,
+    some_rows,
+    total_lipschitz,
+)
 from groundwire_aol.certify.metrics import CertifiedAccuracy
 from groundwire_aol.certify.plain_copy import is_shifted
 from groundwire_aol.certify.rounding import not_standard
@@ -86,6 +92,7 @@ class CertifiedPass:
         top = 1.5 * max(*eps, 0.1)
         self.grid = tuple(top * i / POINTS for i in range(POINTS + 1))
         self.metric = CertifiedAccuracy((*eps, *self.grid[1:]), 1.0, input_std)
+        self.metric.verify = False  # Scores are compared with the model's before they get there.
         self.clean = CertifiedAccuracy((0.0,), 1.0)
         self.largest = MaxMetric(nan_strategy="disable")
         self.bounds: dict[tuple[int, ...], Bound] = {}
@@ -127,7 +134,7 @@ class CertifiedPass:
             self.warned = True
             return
         bound = self.metric.lipschitz = self.bound(module, fields.inputs)
-        scores = self._scores(module, scores, fields.inputs, head)
+        scores = self._scores(bound, module, scores, fields.inputs, head)
         self.clean.update(scores, target)
         covered = fields.inputs if self._covers(bound, module, scores, fields.inputs) else None
         with torch.autocast(scores.device.type, enabled=False):
@@ -152,7 +159,9 @@ class CertifiedPass:
             )
         return self.rounding
 
-    def _scores(self, module: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None) -> Tensor:
+    def _scores(
+        self, bound: Bound, module: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None
+    ) -> Tensor:
         """Return what the bound is about: the model's output in the weights' precision.
 
         These are the captured scores, if they are the same. Those are float32, also of a float64 model.
@@ -161,8 +170,10 @@ class CertifiedPass:
         half, kind = self.half or half_dtype(scores), inputs.device.type
         model = score_module(module)[1]
         with torch.autocast(kind, dtype=half, enabled=half is not None):
-            are_output = _are_output(model, scores, inputs, head, 1e-4 if half is None else 2e-2)
-        if are_output and half is None and not double:
+            apart = _distance(model, scores, inputs, head, 1e-4 if half is None else 2e-2)
+        norm = inputs.detach().double().flatten(1).norm(dim=1).max()
+        explained = 1e-6 if bound.rounding.unknown else 2 * float(bound.rounding.error(norm))
+        if apart <= explained and half is None and not double:
             return scores
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             output: Tensor = model(inputs.double() if double else inputs.float())
@@ -185,19 +196,15 @@ class CertifiedPass:
         return Result(clean, certified, curve, constant, samples, largest if math.isfinite(largest) else math.nan)
 
 
-#: Rows of a batch for which the model is run again to see what the step computed.
-ROWS = 4
-
-
-def _are_output(model: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None, tolerance: float) -> bool:
-    """Tell whether ``scores`` are the output of ``model`` for ``inputs``, or only what its ``head`` gives on the way.
+def _distance(model: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Module | None, tolerance: float) -> float:
+    """Return how far ``scores`` are from the output of ``model``; infinite if they are what its ``head`` gives inside.
 
     Raises:
         UnsoundError: They are neither: the step computes another function than the model does.
     """
     shifted = any(map(shift_hooks, model.modules()))
     # Offsets may differ from row to row, so all rows have to be there.
-    rows = torch.arange(len(inputs)) if shifted else torch.linspace(0, len(inputs) - 1, min(ROWS, len(inputs))).long()
+    rows = torch.arange(len(inputs)) if shifted else some_rows(len(inputs))
     captured: list[Any] = []
     handle = head.register_forward_hook(lambda *given: captured.append(given[2])) if head is not None else None
     try:
@@ -209,24 +216,23 @@ def _are_output(model: nn.Module, scores: Tensor, inputs: Tensor, head: nn.Modul
     if not isinstance(output, Tensor):
         raise UnsoundError(f"the model returns {type(output).__name__}, not one tensor of scores -> return the scores")
     wanted = scores[rows].float()
-    differences = [_difference(found, wanted) for found in (output, *captured)]
-    if min(differences) > tolerance:
+    limit = tolerance * float(wanted.flatten(1).norm(dim=1).amax())
+    distances = [_difference(found, wanted) for found in (output, *captured)]
+    if min(distances) > limit:
         raise UnsoundError(
             "the scores of the step are not those of the model for the batch's inputs (they differ by "
-            f"{min(differences):.3g} of the largest), so its certificate would be about something else -> if the step "
-            "changes the inputs, as self(standardise(x)) does, do it inside forward, or in the data set with "
-            "AOL(input_std=...); or certify nothing, with AOL(log=False)"
+            f"{min(distances):.3g}), so its certificate would be about something else -> if the step changes the "
+            "inputs, as self(standardise(x)) does, do it inside forward, or in the data set with AOL(input_std=...); "
+            "or certify nothing, with AOL(log=False)"
         )
-    return differences[0] <= tolerance
+    return distances[0]
 
 
 def _difference(found: Any, wanted: Tensor) -> float:
-    """Return the largest difference, relative to the largest score; infinite where shapes differ."""
+    """Return the largest distance of a row of scores; infinite where shapes differ."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return math.inf
-    largest = float(wanted.abs().amax())
-    difference = float((found.float() - wanted).abs().amax())
-    return difference / largest if largest else difference
+    return float((found.float() - wanted).flatten(1).norm(dim=1).amax())
 
 
 def classes_of(fields: Fields) -> Tensor | None:

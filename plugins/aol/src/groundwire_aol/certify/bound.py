@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from groundwire_aol.certify.consistency import random_states, refuse_other_resul
 from groundwire_aol.certify.falsifier import search
 from groundwire_aol.certify.graph import is_leaf, trace
 from groundwire_aol.certify.linear_norms import rescales_in
-from groundwire_aol.certify.plain_copy import evaluation_copy, plain_copy, rows_of
+from groundwire_aol.certify.plain_copy import evaluation_copy, remove_parametrizations, rows_of
 from groundwire_aol.certify.propagation import LayerBound, Propagation
 from groundwire_aol.certify.rounding import Rounding
 from groundwire_aol.certify.weights import Weights
@@ -120,7 +121,7 @@ def lipschitz_bound(
         live = evaluation_copy(nn.Sequential(module) if is_leaf(module) else module)
         rescales = rescales_in(live)
         # Not every device has float64. The weights are baked where they live, so they are the ones that will be used.
-        plain = plain_copy(live).cpu()
+        plain = remove_parametrizations(copy.deepcopy(live)).cpu()
         live = live.cpu()
         propagation = Propagation(plain, trace(plain), rescales)
         lipschitz = propagation.run(example.clone())

@@ -52,7 +52,7 @@ def certified_radius(
             ``lipschitz_bound(model, x, upto="path")``, and each pair of classes is divided by ``||w_y - w_j||`` instead
             of sqrt(2). A model whose last layer is a :class:`groundwire_aol.NormalizedLinear` needs no ``last_layer``:
             its Bound holds the rows.
-        inputs: Shape (B, ...), what the scores were computed from. The radius then covers the rounding of the forward
+        inputs: Shape (B, ...), what the scores were computed from; a few are computed again. The radius then covers the rounding of the forward
             pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
             (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
             the certificate is one of exact arithmetic, of which a warning tells once.
@@ -94,8 +94,13 @@ def radii_of(
     slack: Any = 0.0,
     last_layer: Tensor | None = None,
     inputs: Tensor | None = None,
+    verify: bool = True,
 ) -> Tensor:
-    """Return what :func:`certified_radius` returns, without a word about arithmetic."""
+    """Return what :func:`certified_radius` returns, without a word about arithmetic.
+
+    Args:
+        verify: Whether to compute some of the scores again, with the model of the bound.
+    """
     _check(logits, target)
     constant = total_lipschitz(lipschitz, input_std)
     weight = _last_weight(lipschitz, last_layer)
@@ -107,6 +112,8 @@ def radii_of(
     moved_by_rounding = 0.0
     if inputs is not None:
         rounding = _rounding(lipschitz, logits, inputs)
+        if verify:
+            _refuse_other_scores(lipschitz, logits, inputs)
         norms = inputs.detach().double().flatten(1).norm(dim=1) * _UP
         margins = margins - 2 * math.sqrt(2) * rounding.error(norms)[:, None]
         moved_by_rounding = math.sqrt(2) * rounding.slope / smallest_std(input_std)
@@ -248,6 +255,45 @@ def _rounding(lipschitz: Any, logits: Tensor, inputs: Tensor) -> Rounding:
             "without autocast"
         )
     return found
+
+
+#: Scores that are computed again.
+ROWS = 4
+
+
+def some_rows(batch: int) -> Tensor:
+    """Return the numbers of a few rows of a batch, the first and the last among them.
+
+    Example:
+        >>> some_rows(10).tolist(), some_rows(2).tolist()
+        ([0, 3, 6, 9], [0, 1])
+    """
+    return torch.linspace(0, batch - 1, min(ROWS, batch)).long()
+
+
+def _refuse_other_scores(bound: Bound, logits: Tensor, inputs: Tensor) -> None:
+    """Compute some scores again, and raise if the given ones are further away than rounding can move them."""
+    model = bound.weights.module
+    if model is None or not len(logits):
+        return
+    rows = some_rows(len(logits))
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+            again = model(inputs[rows])
+    finally:
+        for part, training in modes:
+            part.training = training
+    given = logits.detach()[rows].double()
+    norms = inputs[rows].detach().double().flatten(1).norm(dim=1)
+    apart = (again.double() - given).norm(dim=1) if isinstance(again, Tensor) and again.shape == given.shape else None
+    if apart is None or bool((apart > 2 * bound.rounding.error(norms) * _UP).any()):
+        raise UnsoundError(
+            "the scores are not those that the model computes for these inputs in evaluation, by more than rounding "
+            "explains -> compute them as model.eval()(inputs), without autocast, or leave inputs= out"
+        )
 
 
 def half_precision(scores: Tensor) -> str:

@@ -23,14 +23,14 @@ class _Certificates(Metric):
 
     def __init__(self, lipschitz: Any, input_std: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.lipschitz, self.input_std = lipschitz, input_std
+        self.lipschitz, self.input_std, self.verify = lipschitz, input_std, True
         total_lipschitz(lipschitz, input_std)
         for name in ("total", "exact"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def add(self, logits: Tensor, target: Tensor, inputs: Tensor | None) -> Tensor:
         """Count a batch, and return its radii."""
-        radii = radii_of(logits, target, self.lipschitz, input_std=self.input_std, inputs=inputs)
+        radii = radii_of(logits, target, self.lipschitz, input_std=self.input_std, inputs=inputs, verify=self.verify)
         self.total += len(radii)
         self.exact += len(radii) if inputs is None else 0
         return radii

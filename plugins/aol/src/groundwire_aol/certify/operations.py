@@ -247,7 +247,7 @@ HINTS: dict[str, str] = {
 
 def hint(name: str) -> str:
     """Return what to use instead of an operation without a rule."""
-    return HINTS.get(name, "replace it, or exclude this part and certify the rest")
+    return HINTS.get(name, "replace it, or certify the part of the model behind it, from its result on")
 
 
 def operation_of_layer(layer: nn.Module) -> Operation | None:

@@ -63,7 +63,16 @@ def plain_copy(module: nn.Module) -> nn.Module:
         UnsoundError: Weights are not finite, or of a precision for which no bound is proved.
         UnknownLipschitzError: Something in ``module``, or in torch, could change what its layers compute.
     """
-    twin = bake(evaluation_copy(module))
+    return remove_parametrizations(evaluation_copy(module))
+
+
+def remove_parametrizations(twin: nn.Module) -> nn.Module:
+    """Bake every parametrization in a copy, in place.
+
+    Raises:
+        UnsoundError: One gives weights that are not finite.
+    """
+    bake(twin)
     for layer in list(twin.modules()):
         if parametrize.is_parametrized(layer):
             cls = type(layer)

@@ -1,4 +1,4 @@
-"""Whether the weights of a model are those for which something was proved."""
+"""Marks of a model's weights, which tell whether they are still those for which something was proved."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-#: Identity, dtype, number of writes, and sum of the bits of a tensor.
-_Mark: TypeAlias = tuple[int, torch.dtype, int, int]
+#: Identity, dtype, number of writes, and sum of the bits of a tensor; or the value of a plain attribute.
+_Mark: TypeAlias = tuple[int, torch.dtype, int, int] | str
 
 
 class Weights:
-    """Weak reference to a model, and marks of its parameters and buffers as they were.
+    """Weak reference to a model, and marks of its parameters, buffers and numbers as they were.
+
+    The numbers are plain attributes of its submodules, such as ``negative_slope``; those of a LightningModule itself
+    may count batches, and are left out.
 
     A pickle of it knows nothing.
 
@@ -28,12 +31,17 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
-        self._module = weakref.ref(module) if module is not None else None
+        self._reference = weakref.ref(module) if module is not None else None
         self._marks = _marks(module) if module is not None else {}
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model, if it is known and still there."""
+        return self._reference() if self._reference is not None else None
 
     def state(self) -> str:
         """Return "unchanged", which weight changed, or "unchecked" if the model is gone or was not known."""
-        module = self._module() if self._module is not None else None
+        module = self.module
         if module is None:
             return "unchecked"
         now = _marks(module)
@@ -48,7 +56,15 @@ class Weights:
 
 
 def _marks(module: nn.Module) -> dict[str, _Mark]:
-    return {name: _mark(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    found: dict[str, _Mark] = {n: _mark(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    for path, part in module.named_modules():
+        if not hasattr(part, "training_step"):
+            found.update({f"{path}.{k}".lstrip("."): repr(v) for k, v in vars(part).items() if _is_number(k, v)})
+    return found
+
+
+def _is_number(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and key != "training" and not key.startswith("_")
 
 
 def _mark(tensor: Tensor) -> _Mark:

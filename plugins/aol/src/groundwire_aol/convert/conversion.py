@@ -16,7 +16,7 @@ from groundwire_aol.certify.bound import lipschitz_bound
 from groundwire_aol.certify.call import function_name
 from groundwire_aol.certify.certificates import smallest_std
 from groundwire_aol.certify.graph import is_leaf, trace
-from groundwire_aol.certify.operations import FACTS, FUNCTIONS, HINTS, is_known_function
+from groundwire_aol.certify.operations import FACTS, FUNCTIONS, hint, is_known_function
 from groundwire_aol.certify.plain_copy import refuse_weights
 from groundwire_aol.certify.score_module import is_lightning, score_module
 from groundwire_aol.convert.branches import rewrite, sums_and_concatenations
@@ -225,7 +225,7 @@ class Conversion:
         if not _uses_input(node):
             return
         path = f"{owner}.{node.name}" if owner else node.name
-        raise UnknownLipschitzError(path, f"{name} has no known Lipschitz constant", HINTS.get(name, "replace it"))
+        raise UnknownLipschitzError(path, f"{name} has no known Lipschitz constant", hint(name))
 
     def plan_layer(self, path: str, layer: nn.Module, channels: int | None) -> None:
         """Note what takes the place of a layer."""

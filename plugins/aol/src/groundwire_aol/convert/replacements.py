@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from groundwire_aol.certify.call import sizes_per_axis
 from groundwire_aol.certify.lipschitz_rules import INTERPOLATIONS, max_pool_constant
-from groundwire_aol.certify.operations import BATCHNORMS, HINTS, MAX_POOLS, operation_of_layer
+from groundwire_aol.certify.operations import BATCHNORMS, MAX_POOLS, hint, operation_of_layer
 from groundwire_aol.errors import UnknownLipschitzError, UnsoundError
 from groundwire_aol.layers.activations import MaxMin, NActivation
 from groundwire_aol.layers.normalization import BatchCentering
@@ -90,9 +90,7 @@ def replacement(
             return rule(path, layer)
     if _stays(layer):
         return None
-    raise UnknownLipschitzError(
-        path, f"{name} has no known Lipschitz constant", HINTS.get(name, "replace it, or name it in exclude")
-    )
+    raise UnknownLipschitzError(path, f"{name} has no known Lipschitz constant", hint(name))
 
 
 def takes_weights(layer: Any) -> bool:
