@@ -1,12 +1,14 @@
 """Layers that something else depends on, or that no kernel serves, stay dense and say why."""
 
+import pickle
+
 import pytest
 import torch
 from cram_sparse_layers import fast
 from torch import nn
 
 from groundwire_cram import prune
-from groundwire_cram.sparse import SparseLinear, semi_structured, sparsity_report
+from groundwire_cram.sparse import SparseLinear, densify, semi_structured, sparsity_report
 
 
 class Tied(nn.Module):
@@ -127,6 +129,50 @@ def test_transformers_keep_what_torch_reads_past_the_layers(norm_first):
         with context:
             torch.testing.assert_close(ours(x), module(x), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(ours(x[:1, :1]), module(x[:1, :1]), rtol=1e-4, atol=1e-5)
+
+
+def encoder(nested=False):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    return prune(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested), 0.9).eval()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_the_layers_inside_torchs_encoder_become_sparse_and_fuse_again(nested):
+    module, x = encoder(nested), torch.randn(3, 7, 32)
+    padding = torch.arange(7)[None] >= torch.tensor([7, 5, 2])[:, None]
+    ours = fast(module, {"src": x, "src_key_padding_mask": padding})
+    names = {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert {row.name for row in sparsity_report(ours).sparse} == names
+    assert module.layers[0].activation_relu_or_gelu == 1
+    valid = ~padding
+    with torch.no_grad():
+        wanted = module(x, src_key_padding_mask=padding)
+        for twin in (ours, densify(ours), pickle.loads(pickle.dumps(ours))):
+            found = twin(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(found[valid], wanted[valid], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(twin(x), module(x), rtol=1e-4, atol=1e-4)
+    back = densify(ours)
+    assert [layer.activation_relu_or_gelu for layer in back.layers] == [1, 1]
+    assert back.use_nested_tensor == nested
+
+
+def test_an_encoder_layer_that_is_faster_fused_stays_as_it_is():
+    module, x = encoder(), torch.randn(3, 7, 32)
+    measured = []
+
+    def whole_is_slower(dense, sparse):
+        measured.append(tuple(sparse().shape) == tuple(dense().shape))
+        return [(2.0, 1.0)] if len(measured) <= 8 else [(1.0, 2.0)]  # two ways for each of four layers come first
+
+    with pytest.warns(UserWarning, match="faster as torch fuses it"):
+        ours = fast(module, x, whole_is_slower)
+    assert measured == [True] * 10
+    assert not sparsity_report(ours).sparse
+    assert [layer.activation_relu_or_gelu for layer in ours.layers] == [1, 1]
+    with torch.no_grad():
+        assert torch.equal(ours(x), module(x))
 
 
 def test_a_layer_held_at_two_places_stays_one_layer():

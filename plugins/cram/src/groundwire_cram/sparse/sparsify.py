@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from groundwire_cram.sparse import eligibility, observer, semi_structured
+from groundwire_cram.sparse import eligibility, observer, semi_structured, transformer
 from groundwire_cram.sparse.autotune import Measure, choose
 from groundwire_cram.sparse.autotune import measure as measure_in_turn
 from groundwire_cram.sparse.layers import SparseConv, SparseLayer, move_together
@@ -43,7 +44,8 @@ def sparsify(
     computed rightly too, but how fast was not measured: give the example the size that will be served.
 
     Layers stay dense, and the report says why, if something else depends on them: tied or parametrized weights, hooks,
-    ``torch.compile``, a weight that is read outside the layer's forward (as torch's attention layers do).
+    ``torch.compile``, a weight that is read outside the layer's forward (as torch's attention layers do). Layers inside
+    an encoder layer of torch, which runs fused, become sparse only if that is faster than the fused whole.
     On CUDA, Linear layers in float16 or bfloat16 with the pattern 2:4 use torch's semi-structured tensors.
 
     Args:
@@ -72,18 +74,29 @@ def sparsify(
     """
     _check(module, min_speedup, inplace)
     module = densify(module, inplace=inplace)
+    transformer.unfuse(module)
     layers, obstacles = eligibility.layers(module), eligibility.obstacles(module)
     fit = {name: layer for name, layer in layers.items() if name not in obstacles}
-    observed = observer.observe(module, fit.values(), example_input)
     rows: dict[str, LayerRow] = {name: _row(name, layer, obstacles.get(name)) for name, layer in layers.items()}
     new: dict[int, nn.Module] = {}
     bar = Console(stderr=True)
-    for name, layer in track(
-        fit.items(), "sparsify", console=bar, transient=True, disable=not (progress and bar.is_terminal)
-    ):
-        rows[name], sparse = choose(rows[name], layer, observed[id(layer)], min_speedup, measure)
-        if sparse is not None:
-            new[id(layer)] = sparse
+    try:
+        with transformer.calls(module) as called:
+            observed = observer.observe(module, fit.values(), example_input)
+        for name, layer in track(
+            fit.items(), "sparsify", console=bar, transient=True, disable=not (progress and bar.is_terminal)
+        ):
+            rows[name], sparse = choose(rows[name], layer, observed[id(layer)], min_speedup, measure)
+            if sparse is not None:
+                new[id(layer)] = sparse
+        for name in transformer.slower(module, new, called, min_speedup, measure):
+            del new[id(layers[name])]
+            rows[name] = replace(
+                rows[name], decision="dense", reason="the encoder layer around it is faster as torch fuses it"
+            )
+    except BaseException:
+        transformer.fuse(module)
+        raise
     kernels = load_numba() if any(layer.weight.device.type == "cpu" for layer in fit.values()) else None
     note = kernels if isinstance(kernels, str) else ""
     report = SparsityReport(tuple(rows.values()), torch.get_num_threads(), note)
@@ -117,6 +130,7 @@ def densify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     for layer in module.modules():
         if semi_structured.is_converted(layer):
             layer.weight = nn.Parameter(layer.weight.data.to_dense())  # type: ignore[operator]
+    transformer.fuse(module)
     module.__dict__.pop(_REPORT, None)
     module.__dict__.pop("_apply", None)
     return _replaced(module, new)
