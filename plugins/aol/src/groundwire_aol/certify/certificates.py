@@ -52,10 +52,11 @@ def certified_radius(
             ``lipschitz_bound(model, x, upto="path")``, and each pair of classes is divided by ``||w_y - w_j||`` instead
             of sqrt(2). A model whose last layer is a :class:`groundwire_aol.NormalizedLinear` needs no ``last_layer``:
             its Bound holds the rows.
-        inputs: Shape (B, ...), what the scores were computed from; a few are computed again. The radius then covers the rounding of the forward
-            pass, here and at every point within it: scores err by at most ``e(||x||) = offset + slope ||x||`` in L2
-            (``lipschitz.rounding``), so ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it,
-            the certificate is one of exact arithmetic, of which a warning tells once.
+        inputs: Shape (B, ...), what the scores were computed from; a few are computed again. The radius then covers the
+            rounding of the forward pass, here and at every point within it: scores err by at most
+            ``e(||x||) = offset + slope ||x||`` in L2 (``lipschitz.rounding``), so
+            ``r = (margin - 2 sqrt(2) e(||x||)) / (sqrt(2) (L + slope))``. Without it, the certificate is one of exact
+            arithmetic, of which a warning tells once.
 
     Returns:
         Shape (B,), float64, at least 0; 0 also for scores that are not finite.
@@ -98,8 +99,7 @@ def radii_of(
 ) -> Tensor:
     """Return what :func:`certified_radius` returns, without a word about arithmetic.
 
-    Args:
-        verify: Whether to compute some of the scores again, with the model of the bound.
+    ``verify=False`` leaves out to compute some of the scores again.
     """
     _check(logits, target)
     constant = total_lipschitz(lipschitz, input_std)

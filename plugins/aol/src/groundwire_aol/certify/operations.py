@@ -282,7 +282,8 @@ _BUILTINS = (
     nn.functional.conv2d,
     nn.functional.conv3d,
 )
-_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+#: Where the code of torch and this package comes from; torch.fx names what it generates so.
+_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<eval_with_key>")
 
 
 def is_original(function: Any) -> bool:
