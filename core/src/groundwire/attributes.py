@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Hashable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ class Attributes(MutableMapping[str, Any]):
     """
 
     def __init__(self, owner: Any) -> None:
-        self._owner, self._slots, self._dict = owner, _slots(type(owner)), getattr(owner, "__dict__", {})
+        kind: Hashable = type(owner)
+        self._owner, self._slots, self._dict = owner, _slots(kind), getattr(owner, "__dict__", {})
 
     def __getitem__(self, name: str) -> Any:
         return self._slots[name].__get__(self._owner) if name in self._slots else self._dict[name]
@@ -78,16 +79,18 @@ def has_attributes(value: Any) -> bool:
         >>> has_attributes(types.SimpleNamespace(x=1)), has_attributes(1), has_attributes(nn.Linear(1, 1))
         (True, False, False)
     """
-    if type(value) in PLAIN or isinstance(value, _CLOSED):
+    kind: Any = type(value)
+    if kind in PLAIN or isinstance(value, _CLOSED):
         return False
-    if type(value).__module__.partition(".")[0] in _TABLES:
+    if kind.__module__.partition(".")[0] in _TABLES:
         return False
-    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(type(value)))
+    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(kind))
 
 
 @functools.cache
-def _slots(cls: Any) -> dict[str, Any]:
+def _slots(cls: Hashable) -> dict[str, Any]:
     """Return the descriptors of the slots of ``cls`` and its bases by name."""
+    assert isinstance(cls, type)
     return {
         name: slot
         for base in reversed(cls.__mro__)

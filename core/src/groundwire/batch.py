@@ -136,8 +136,9 @@ def _copied_tuple(value: Any, known: dict[int, Any], shared: list[Any]) -> Any:
 
 def _twin(value: Any) -> Any:
     """Return a shallow copy of ``value``, or ``value`` itself if it does not let itself be copied."""
-    cls = type(value)
-    reduces = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+    cls: Any = type(value)
+    base: Any = object
+    reduces = cls.__reduce_ex__ is not base.__reduce_ex__ or cls.__reduce__ is not base.__reduce__
     try:
         if reduces or hasattr(cls, "__copy__") or isinstance(value, _CONTAINERS):
             twin = copy.copy(value)
