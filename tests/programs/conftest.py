@@ -4,7 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for name in ("harness", "vision", "generative", "self_supervised", "language", "graphs", "series", "tabular", "loops"):
+PROGRAMS = ("vision", "generative", "self_supervised", "language", "graphs", "series", "tabular", "loops")
+
+for name in ("harness", *PROGRAMS, "list"):
     spec = importlib.util.spec_from_file_location(f"programs_{name}", Path(__file__).with_name(f"{name}.py"))
     module = sys.modules[f"programs_{name}"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -214,9 +214,10 @@ class Snapshot:
                 # The weights by another name: in a second pass it shows them where the plugin moved them.
                 self._values.append((tensor, tensor.detach().clone()))
             elif storage in several and _plain_memory(tensor):
-                memory = memories.setdefault(storage, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
-                empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                copies[key] = empty.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
+                if storage not in memories:
+                    memories[storage] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+                place = memories[storage], tensor.storage_offset(), tensor.size(), tensor.stride()
+                copies[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
             else:
                 copies[key] = _copied(tensor)
         for _, store, name, tensor in self._tensors:
