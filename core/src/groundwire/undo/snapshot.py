@@ -12,7 +12,7 @@ import functools
 import operator
 import random
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +59,7 @@ class Snapshot:
     def __init__(self, module: nn.Module, also: Iterable[Any] = ()) -> None:
         self._stores: list[tuple[Store, dict[str, Any]]] = []
         self._registries: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
         self._types: list[tuple[nn.Module, type]] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._tensors: list[tuple[str, Store, str, Tensor]] = []
@@ -68,13 +69,14 @@ class Snapshot:
         self._containers: list[tuple[Any, Any]] = []
         self._versions: list[tuple[str, Tensor, int]] = []
         self._seen: set[int] = set()
-        self._parameters = set(map(id, module.parameters()))
-        self._save_value(type(module).__name__, module)
+        modules = list(module.named_modules())
+        self._parameters = {id(p): p for _, m in modules for p in m._parameters.values() if p is not None}
+        self._save_modules(type(module).__name__, modules)
         for each in also:
             self._save_object(type(each).__name__, each)
         try:
             with torch.inference_mode(False):
-                self._work_on_copies(module)
+                self._work_on_copies()
         except BaseException:
             self.restore()
             raise
@@ -86,6 +88,9 @@ class Snapshot:
         for module, cls in self._types:
             if type(module) is not cls:
                 module.__class__ = cls
+        if any(self._empty):
+            for registry in self._empty:
+                registry.clear()
         for store, attributes in (*self._registries, *self._stores):
             _rebind(store, attributes)
         for cls, attributes in self._classes:
@@ -108,6 +113,10 @@ class Snapshot:
 
     # What there is
 
+    def _save_modules(self, owner: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        for name, child in modules:
+            self._save_module(f"{owner}.{name}" if name else owner, child)
+
     def _save_module(self, name: str, module: nn.Module) -> None:
         if id(module) in self._seen:
             return
@@ -120,13 +129,16 @@ class Snapshot:
         base = LIGHTNING_MODULE_NAMES if hasattr(type(module), "training_step") else MODULE_NAMES
         attributes = vars(module)
         for registry in _registries_of(attributes):
-            self._registries.append((registry, registry.copy() if registry else ()))
+            if registry:
+                self._registries.append((registry, registry.copy()))
+            else:
+                self._empty.append(registry)
         self._save_store(name, attributes, base)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 self._save_tensor(f"{name}.{key}", buffer, module._buffers, key)
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in self._parameters:
                 self._save_tensor(f"{name}.{key}", parameter)
 
     def _save_store(self, owner: str, store: Store, base: Collection[str] = ()) -> None:
@@ -145,8 +157,7 @@ class Snapshot:
         elif isinstance(value, _CONTAINERS):
             self._save_container(owner, value)
         elif isinstance(value, nn.Module):
-            for name, child in value.named_modules():
-                self._save_module(f"{owner}.{name}" if name else owner, child)
+            self._save_modules(owner, value.named_modules())
         elif isinstance(value, _GENERATORS):
             self._generators.append(_generator_undo(value))
         elif _is_users(type(value)) and has_attributes(value):  # type: ignore[arg-type]
@@ -201,16 +212,17 @@ class Snapshot:
 
     # Copies to work on
 
-    def _work_on_copies(self, module: nn.Module) -> None:
+    def _work_on_copies(self) -> None:
         """Bind a copy in the place of each buffer and tensor attribute, and of the same tensor in a list or dict."""
         distinct = {id(tensor): tensor for _, _, _, tensor in self._tensors}
-        storages = {storage for p in module.parameters() if (storage := _storage(p))} if distinct else set()
+        storages = {key: _storage(tensor) for key, tensor in distinct.items()}
+        weights = set(map(_storage, self._parameters.values())) - {0} if distinct else set()
+        several = {storage for storage, count in Counter(storages.values()).items() if storage and count > 1}
         copies: dict[int, Tensor] = {}
         memories: dict[int, torch.UntypedStorage] = {}
-        several = _shared_storages(distinct.values())
         for key, tensor in distinct.items():
-            storage = _storage(tensor)
-            if storage in storages:
+            storage = storages[key]
+            if storage in weights:
                 # The weights by another name: in a second pass it shows them where the plugin moved them.
                 self._values.append((tensor, tensor.detach().clone()))
             elif storage in several and _plain_memory(tensor):
@@ -232,17 +244,10 @@ class Snapshot:
 
 def _storage(tensor: Tensor) -> int:
     """Return where the memory of ``tensor`` begins, 0 if it has none of its own."""
-    if tensor.layout != torch.strided or is_lazy(tensor):
-        return 0
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapped or not made yet
         return 0
-
-
-def _shared_storages(tensors: Iterable[Tensor]) -> set[int]:
-    seen: set[int] = set()
-    return {s for s in map(_storage, tensors) if s and (s in seen or seen.add(s))}  # type: ignore[func-returns-value]
 
 
 def _plain_memory(tensor: Tensor) -> bool:
@@ -289,10 +294,7 @@ def _is_users(cls: Hashable) -> bool:
 
 def _rebind(store: Any, before: Any) -> None:
     """Give a store of attributes, or a registry, what it held, in the order in which it held it."""
-    if not before:
-        if store:
-            store.clear()
-    elif isinstance(store, set):
+    if isinstance(store, set):
         if store != before:
             store.clear()
             store.update(before)
