@@ -13,12 +13,6 @@ PROGRAMS = VISION | GENERATIVE | SELF_SUPERVISED | LANGUAGE | GRAPHS | SERIES | 
 
 #: Right in the test, wrong in the code: (program, plugin) and why.
 WRONG_TODAY = {
-    ("DCGAN", "replay"): "items 4, 6: buffers get a new version by a replay; loss_fn is not told which optimizer steps",
-    ("DCGAN", "CrAM"): "items 4, 6",
-    ("batches of a mapping class", "replay"): "item 2: a UserDict is shared with the recording",
-    ("batches of a mapping class", "CrAM"): "item 2",
-    ("graph classifier", "replay"): "item 2: a plain object is shared with the recording",
-    ("a gradient row zeroed", "replay"): "item 1: on_after_backward is not called for a replay",
     ("template classifier", "AOL"): "item 21: the LightningModule is deep-copied with the user's metrics",
     ("VAE", "AOL"): "item 21: the tracing refusal does not name the way out",
     ("transformers classifier", "AOL"): "item 21",
@@ -32,7 +26,6 @@ WRONG_TODAY = {
     ("batches of a mapping class", "BiasAudit"): "item 10",
     ("graph classifier", "LIMES"): "item 10: a layer with its own weight and F.linear is not offered as a head",
     ("graph classifier", "BiasAudit"): "item 10",
-    ("forecasting with several loaders", "CrAM"): "a variant edits the parameters in an LSTM's list of them",
     ("EMA", "LIMES"): "refused while the offset is a buffer, which an averaging callback pairs",
     ("SWA", "LIMES"): "refused while the offset is a buffer",
     ("EMA", "ACDC"): "item 14: the averaged weights are not sparse",

@@ -86,9 +86,6 @@ def test_so_they_are_of_a_loader_that_draws_from_the_global_state(kit):
     assert seen_by(kit, DataLoader(numbered(), 8, shuffle=True), Evaluates(), limit=2) == plain
 
 
-CLASS_LEVEL = "item 11: what a class, not an instance, holds is not put back"
-
-
 def class_level(kit):
     class Module(kit.Net):
         outputs = []
@@ -111,7 +108,6 @@ def class_level(kit):
 
 
 @pytest.mark.parametrize("plugin", [Evaluates, Replay])
-@pytest.mark.xfail(strict=True, reason=CLASS_LEVEL)
 def test_lists_and_dicts_of_the_class_are_put_back(kit, plugin):
     module = class_level(kit)
     trainer = kit.fit(module, plugin(), val=kit.loader(), num_sanity_val_steps=0)
@@ -189,7 +185,6 @@ class Weighs:
         return last * loss
 
 
-@pytest.mark.xfail(strict=True, reason="item 11: a replay sees in callback_metrics what the step itself logged")
 def test_a_replay_sees_the_metrics_that_the_step_saw(kit):
     class Module(Weighs, kit.Net):
         pass

@@ -21,7 +21,6 @@ def loss_of(module, batch):
     ],
     ids=["the step itself", "the step with a batch made anew", "by another method"],
 )
-@pytest.mark.xfail(strict=True, reason="item 6: training_step is shadowed by loss_fn, which so calls itself for ever")
 def test_a_loss_function_may_call_the_training_step(kit, loss_fn):
     class Module(kit.Net):
         def shared(self, batch):
@@ -35,7 +34,6 @@ def test_a_loss_function_may_call_the_training_step(kit, loss_fn):
     assert kit.difference(*states) == 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="item 6: loss_fn that calls training_step recurses")
 def test_it_may_give_the_step_another_batch(kit):
     """Twice the inputs: the gradient is that of twice the inputs, as a hand-written loop gets it."""
     net, data = kit.network(), kit.data()
@@ -84,7 +82,6 @@ def two(kit):
     return Module()
 
 
-@pytest.mark.xfail(strict=True, reason="item 6: loss_fn is not told which optimizer steps")
 def test_it_is_told_which_optimizer_steps(kit):
     told = []
 
@@ -128,7 +125,6 @@ def test_arguments_that_are_given_by_name_only_do_not_count(kit):
     [lambda module: 0, lambda module, batch, optimizer, more: 0, lambda: 0, "cross_entropy"],
     ids=["one argument", "four arguments", "none", "no function"],
 )
-@pytest.mark.xfail(strict=True, reason="item 6: loss_fn is looked at only when it is called")
 def test_anything_else_is_refused_before_training(kit, loss_fn):
     class Module(kit.Net):
         def training_step(self, batch, batch_idx):

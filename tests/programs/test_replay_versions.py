@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from groundwire import Plugin, hookimpl
 
-WRONG = "item 4: Snapshot.restore copies into every buffer and tensor attribute, which raises its version"
-
 
 def tensors_of(module):
     found = dict(module.named_buffers())
@@ -79,7 +77,6 @@ def test_they_are_the_same_objects_with_the_same_values(kit):
     assert (probe.identity, probe.values) == ([], [])
 
 
-@pytest.mark.xfail(strict=True, reason=WRONG)
 def test_they_have_the_same_versions(kit):
     probe = Probe()
     kit.fit(module_of(kit), probe)
@@ -141,7 +138,6 @@ def both_losses(module, batch):
     [(nn.BatchNorm1d, False), (nn.LayerNorm, True), (nn.BatchNorm1d, True)],
     ids=["BatchNorm", "images kept on the module", "both"],
 )
-@pytest.mark.xfail(strict=True, reason=WRONG)
 def test_a_graph_that_is_still_to_be_used_can_be_used(kit, norm, keeps):
     states = []
     for plugins in ([], [Replay(both_losses)]):

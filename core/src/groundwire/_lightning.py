@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -351,6 +352,53 @@ def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
                 vars(m).pop(key, None)
                 if value is not None:
                     vars(m)[key] = value
+
+
+@dataclass(frozen=True)
+class LoggedMetrics:
+    """What a Trainer's ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics`` hold.
+
+    Attributes:
+        finished: Values of earlier batches, by attribute of the logger connector.
+        running: What was logged for this batch, by Lightning's key: its result and its value.
+    """
+
+    finished: Mapping[str, Mapping[str, Any]]
+    running: Mapping[str, tuple[Any, Any]]
+
+
+def logged_metrics(trainer: Trainer) -> LoggedMetrics:
+    """Return the Trainer's metrics of now, without computing any.
+
+    ``_logger_connector`` and ``_results``: the public properties compute what they hold, and keep it.
+    """
+    connector: Any = trainer._logger_connector  # type: ignore[attr-defined]
+    results: Any = trainer._results or {}  # type: ignore[attr-defined]
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    return LoggedMetrics(
+        {name: dict(getattr(connector, name)) for name in names},
+        {key: (result, result._forward_cache) for key, result in results.items()},
+    )
+
+
+@contextmanager
+def showing_metrics(trainer: Trainer, metrics: LoggedMetrics) -> Iterator[None]:
+    """Context manager in which the Trainer's metrics are ``metrics``."""
+    now = logged_metrics(trainer)
+    try:
+        _show(trainer, metrics)
+        yield
+    finally:
+        _show(trainer, now)
+
+
+def _show(trainer: Any, metrics: LoggedMetrics) -> None:
+    vars(trainer._logger_connector).update({name: dict(values) for name, values in metrics.finished.items()})
+    if trainer._results is not None:
+        trainer._results.clear()
+        trainer._results.update({key: result for key, (result, _) in metrics.running.items()})
+    for result, value in metrics.running.values():
+        result._forward_cache = value
 
 
 def takes_dataloader_iter(module: Any) -> bool:

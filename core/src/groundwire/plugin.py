@@ -50,7 +50,8 @@ class Plugin(Callback):
         head: Name of the layer that produces the scores, if the user told this plugin; found by itself when None.
         changes: ``"shift"`` for a plugin that adds to the scores a vector which no input of the batch moves; None when
             unknown. Its forward hook on the head says the same by an attribute of this name.
-        loss_fn: ``loss_fn(module, batch) -> loss`` for gradient owners under manual optimization, or None.
+        loss_fn: ``loss_fn(module, batch) -> loss``, or with ``optimizer`` as third argument, for gradient
+            owners under manual optimization, or None.
 
     Example:
         >>> from groundwire import Plugin, hookimpl, Problem
@@ -72,7 +73,7 @@ class Plugin(Callback):
     head: str | None = None
     changes: Any = None
     opens_run: ClassVar[bool] = True
-    loss_fn: Callable[[Any, Any], Any] | None = None
+    loss_fn: Callable[..., Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

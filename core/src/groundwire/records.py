@@ -20,7 +20,7 @@ Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 #: Stages of batches: the sanity check is one of its own for ``gw_batch_start``.
 BatchStage: TypeAlias = Literal["train", "sanity", "validate", "test", "predict"]
 Scalar: TypeAlias = bool | int | float | str | None
-LossFn: TypeAlias = "Callable[[Any, Any], Tensor]"
+LossFn: TypeAlias = "Callable[..., Tensor]"
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,10 @@ class GradientStep(Protocol):
         """Return the gradient of the window's loss at the current weights; all other state stays as it is.
 
         Args:
-            loss_fn: ``loss_fn(module, batch) -> scalar`` used instead of ``training_step``; the plugin's own attribute
-                ``loss_fn`` when left out. Required under manual optimization, where ``training_step`` would step
-                again, and then taken as it is (not divided by the number of accumulated batches).
+            loss_fn: ``loss_fn(module, batch)`` or ``loss_fn(module, batch, optimizer)`` gives a scalar and is used
+                instead of ``training_step``, which it may call; the plugin's own attribute ``loss_fn`` when left out.
+                Required under manual optimization, where ``training_step`` would step again, and then taken as it is
+                (not divided by the number of accumulated batches).
             same_rng: Use the first pass's dropout masks instead of fresh ones, which are seeded by
                 (seed, global_step, micro-batch).
 

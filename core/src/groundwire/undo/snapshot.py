@@ -1,7 +1,9 @@
 """The state of a module outside its parameters, and the parameters that its own training step edits.
 
-Buffers, metrics and the module's own Python attributes are put back after a second pass through the user's code. Files,
-prints and objects outside the module are not, and cannot be.
+While a module's code runs once more, the module works on copies of its buffers and of tensors that it holds as
+attributes; then the originals are bound back. Nobody writes into an original, so a graph that saved it can still be
+used. The module's other attributes, its registries and its metrics are put back. Files, prints and objects outside the
+module are not, and cannot be.
 """
 
 from __future__ import annotations
@@ -10,17 +12,18 @@ import functools
 import operator
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.parameter import is_lazy
 
 from groundwire._lightning import LIGHTNING_MODULE_NAMES, MODULE_NAMES
+from groundwire.attributes import PLAIN, Attributes, has_attributes
 from groundwire.errors import PluginError
 
 _CONTAINERS = (list, dict, set, deque, tuple)
@@ -29,69 +32,123 @@ _LARGEST = 10_000
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 #: In a container that holds nothing but tensors, only the newest are watched: such lists grow with the epoch.
 _WATCHED = 32
-_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+#: The dicts and sets in which torch keeps what is registered at a module: parameters, modules, buffers, hooks.
+_REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+_registries_of = operator.itemgetter(*_REGISTRIES)
+
+Store = MutableMapping[str, Any]
 
 
 class Snapshot:
-    """The state of a module outside its parameters; :meth:`restore` puts it back in place, aliases included.
+    """The state of a module outside its parameters, from now until :meth:`restore`.
 
-    Saved: every buffer, every attribute that is not torch's or Lightning's own on any submodule (also on metrics,
-    other modules and objects of the user's own classes), and the contents of lists, dicts, sets and arrays.
+    Put back: every buffer and tensor attribute (the same object, with the same value and the same version); what is
+    registered at each submodule, hooks included; every attribute that is not torch's or Lightning's own, on any
+    submodule, on metrics, other modules and objects of the user's own classes, and on these classes themselves; and
+    the contents of lists, dicts, sets and arrays, aliases included.
+
+    Args:
+        module: The module whose code runs.
+        also: Objects whose code runs too: their attributes are put back.
 
     Raises:
-        PluginError: On restore, if a tensor inside a list or dict of the module was edited in place: it was not
-            copied (such lists grow with the epoch), so it cannot be put back.
+        PluginError: On restore, if a tensor was edited that the module reaches by another way than as a buffer or an
+            attribute. It was not copied (lists of tensors grow with the epoch), so it cannot be put back.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+    def __init__(self, module: nn.Module, also: Iterable[Any] = ()) -> None:
+        self._stores: list[tuple[Store, dict[str, Any]]] = []
+        self._registries: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        self._types: list[tuple[nn.Module, type]] = []
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._tensors: list[tuple[str, Store, str, Tensor]] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
         self._generators: list[Callable[[], Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._versions: list[tuple[str, Tensor, int]] = []
         self._seen: set[int] = set()
-        self._save_value(type(module).__name__, module)
+        modules = list(module.named_modules())
+        self._parameters = {id(p): p for _, m in modules for p in m._parameters.values() if p is not None}
+        self._save_modules(type(module).__name__, modules)
+        for each in also:
+            self._save_object(type(each).__name__, each)
+        try:
+            with torch.inference_mode(False):
+                self._work_on_copies()
+        except BaseException:
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Put everything back."""
         for container, before in self._containers:
             _refill(container, before)
-        for store, attributes in self._stores:
+        for module, cls in self._types:
+            if type(module) is not cls:
+                module.__class__ = cls
+        if any(self._empty):
+            for registry in self._empty:
+                registry.clear()
+        for store, attributes in (*self._registries, *self._stores):
             _rebind(store, attributes)
+        for cls, attributes in self._classes:
+            _rebind_class(cls, attributes)
         for undo in self._generators:
             undo()
         for array, content in self._arrays:
             array[...] = content
         with torch.no_grad():
-            for store, key, tensor, copy in self._tensors:
-                if tensor.is_inference():
-                    store[key] = copy
-                else:
-                    tensor.copy_(copy)
-        self._refuse_lost_edits()
-
-    def _refuse_lost_edits(self) -> None:
+            for tensor, value in self._values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
         for owner, tensor, version in self._versions:
             if tensor._version != version:
                 raise PluginError(
-                    f"{owner}: a tensor inside a Python container was changed in place by the training step, which "
-                    "cannot be undone after a replay -> keep it as a buffer (register_buffer) or replace it"
+                    f"{owner}: a tensor inside a Python container, or known to somebody else, was changed in place by "
+                    "the training step, which cannot be undone after a replay -> register it at the module "
+                    "(register_buffer, add_module) and reach it by its name, or replace it"
                 )
+
+    # What there is
+
+    def _save_modules(self, owner: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        for name, child in modules:
+            self._save_module(f"{owner}.{name}" if name else owner, child)
 
     def _save_module(self, name: str, module: nn.Module) -> None:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            self._values += [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+            return
+        self._types.append((module, type(module)))
+        self._save_class(type(module))
         base = LIGHTNING_MODULE_NAMES if hasattr(type(module), "training_step") else MODULE_NAMES
-        for store in (vars(module), module._buffers):
-            before = dict(store)
-            self._stores.append((store, before))
-            for key, value in before.items():
-                if type(value) not in _PLAIN and key not in base:
-                    self._save_value(f"{name}.{key}", value, store, key)
+        attributes = vars(module)
+        for registry in _registries_of(attributes):
+            if registry:
+                self._registries.append((registry, registry.copy()))
+            else:
+                self._empty.append(registry)
+        self._save_store(name, attributes, base)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                self._save_tensor(f"{name}.{key}", buffer, module._buffers, key)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in self._parameters:
+                self._save_tensor(f"{name}.{key}", parameter)
 
-    def _save_value(self, owner: str, value: Any, store: dict[str, Any] | None = None, key: str = "") -> None:
+    def _save_store(self, owner: str, store: Store, base: Collection[str] = ()) -> None:
+        before = dict(store)
+        self._stores.append((store, before))
+        for key, value in before.items():
+            if type(value) not in PLAIN and key not in base:
+                self._save_value(f"{owner}.{key}", value, store, key)
+
+    def _save_value(self, owner: str, value: Any, store: Store | None = None, key: str = "") -> None:
         """Descend into containers, modules and objects of the user's own classes."""
         if isinstance(value, Tensor):
             self._save_tensor(owner, value, store, key)
@@ -100,28 +157,43 @@ class Snapshot:
         elif isinstance(value, _CONTAINERS):
             self._save_container(owner, value)
         elif isinstance(value, nn.Module):
-            for name, child in value.named_modules():
-                self._save_module(f"{owner}.{name}" if name else owner, child)
+            self._save_modules(owner, value.named_modules())
         elif isinstance(value, _GENERATORS):
             self._generators.append(_generator_undo(value))
-        elif not isinstance(value, Dataset | DataLoader) and _is_users(type(value)):  # type: ignore[arg-type]
+        elif _is_users(type(value)) and has_attributes(value):  # type: ignore[arg-type]
             self._save_object(owner, value)
 
     def _save_object(self, owner: str, value: Any) -> None:
-        """An object of a class of the user's own, such as a meter: its attributes."""
-        if id(value) not in self._seen and hasattr(value, "__dict__"):
+        """An object of a class of the user's own, such as a meter: its attributes, and those of its class."""
+        if id(value) not in self._seen:
             self._seen.add(id(value))
-            before = dict(vars(value))
-            self._stores.append((vars(value), before))
-            for key, item in before.items():
-                if type(item) not in _PLAIN:
-                    self._save_value(f"{owner}.{key}", item, vars(value), key)
+            self._save_class(type(value))
+            self._save_store(owner, Attributes(value))
 
-    def _save_tensor(self, owner: str, value: Tensor, store: dict[str, Any] | None, key: str) -> None:
-        if store is not None:
-            self._tensors.append((store, key, value, value.detach().clone()))
-        elif not value.is_inference():
+    def _save_class(self, cls: type) -> None:
+        """What a class of the user's own holds, such as a list that all its instances share."""
+        if id(cls) in self._seen:
+            return
+        for each in cls.__mro__:
+            if id(each) in self._seen:
+                continue
+            self._seen.add(id(each))
+            if not _is_users(each):
+                continue
+            before = dict(vars(each))
+            self._classes.append((each, before))
+            for key, value in before.items():
+                if type(value) not in PLAIN and not key.startswith("__"):
+                    self._save_value(f"{each.__name__}.{key}", value)
+
+    def _save_tensor(self, owner: str, value: Tensor, store: Store | None = None, key: str = "") -> None:
+        """A parameter of the module is somebody else's to restore."""
+        if id(value) in self._parameters:
+            return
+        if not value.is_inference() and not is_lazy(value):
             self._versions.append((owner, value, value._version))
+        if store is not None and not isinstance(value, nn.Parameter) and not is_lazy(value):
+            self._tensors.append((owner, store, key, value))
 
     def _save_container(self, owner: str, value: Any) -> None:
         if id(value) in self._seen:
@@ -133,10 +205,66 @@ class Snapshot:
         if not isinstance(value, tuple):
             self._containers.append((value, dict(value) if isinstance(value, dict) else list(value)))
         items = list(value.values() if isinstance(value, dict) else value)
-        kinds = set(map(type, items)) - _PLAIN
+        kinds = set(map(type, items)) - PLAIN
         for item in items[-_WATCHED:] if kinds <= {Tensor} else items:
-            if type(item) not in _PLAIN:
+            if type(item) not in PLAIN:
                 self._save_value(owner, item)
+
+    # Copies to work on
+
+    def _work_on_copies(self) -> None:
+        """Bind a copy in the place of each buffer and tensor attribute, and of the same tensor in a list or dict."""
+        distinct = {id(tensor): tensor for _, _, _, tensor in self._tensors}
+        storages = {key: _storage(tensor) for key, tensor in distinct.items()}
+        weights = set(map(_storage, self._parameters.values())) - {0} if distinct else set()
+        several = {storage for storage, count in Counter(storages.values()).items() if storage and count > 1}
+        copies: dict[int, Tensor] = {}
+        memories: dict[int, torch.UntypedStorage] = {}
+        for key, tensor in distinct.items():
+            storage = storages[key]
+            if storage in weights:
+                # The weights by another name: in a second pass it shows them where the plugin moved them.
+                self._values.append((tensor, tensor.detach().clone()))
+            elif storage in several and _plain_memory(tensor):
+                if storage not in memories:
+                    memories[storage] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+                place = memories[storage], tensor.storage_offset(), tensor.size(), tensor.stride()
+                copies[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+            else:
+                copies[key] = _copied(tensor)
+        for _, store, name, tensor in self._tensors:
+            if id(tensor) in copies:
+                store[name] = copies[id(tensor)]
+        for container, before in self._containers:
+            if isinstance(container, dict | list | deque) and not isinstance(before, int):
+                for place, item in before.items() if isinstance(before, dict) else enumerate(before):
+                    if id(item) in copies:
+                        container[place] = copies[id(item)]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return where the memory of ``tensor`` begins, 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapped or not made yet
+        return 0
+
+
+def _plain_memory(tensor: Tensor) -> bool:
+    special = tensor.requires_grad or tensor.is_conj() or tensor.is_neg()
+    return type(tensor) is Tensor and not special
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy of ``tensor`` that takes its place in a graph."""
+    if tensor.grad_fn is not None:
+        with torch.enable_grad():
+            return tensor.clone()
+    copy = tensor.detach().clone()
+    if tensor.requires_grad:
+        copy.requires_grad_()
+        copy.grad = None if tensor.grad is None else tensor.grad.clone()
+    return copy
 
 
 def _generator_undo(generator: Any) -> Callable[[], Any]:
@@ -161,17 +289,31 @@ def _is_users(cls: Hashable) -> bool:
         return False
     root = cls.__module__.split(".")[0]
     file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-    return root not in sys.stdlib_module_names and root != "groundwire" and "site-packages" not in file
+    return root not in sys.stdlib_module_names and not root.startswith("groundwire") and "site-packages" not in file
 
 
-def _rebind(store: dict[str, Any], before: dict[str, Any]) -> None:
-    if _same(store, before) and _same(store.values(), before.values()):
+def _rebind(store: Any, before: Any) -> None:
+    """Give a store of attributes, or a registry, what it held, in the order in which it held it."""
+    if isinstance(store, set):
+        if store != before:
+            store.clear()
+            store.update(before)
+    elif not _same(store.keys(), before.keys()):
+        store.clear()
+        store.update(before)
+    elif not _same(store.values(), before.values()):
+        store.update(before)
+
+
+def _rebind_class(cls: type, before: dict[str, Any]) -> None:
+    now = vars(cls)
+    if _same(now, before) and _same(now.values(), before.values()):
         return
-    for key in store.keys() - before.keys():
-        del store[key]
+    for key in now.keys() - before.keys():
+        delattr(cls, key)
     for key, value in before.items():
-        if store.get(key) is not value or key not in store:
-            store[key] = value
+        if key not in now or now[key] is not value:
+            setattr(cls, key, value)
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -33,7 +33,8 @@ class CrAM(Settings, Plugin):
             ``trainer.validate`` (one pass each); 0 for never.
         calibration: Batches for the BatchNorm statistics of these versions; by default the last training batches.
         calibration_batches: How many batches to use for that.
-        loss_fn: ``loss_fn(module, batch) -> loss``, needed under manual optimization only.
+        loss_fn: ``loss_fn(module, batch) -> loss``, or with ``optimizer`` as third argument, needed under manual
+            optimization only.
 
     Raises:
         ValueError: A sparsity is outside [0, 1), none is given, or another argument is out of its range.
@@ -51,7 +52,7 @@ class CrAM(Settings, Plugin):
     evaluate_every: int = 0
     calibration: Any = None
     calibration_batches: int = 20
-    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    loss_fn: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

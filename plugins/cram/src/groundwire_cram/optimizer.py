@@ -106,7 +106,8 @@ class CrAMOptimizer(Settings, Delegating):
             published optimizer does; "closure" calls the closure once more to compute it.
         module: The model. Its buffers (BatchNorm statistics), metrics and random states are put back after the second
             pass; without it they are as that pass leaves them.
-        loss_fn: ``loss_fn(module, batch) -> loss``; in a Trainer under manual optimization only.
+        loss_fn: ``loss_fn(module, batch) -> loss``, or with ``optimizer`` as third argument; in a Trainer under manual
+            optimization only.
 
     Raises:
         TypeError: ``base_optimizer`` is not an instance of a torch optimizer.
@@ -130,7 +131,7 @@ class CrAMOptimizer(Settings, Delegating):
     _: KW_ONLY
     first_pass: Literal["present", "closure"] = "present"
     module: nn.Module | None = None
-    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    loss_fn: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.first_pass not in ("present", "closure"):

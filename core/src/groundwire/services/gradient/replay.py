@@ -6,8 +6,10 @@ Lightning then clips once and the user's own optimizer steps once; nothing is wr
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from groundwire._lightning import (
     gradients_are_views,
     instance_attribute,
     set_rng_states,
+    showing_metrics,
     step_arguments,
     without_sync,
 )
 from groundwire.errors import PluginError
 from groundwire.finite import all_finite
+from groundwire.modules import overrides
 from groundwire.records import GradientStep, LossFn, MicroBatch
 from groundwire.run import Run
 from groundwire.services.gradient.window import Recorded
@@ -104,11 +108,15 @@ class ReplayableStep(GradientStep):
             raise PluginError(MANUAL)
         if not self._window:
             raise PluginError("there is no recorded batch to replay -> only the owner of gw_gradient may replay")
-        for recorded in self._window:
-            recorded.refuse_if_edited()
+        wrong = loss_function_problem(loss_fn)
+        if wrong:
+            raise PluginError(" -> ".join(wrong))
+        batches = [recorded.batch() for recorded in self._window]
         parameters = parameters_restored(self._module, self._edited, self._saved)
-        with without_trace(self._module, self._trainer), parameters, self._gradients_set_apart():
-            self._backward(loss_fn, same_rng)
+        around = [callback for callback in self._trainer.callbacks if _acts_around_a_backward(callback)]
+        trace = without_trace(self._module, self._trainer, also=around)
+        with trace, parameters, self._gradients_set_apart():
+            self._backward(batches, loss_fn, same_rng)
             self._backward_done()
             found = self._collect()
         self.finite = self.finite and all_finite(found.values())
@@ -120,8 +128,9 @@ class ReplayableStep(GradientStep):
 
     @contextmanager
     def _gradients_set_apart(self) -> Iterator[None]:
-        """Context manager without any gradient on the module, so that the pass allocates its own."""
-        before = [(p, p.grad) for p in self._module.parameters()]
+        """Context manager without any gradient on module and optimizers, so that the pass allocates its own."""
+        groups = [group["params"] for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        before = [(p, p.grad) for p in {*self._module.parameters(), *itertools.chain(*groups)}]
         for parameter, _ in before:
             parameter.grad = None
         try:
@@ -130,41 +139,38 @@ class ReplayableStep(GradientStep):
             for parameter, grad in before:
                 parameter.grad = grad
 
-    def _backward(self, loss_fn: LossFn | None, same_rng: bool) -> None:
-        last = len(self._window) - 1
+    def _backward(self, batches: list[Any], loss_fn: LossFn | None, same_rng: bool) -> None:
+        last = len(batches) - 1
         with torch.enable_grad():
-            for number, recorded in enumerate(self._window):
-                batch = recorded.micro_batch.batch
+            for number, (batch, recorded) in enumerate(zip(batches, self._window, strict=True)):
                 self._run.call_batch_start(batch, "train", None, recorded.first_results)  # before seeding: it may draw
                 if same_rng:
                     set_rng_states(recorded.rng_states)
                 else:
                     seed_globals(derive_seed(self._run.seed, self._trainer.global_step, number))
-                with without_sync(self._trainer, block=number < last):
-                    self._backward_once(recorded.micro_batch, loss_fn)
+                sync = without_sync(self._trainer, block=number < last)
+                with sync, showing_metrics(self._trainer, recorded.metrics):
+                    loss = self._loss(batch, recorded.micro_batch.batch_idx, loss_fn)
+                    if loss is not None:
+                        # Scales it, and calls the user's hooks before and after a backward and their own backward.
+                        automatic = self._module.automatic_optimization
+                        self._trainer.strategy.backward(loss, self.optimizer if automatic else None)
 
-    def _backward_once(self, micro_batch: MicroBatch, loss_fn: LossFn | None) -> None:
-        loss = self._loss(micro_batch, loss_fn)
-        if loss is None:
-            return
+    def _loss(self, batch: Any, batch_idx: int, loss_fn: LossFn | None) -> Tensor | None:
         strategy = self._trainer.strategy
-        strategy.pre_backward(loss)
-        scaler = gradient_scaler(self._trainer)
-        self._module.backward(loss if scaler is None else scaler.scale(loss))
-        strategy.post_backward(loss)
-
-    def _loss(self, micro_batch: MicroBatch, loss_fn: LossFn | None) -> Tensor | None:
-        strategy = self._trainer.strategy
+        arguments = step_arguments(self._trainer, batch, batch_idx)
         loss: Tensor | None
-        arguments = step_arguments(self._trainer, micro_batch.batch, micro_batch.batch_idx)
         if loss_fn is None:
             loss = closure_loss(strategy.training_step(*arguments))
         else:
-            # In place of training_step, so that the strategy sends it through DDP and autocast as it does the step.
-            def step(batch: Any, *_: Any) -> Tensor:
-                return _checked(loss_fn(self._module, batch))
+            given = (self.optimizer,) if _positional(loss_fn) == 3 else ()
+            with ExitStack() as in_place_of_step:
+                # So that the strategy sends it through DDP and autocast as it does the step, which it may itself call.
+                def step(batch: Any, *_: Any) -> Tensor:
+                    in_place_of_step.close()
+                    return _checked(loss_fn(self._module, batch, *given))
 
-            with instance_attribute(self._module, "training_step", step):
+                in_place_of_step.enter_context(instance_attribute(self._module, "training_step", step))
                 loss = strategy.training_step(*arguments)
         if loss is None or not self._module.automatic_optimization:
             return loss
@@ -184,3 +190,40 @@ def _checked(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
         raise PluginError(f"loss_fn must return the loss, one number with a gradient, got {loss!r}")
     return loss
+
+
+def loss_function_problem(loss_fn: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a ``loss_fn``, and what to do; None if nothing is.
+
+    Example:
+        >>> loss_function_problem(lambda module, batch: 0)
+        >>> loss_function_problem(lambda batch: 0)[0]
+        'loss_fn takes 1 positional arguments'
+    """
+    if loss_fn is None or _positional(loss_fn) in (2, 3):
+        return None
+    hint = "write loss_fn(module, batch), or loss_fn(module, batch, optimizer) to be told which optimizer steps"
+    if _positional(loss_fn) is None:
+        return f"loss_fn={loss_fn!r} is no function whose arguments can be told", hint
+    return f"loss_fn takes {_positional(loss_fn)} positional arguments", hint
+
+
+def _positional(function: Any) -> int | None:
+    """Return the number of positional parameters of ``function``; None if there is no telling.
+
+    A third one with a default counts only if it is called ``optimizer``: another one is an option of the user's own.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    kinds = {parameter.kind for parameter in parameters}
+    required = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if inspect.Parameter.VAR_POSITIONAL in kinds or required:
+        return None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(1 for place, p in enumerate(positional) if place < 2 or p.default is p.empty or p.name == "optimizer")
+
+
+def _acts_around_a_backward(callback: Any) -> bool:
+    return overrides(callback, "on_before_backward") or overrides(callback, "on_after_backward")

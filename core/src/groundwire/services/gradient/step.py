@@ -17,7 +17,7 @@ from groundwire.hooks.markers import hookimpl
 from groundwire.records import Finding, GradientStep
 from groundwire.run import BatchStart, Run
 from groundwire.service import Service
-from groundwire.services.gradient.replay import MANUAL, ReplayableStep
+from groundwire.services.gradient.replay import MANUAL, ReplayableStep, loss_function_problem
 from groundwire.services.gradient.window import AccumulationWindow, Recorded
 
 _SHARDING = ("DeepSpeed", "FSDP", "ModelParallel")
@@ -41,6 +41,7 @@ class GradientService(Service):
         self._finishers: list[str] = []
         self._names: dict[int, tuple[tuple[int, ...], dict[str, nn.Parameter]]] = {}
         self._backwards = self._steps = 0
+        self._stepping = False
         self.nonfinite = dict.fromkeys(_NONFINITE, 0)
 
     @hookimpl(tryfirst=True)
@@ -53,7 +54,11 @@ class GradientService(Service):
             names = " and ".join(repr(name) for name in sorted(self._owners))
             return [Problem("groundwire", f"{names} both own the gradient (gw_gradient)", "keep one of them")]
         training = self.run.function == "fit" and self.run.ready
-        return self._unreplayable(self._owners[0]) if self._owners and training else []
+        if not self._owners:
+            return []
+        problems = self._unreplayable(self._owners[0]) if training else []
+        wrong = loss_function_problem(self._loss_fn) if self.run.function == "fit" else None
+        return [*problems, Problem(self._owners[0], *wrong)] if wrong else problems
 
     def _unreplayable(self, owner: str) -> list[Problem]:
         module, problems = self.run.module, []
@@ -77,12 +82,13 @@ class GradientService(Service):
         run = self.run
         if not self._owners or run.function != "fit":
             return
+        self._window.begin(run.trainer.optimizers)
         run.before_batch["train"].append(self._record)
         run.before_forward["train"].append(lambda start: self._window.note_results(run.first_results))
         run.undo.callback(self._window.close)
         if not run.module.automatic_optimization:
             for optimizer, zeroing in zeroing_objects(run.trainer):
-                run.undo.enter_context(self._window.restarted_by(optimizer, zeroing))
+                run.undo.enter_context(self._window.watching(optimizer, zeroing))
 
     def callbacks(self) -> dict[str, Callable[..., Any]]:
         """Return the hooks around a backward and before a step, as far as somebody takes part in the gradient."""
@@ -94,14 +100,16 @@ class GradientService(Service):
         return found
 
     def _record(self, start: BatchStart) -> None:
-        self._window.record(start.batch, start.batch_idx, self.run.module)
+        self._window.record(start.batch, start.batch_idx, self.run.module, self.run.trainer)
 
     def _before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        self._window.clear(optimizer)
+        self._window.doubt(optimizer)
 
     def _before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        self._window.commit()
-        self._backwards += 1
+        """Take the pending batch into the window, unless this is the backward of a replay."""
+        if not self._stepping:
+            self._window.commit()
+            self._backwards += 1
 
     def _before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Let plugins change the gradient, which is complete."""
@@ -111,11 +119,13 @@ class GradientService(Service):
             return
         self._steps += 1
         window = self._window.of(optimizer, once=not self.run.module.automatic_optimization)
+        self._stepping = True
         try:
             with _unscaled(trainer, optimizer), self.run.extra_pass():
                 self._change(optimizer, window)
         finally:
-            self._window.clear(optimizer)
+            self._stepping = False
+            self._window.use(optimizer)
 
     def _change(self, optimizer: Optimizer, window: Sequence[Recorded]) -> None:
         step = ReplayableStep(
