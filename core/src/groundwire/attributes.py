@@ -41,7 +41,7 @@ class Attributes(MutableMapping[str, Any]):
     """
 
     def __init__(self, owner: Any) -> None:
-        kind: Hashable = type(owner)
+        kind: Any = type(owner)
         self._owner, self._slots, self._dict = owner, _slots(kind), getattr(owner, "__dict__", {})
 
     def __getitem__(self, name: str) -> Any:

@@ -237,9 +237,9 @@ class Snapshot:
                 store[name] = copies[id(tensor)]
         for container, before in self._containers:
             if isinstance(container, dict | list | deque) and not isinstance(before, int):
-                for place, item in before.items() if isinstance(before, dict) else enumerate(before):
+                for key, item in before.items() if isinstance(before, dict) else enumerate(before):
                     if id(item) in copies:
-                        container[place] = copies[id(item)]
+                        container[key] = copies[id(item)]
 
 
 def _storage(tensor: Tensor) -> int:
