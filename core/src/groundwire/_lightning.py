@@ -32,6 +32,7 @@ class Trainer(Protocol):
     state: Any
     accumulate_grad_batches: int
     fast_dev_run: Any
+    limit_train_batches: int | float
     should_stop: bool
 
     @property
@@ -389,6 +390,9 @@ def choosing_train_loader(trainer: Trainer, choose: Callable[[Any], Any], reload
     def setup_data() -> None:
         wanted = any(epoch < trainer.current_epoch for epoch in reload)
         if loop._combined_loader is not None and not (wanted or loop._should_reload_train_dl):
+            return
+        if trainer.limit_train_batches == 0:
+            original()  # asks for no loader
             return
         reload.clear()
         loop._combined_loader = None

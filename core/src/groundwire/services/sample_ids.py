@@ -7,7 +7,7 @@ place to listen. An iterable data set has no indices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -15,13 +15,20 @@ from torch.utils.data import DataLoader, IterableDataset
 from groundwire._lightning import instance_attribute
 from groundwire.run import BatchStart, Run
 from groundwire.service import Service
+from groundwire.train_data import KeptRows
 
 
 class RecordingSampler:
-    """A sampler that remembers, in order, what it gave and nobody asked for yet."""
+    """A sampler that remembers, in order, what it gave and nobody asked for yet.
 
-    def __init__(self, sampler: Any) -> None:
+    Args:
+        sampler: The loader's own.
+        rows: Where rows of the data set were kept, their indices in the user's own data set.
+    """
+
+    def __init__(self, sampler: Any, rows: Sequence[int] | None = None) -> None:
         self._sampler = sampler
+        self._rows = rows
         self._given: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,7 +46,10 @@ class RecordingSampler:
 
     def take(self) -> list[int] | None:
         """Return the indices of the oldest batch not taken yet."""
-        return self._given.popleft() if self._given else None
+        if not self._given:
+            return None
+        places = self._given.popleft()
+        return places if self._rows is None else [self._rows[place] for place in places]
 
 
 class SampleIdService(Service):
@@ -80,7 +90,8 @@ class SampleIdService(Service):
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        recorder = RecordingSampler(getattr(loader, name))
+        rows = loader.dataset.indices if isinstance(loader.dataset, KeptRows) else None
+        recorder = RecordingSampler(getattr(loader, name), rows)
         # DataLoader refuses to have its sampler set after construction, and a rebuilt loader would not be the user's.
         self.run.undo.enter_context(instance_attribute(loader, name, recorder))
         self._recorders[id(loader)] = recorder
