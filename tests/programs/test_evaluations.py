@@ -65,7 +65,6 @@ def generator():
     return torch.Generator().manual_seed(5)
 
 
-ADVANCED = "item 11: a pass of run.evaluate draws from the validation loader's own random state"
 LOADERS = {
     "a loader's generator": lambda data: DataLoader(data, 8, shuffle=True, generator=generator()),
     "a sampler's generator": lambda data: DataLoader(data, 8, sampler=RandomSampler(data, generator=generator())),
@@ -75,7 +74,6 @@ LOADERS = {
 
 @pytest.mark.parametrize("limit", [1.0, 2], ids=["whole epochs", "limit_val_batches"])
 @pytest.mark.parametrize("which", LOADERS)
-@pytest.mark.xfail(strict=True, reason=ADVANCED)
 def test_the_same_rows_are_validated_afterwards(kit, which, limit):
     plain = seen_by(kit, LOADERS[which](numbered()), limit=limit)
     assert seen_by(kit, LOADERS[which](numbered()), Evaluates(), limit=limit) == plain
@@ -127,17 +125,9 @@ def logged_and_evaluated(kit, module, val, **options):
     return logged, plugin.found[-1].metrics
 
 
-def wrong(value, reason):
-    return pytest.param(value, id=str(value), marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
-NAMES = "item 11: every loader's index is added to a name, also where loaders are read side by side"
-BUILTIN = "item 11: Lightning takes builtins by their names, LogMeans takes them for a mean"
-
-
-@pytest.mark.parametrize(
-    "mode", [*(wrong(mode, NAMES) for mode in ("min_size", "max_size", "max_size_cycle")), "sequential"]
-)
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
 def test_names_of_a_combined_loader_are_those_that_lightning_gives(kit, mode):
     class Module(kit.Net):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -151,7 +141,7 @@ def test_names_of_a_combined_loader_are_those_that_lightning_gives(kit, mode):
 
 @pytest.mark.parametrize(
     "rule",
-    [*(wrong(rule, BUILTIN) for rule in (min, max, sum)), "min", "max", "sum", "mean", torch.min, torch.mean],
+    [min, max, sum, "min", "max", "sum", "mean", torch.min, torch.mean],
     ids=str,
 )
 def test_values_are_reduced_as_lightning_reduces_them(kit, rule):
@@ -169,7 +159,6 @@ class Iterates:
         self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[0]))
 
 
-@pytest.mark.xfail(strict=True, reason="item 11: a step that takes the iterator ends in a TypeError")
 def test_a_validation_step_that_takes_the_iterator_works_or_is_refused(kit):
     class Module(Iterates, kit.Net):
         pass

@@ -152,8 +152,15 @@ def evaluation_hook_arguments(loop: Any, batch: Any, batch_idx: int, dataloader_
 
 
 def _evaluation_kwargs(loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-    several = loop._is_sequential and loop.num_dataloaders > 1
-    return loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
+    return loop._build_kwargs(batch, batch_idx, dataloader_idx if one_after_another(loop) else None)
+
+
+def one_after_another(loop: Any) -> bool:
+    """Tell whether an evaluation reads several loaders, each by itself: their index is then an argument and a suffix.
+
+    ``_is_sequential``: loaders of a ``CombinedLoader`` of another mode are read side by side.
+    """
+    return bool(loop._is_sequential and loop.num_dataloaders > 1)
 
 
 def move_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
@@ -354,9 +361,9 @@ def logging_to(module: nn.Module, sink: Callable[..., None]) -> Iterator[None]:
                     vars(m)[key] = value
 
 
-def takes_dataloader_iter(module: Any) -> bool:
-    """Tell whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
-    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+def takes_dataloader_iter(module: Any, step: str = "training_step") -> bool:
+    """Tell whether a step takes the loader's iterator, which cannot be read twice."""
+    return "dataloader_iter" in inspect.signature(getattr(module, step)).parameters
 
 
 def spawns_processes(trainer: Trainer) -> bool:

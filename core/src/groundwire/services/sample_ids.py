@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from groundwire._lightning import instance_attribute
+from groundwire._lightning import evaluation_loop, instance_attribute, one_after_another
 from groundwire.run import BatchStart, Run
 from groundwire.service import Service
 from groundwire.train_data import KeptRows
@@ -96,12 +96,17 @@ class SampleIdService(Service):
         self.run.undo.enter_context(instance_attribute(loader, name, recorder))
         self._recorders[id(loader)] = recorder
 
+    def _side_by_side(self) -> bool:
+        trainer = self.run.trainer
+        return self.run.stage != "predict" and not one_after_another(evaluation_loop(trainer))
+
     def _before_batch(self, start: BatchStart) -> None:
         self._take(self.run.stage, start.dataloader_idx)
 
     def _take(self, stage: str, dataloader_idx: int) -> None:
         """Take the indices of the batch that is about to be used."""
         loaders = self.run.loaders(stage)
-        several = stage == "train" and len(loaders) > 1
-        recorder = None if several else self._recorders.get(id(loaders[dataloader_idx]))
+        # Of loaders that are read side by side, a batch has rows of each.
+        mixed = len(loaders) > 1 and (stage == "train" or self._side_by_side())
+        recorder = None if mixed else self._recorders.get(id(loaders[dataloader_idx]))
         self.run.members["ids"] = recorder.take() if recorder is not None else None
