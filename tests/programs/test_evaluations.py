@@ -240,7 +240,6 @@ class Learner:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-@pytest.mark.xfail(strict=True, reason="item 12: LearningRateFinder swaps trainer.callbacks, so the host is not called")
 def test_a_gradient_owner_takes_part_in_the_search_for_a_learning_rate_or_the_run_warns(kit):
     class Module(Learner, kit.Net):
         pass

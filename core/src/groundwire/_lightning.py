@@ -381,6 +381,11 @@ def is_averaging(callback: Any) -> bool:
     return bool(names & {"WeightAveraging", "StochasticWeightAveraging"})
 
 
+def is_learning_rate_finder(callback: Any) -> bool:
+    """Tell whether a callback, of either Lightning package, tries learning rates with all other callbacks taken out."""
+    return any(cls.__name__ in ("LearningRateFinder", "_LRCallback") for cls in type(callback).__mro__)
+
+
 @contextmanager
 def choosing_train_loader(trainer: Trainer, choose: Callable[[Any], Any], reload: list[int]) -> Iterator[None]:
     """Let ``choose(loader)`` replace the training loader whenever the fit loop is about to ask for one.
