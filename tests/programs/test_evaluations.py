@@ -125,8 +125,6 @@ def logged_and_evaluated(kit, module, val, **options):
     return logged, plugin.found[-1].metrics
 
 
-
-
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
 def test_names_of_a_combined_loader_are_those_that_lightning_gives(kit, mode):
     class Module(kit.Net):

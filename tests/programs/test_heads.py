@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from groundwire import Fields, Plugin, PluginError, Plugins, hookimpl
 
 
-
 class Scores(Plugin):
     """Keeps the scores that core hands out."""
 

@@ -78,12 +78,8 @@ class NoWindow(Keeps):
     [
         pytest.param(lambda: NoWindow(), id="all rows"),
         pytest.param(lambda: NoWindow(ODD), id="kept rows"),
-        pytest.param(
-            lambda: NoWindow(ODD, range(20)), id="kept twice"
-        ),
-        pytest.param(
-            lambda: NoWindow(ODD, reload=True), id="after a reload"
-        ),
+        pytest.param(lambda: NoWindow(ODD, range(20)), id="kept twice"),
+        pytest.param(lambda: NoWindow(ODD, reload=True), id="after a reload"),
     ],
 )
 @pytest.mark.parametrize("shuffle", [False, True])

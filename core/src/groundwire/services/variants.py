@@ -122,7 +122,7 @@ class VariantService(Service):
         step = f"{self._lightnings_stage}_step"
         if takes_dataloader_iter(module, step):
             raise PluginError(
-                f"run.evaluate: {step} takes dataloader_iter, whose batches cannot be read twice -> take batch, batch_idx"
+                f"run.evaluate: {step} takes dataloader_iter, which cannot be read twice -> take batch, batch_idx"
             )
         log, batches = LogMeans(), 0
         name = None if variant is None else variant.name

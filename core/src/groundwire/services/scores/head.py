@@ -32,7 +32,9 @@ def candidates(module: nn.Module) -> list[str]:
         >>> candidates(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
         ['0', '2']
     """
-    return [name for name, child in module.named_modules() if isinstance(child, LAYERS) or (name and _is_product(child))]
+    return [
+        name for name, child in module.named_modules() if isinstance(child, LAYERS) or (name and _is_product(child))
+    ]
 
 
 def _is_product(layer: nn.Module) -> bool:
