@@ -1,6 +1,7 @@
 """Plugins that write down what happens to them, and what a run must leave as it was."""
 
 from groundwire import Plugin, hookimpl
+from groundwire.testing.traces import LEFT_ON_STRATEGY
 
 
 class Recorder(Plugin):
@@ -37,7 +38,8 @@ class Forgetful(Recorder):
 def state(trainer, module):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
     names = set(vars(module)) - {"_hparams"}
-    return trainer.callbacks, names, set(vars(trainer.strategy)), hooks, list(module.state_dict())
+    strategy = set(vars(trainer.strategy)) - set(LEFT_ON_STRATEGY)
+    return trainer.callbacks, names, strategy, hooks, list(module.state_dict())
 
 
 def plugin(name, **relations):

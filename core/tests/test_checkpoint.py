@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from groundwire import Plugin, PluginError, export, hookimpl, load
 from groundwire.discovery import init_arguments
 from groundwire.plain import is_plain, plain_or_repr
-from groundwire.services.checkpoint.provenance import KEY, ProvenanceIO
+from groundwire.services.checkpoint.provenance import KEY, Provenance
 
 
 class Scale(nn.Module):
@@ -83,8 +83,11 @@ def test_the_wrapper_is_put_on_once_and_speaks_for_the_last_run(kit):
     module, trainer = kit.Net(), kit.trainer(Scaling())
     trainer.fit(module, kit.loader())
     trainer.validate(module, kit.loader(), verbose=False)
-    assert isinstance(trainer.strategy.checkpoint_io, ProvenanceIO)
-    assert not isinstance(trainer.strategy.checkpoint_io.inner, ProvenanceIO)
+    provenance = trainer.strategy.save_checkpoint.provenance
+    assert isinstance(provenance, Provenance)
+    assert provenance is trainer.strategy.load_checkpoint.provenance
+    assert provenance.strategy is trainer.strategy
+    assert provenance.saving is None
 
 
 def test_bare_state_dicts_pass_unchanged(kit):

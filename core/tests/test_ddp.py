@@ -99,3 +99,39 @@ def test_ranks_may_log_different_names_and_facts_are_asked_on_the_first_only(kit
     [file] = (kit.path / "groundwire").glob("*/findings.json")
     values = {f["code"]: f["value"] for f in json.loads(file.read_text())["findings"]}
     assert values == {"everywhere": 0.5, "first": 1.0}
+
+
+class Chooses(Plugin):
+    """Decides from what its own rank saw, as a score of rows does that nobody gathers."""
+
+    name = "chooses"
+
+    def __init__(self, what):
+        self.what = what
+
+    @hookimpl
+    def gw_train_data(self, data, run):
+        rank = run.trainer.global_rank
+        if self.what == "rows":
+            data.keep(range(rank, 20 + rank))
+        elif self.what == "counts":
+            data.keep(range(20 + rank))
+        elif rank:
+            data.weights([1.0] * 39 + [2.0])
+        else:
+            data.weights([1.0] * 40)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", "the kept row at place 0 is 0 on rank 0 and 1 on rank 1"),
+        ("counts", "rank 0 keeps 20 rows, and rank 1 21"),
+        ("weights", "the weight of row 39 is 1.0 on rank 0 and 2.0 on rank 1"),
+    ],
+)
+def test_rows_that_differ_between_ranks_are_refused(kit, what, message):
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    with pytest.raises(Exception, match=f"gw_train_data of chooses: {message}"):
+        kit.trainer(Chooses(what), strategy=strategy, devices=2).fit(kit.Net(), kit.loader())

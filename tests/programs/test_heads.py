@@ -11,10 +11,6 @@ from torch.utils.data import DataLoader
 
 from groundwire import Fields, Plugin, PluginError, Plugins, hookimpl
 
-KEYWORDS = "item 10: a dict of inputs reaches forward as one positional argument"
-OWN = "item 10: only torch's Linear and Conv layers are looked for"
-INFERENCE = "item 10: tensors made in inference mode are not looked for inside the user's own objects"
-
 
 class Scores(Plugin):
     """Keeps the scores that core hands out."""
@@ -87,7 +83,6 @@ def validated(kit, module, loader=None, **settings):
 
 
 @pytest.mark.parametrize("head", [OwnLinear, Matmul, Transposed], ids=lambda head: head.__name__)
-@pytest.mark.xfail(strict=True, reason=OWN)
 def test_a_layer_with_its_own_weight_is_a_head(kit, head):
     assert validated(kit, module_of(kit, head)).found == "net.2"
 
@@ -116,7 +111,6 @@ class TwoParameters(nn.Module):
         return x @ self.first.t() + x.exp() @ self.second.t()
 
 
-@pytest.mark.xfail(strict=True, reason=OWN + ", and the refusal names no layer")
 def test_a_refusal_names_the_layers_that_could_be_meant(kit):
     module = kit.Net()
     module.net = nn.Sequential(OwnLinear(8, 8), TwoParameters(), nn.Softplus())
@@ -142,7 +136,6 @@ def dicts(kind):
 
 @pytest.mark.parametrize("kind", [dict, UserDict], ids=["dict", "UserDict"])
 @pytest.mark.parametrize("forward", [keyworded, anything], ids=["keywords", "any keywords"])
-@pytest.mark.xfail(strict=True, reason=KEYWORDS)
 def test_a_dict_batch_reaches_forward_by_its_keys(kit, forward, kind):
     class Module(kit.Net):
         def __init__(self):
@@ -158,7 +151,6 @@ def test_a_dict_batch_reaches_forward_by_its_keys(kit, forward, kind):
     assert validated(kit, Module(), loader).found == "net.3"
 
 
-@pytest.mark.xfail(strict=True, reason="item 10: a mapping of inputs is spread over keywords whatever forward takes")
 def test_a_forward_that_takes_the_dict_gets_the_dict(kit):
     class Module(kit.Net):
         def __init__(self):
@@ -189,7 +181,6 @@ class Held:
 
 
 @pytest.mark.parametrize("kind", ["object", "UserDict"])
-@pytest.mark.xfail(strict=True, reason=INFERENCE)
 def test_tensors_of_inference_mode_inside_an_object_of_the_users_own(kit, kind):
     class Module(kit.Net):
         def __init__(self):

@@ -41,11 +41,7 @@ def saved(trainer):
     "plugins",
     [
         pytest.param(list, id="bare"),
-        pytest.param(
-            lambda: [Idle()],
-            id="idle",
-            marks=pytest.mark.xfail(strict=True, reason="item 8: ProvenanceIO.facts is a lambda after the run"),
-        ),
+        pytest.param(lambda: [Idle()], id="idle"),
     ],
 )
 def test_a_trainer_is_saved_after_fit(kit, plugins):
@@ -75,7 +71,6 @@ class Copies(pl.Callback):
 
 
 @pytest.mark.parametrize("moment", ["batch", "validation", "end"])
-@pytest.mark.xfail(strict=True, reason="item 8: Host.stack holds generators, which cannot be copied")
 def test_callbacks_are_copied_during_a_run(kit, moment):
     copies = Copies(moment)
     plugin = Idle()
@@ -110,7 +105,6 @@ def test_storage_options_reach_the_users_storage(kit):
     assert own.calls == [("save", {"tier": 1})]
 
 
-@pytest.mark.xfail(strict=True, reason="item 8: ProvenanceIO drops storage_options=None")
 def test_a_storage_without_a_default_gets_none(kit):
     own = OwnIO("data")
     trainer = kit.fit(kit.Net(), Idle(), plugins=[own])
@@ -120,7 +114,6 @@ def test_a_storage_without_a_default_gets_none(kit):
 
 
 @pytest.mark.parametrize("moment", ["during", "after"])
-@pytest.mark.xfail(strict=True, reason="item 8: ProvenanceIO does not pass attributes on and is of another class")
 def test_the_users_storage_is_what_it_was(kit, moment):
     own, seen = OwnIO("data"), []
 
@@ -163,7 +156,6 @@ class AcceleratedIO(TorchCheckpointIO):
     pass
 
 
-@pytest.mark.xfail(strict=True, reason="item 8: wrap_io sets a ProvenanceIO whatever the strategy takes")
 def test_a_strategy_that_takes_its_own_storage_only(kit):
     trainer = kit.fit(kit.Net(), Idle(), strategy=Accelerated(device="cpu"))
     trainer.save_checkpoint(kit.path / "a.ckpt", weights_only=False)

@@ -69,7 +69,6 @@ class InFindings(Plugin):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.xfail(strict=True, reason="item 7: Lightning's loops take a StopIteration for the end of the data")
 def test_a_stop_iteration_of_a_hook_is_an_error(kit, plugin, hook):
     with pytest.raises(PluginError, match=rf"(?s)stopping.*{hook}"):
         kit.fit(kit.Net(), plugin(), val=kit.loader())
@@ -83,7 +82,6 @@ class Returns(Plugin):
         return {name: 0 * grad for name, grad in step.grads.items()}
 
 
-@pytest.mark.xfail(strict=True, reason="item 7: what gw_gradient_edit returns is dropped")
 def test_an_edit_that_returns_gradients_in_place_of_editing_them_is_told(kit):
     with pytest.raises(PluginError, match=r"(?s)returns.*gw_gradient_edit"):
         kit.fit(kit.Net(), Returns())
@@ -104,7 +102,6 @@ def spelled(attribute, value):
         ("skip_nonfinite", True, "skips_nonfinite"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="item 7: class attributes are not looked at")
 def test_a_misspelled_class_attribute_is_told_as_a_misspelled_hook_is(kit, wrong, value, right):
     with pytest.raises(PluginError, match=rf"(?s)spelled.*{wrong}.*{right}"):
         kit.fit(kit.Net(), spelled(wrong, value)())

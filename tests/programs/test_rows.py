@@ -64,7 +64,6 @@ class Keeps(Plugin):
 
 
 ODD = list(range(1, 40, 2))
-PLACES = "item 9: the sampler's indices are places among the kept rows"
 CARRIES = "item 9: a MicroBatch has no ids"
 
 
@@ -78,13 +77,9 @@ class NoWindow(Keeps):
     "plugin",
     [
         pytest.param(lambda: NoWindow(), id="all rows"),
-        pytest.param(lambda: NoWindow(ODD), id="kept rows", marks=pytest.mark.xfail(strict=True, reason=PLACES)),
-        pytest.param(
-            lambda: NoWindow(ODD, range(20)), id="kept twice", marks=pytest.mark.xfail(strict=True, reason=PLACES)
-        ),
-        pytest.param(
-            lambda: NoWindow(ODD, reload=True), id="after a reload", marks=pytest.mark.xfail(strict=True, reason=PLACES)
-        ),
+        pytest.param(lambda: NoWindow(ODD), id="kept rows"),
+        pytest.param(lambda: NoWindow(ODD, range(20)), id="kept twice"),
+        pytest.param(lambda: NoWindow(ODD, reload=True), id="after a reload"),
     ],
 )
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -94,7 +89,6 @@ def test_ids_are_rows_of_the_data_set_that_the_user_gave(kit, plugin, shuffle):
     assert plugin.ids == module.order
 
 
-@pytest.mark.xfail(strict=True, reason=PLACES)
 def test_only_keep_is_undone_not_a_subset_of_the_users_own(kit):
     module, plugin = net_of(kit), NoWindow([0, 2, 4, 6])
     kit.fit(module, plugin, loader=DataLoader(Subset(Numbered(), list(range(30, 40))), 2, shuffle=True))
@@ -109,7 +103,6 @@ def test_each_batch_of_a_window_carries_its_own_ids(kit):
     assert [len(window) for window in plugin.window] == [3, 3, 3, 1]
 
 
-@pytest.mark.xfail(strict=True, reason=PLACES)
 def test_scores_of_kept_rows_come_with_their_ids(kit):
     class Scores(NoWindow):
         score_stages = ("train",)
@@ -137,9 +130,6 @@ def test_scores_of_kept_rows_come_with_their_ids(kit):
         pytest.param(
             lambda data: RandomSampler(data, generator=torch.Generator().manual_seed(5)),
             id="a sampler's own generator",
-            marks=pytest.mark.xfail(
-                strict=True, reason="item 12: the generator of the user's sampler is not taken over"
-            ),
         ),
         pytest.param(lambda data: None, id="the loader's generator"),
     ],
@@ -164,7 +154,6 @@ def test_a_weighted_sampler_is_refused(kit):
         kit.fit(net_of(kit), NoWindow(ODD), loader=DataLoader(Numbered(), 5, sampler=sampler))
 
 
-@pytest.mark.xfail(strict=True, reason="item 12: under keep the data set is a Subset without the user's attributes")
 def test_the_data_sets_own_attributes_pass_through(kit):
     class Reads(kit.Net):
         def on_train_epoch_start(self):
@@ -179,9 +168,6 @@ def test_the_data_sets_own_attributes_pass_through(kit):
     assert module.seen == (("none", "some"), "row 0", "row 1 of 40", 20)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="item 12: a plugin with gw_train_data asks for a loader that Lightning would not"
-)
 def test_no_loader_is_asked_for_without_training_batches(kit):
     asked = []
 

@@ -33,6 +33,7 @@ class Trainer(Protocol):
     state: Any
     accumulate_grad_batches: int
     fast_dev_run: Any
+    limit_train_batches: int | float
     should_stop: bool
 
     @property
@@ -152,8 +153,15 @@ def evaluation_hook_arguments(loop: Any, batch: Any, batch_idx: int, dataloader_
 
 
 def _evaluation_kwargs(loop: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-    several = loop._is_sequential and loop.num_dataloaders > 1
-    return loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
+    return loop._build_kwargs(batch, batch_idx, dataloader_idx if one_after_another(loop) else None)
+
+
+def one_after_another(loop: Any) -> bool:
+    """Tell whether an evaluation reads several loaders, each by itself: their index is then an argument and a suffix.
+
+    ``_is_sequential``: loaders of a ``CombinedLoader`` of another mode are read side by side.
+    """
+    return bool(loop._is_sequential and loop.num_dataloaders > 1)
 
 
 def move_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
@@ -401,9 +409,9 @@ def _show(trainer: Any, metrics: LoggedMetrics) -> None:
         result._forward_cache = value
 
 
-def takes_dataloader_iter(module: Any) -> bool:
-    """Tell whether ``training_step`` takes the loader's iterator, which cannot be read twice."""
-    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+def takes_dataloader_iter(module: Any, step: str = "training_step") -> bool:
+    """Tell whether a step takes the loader's iterator, which cannot be read twice."""
+    return "dataloader_iter" in inspect.signature(getattr(module, step)).parameters
 
 
 def spawns_processes(trainer: Trainer) -> bool:
@@ -419,6 +427,11 @@ def is_averaging(callback: Any) -> bool:
     """Tell whether a callback of either Lightning package keeps an averaged copy of the model."""
     names = {cls.__name__ for cls in type(callback).__mro__}
     return bool(names & {"WeightAveraging", "StochasticWeightAveraging"})
+
+
+def is_learning_rate_finder(callback: Any) -> bool:
+    """Tell whether a callback, of either Lightning package, tries learning rates with all other callbacks taken out."""
+    return any(cls.__name__ in ("LearningRateFinder", "_LRCallback") for cls in type(callback).__mro__)
 
 
 @contextmanager
@@ -437,6 +450,9 @@ def choosing_train_loader(trainer: Trainer, choose: Callable[[Any], Any], reload
     def setup_data() -> None:
         wanted = any(epoch < trainer.current_epoch for epoch in reload)
         if loop._combined_loader is not None and not (wanted or loop._should_reload_train_dl):
+            return
+        if trainer.limit_train_batches == 0:
+            original()  # asks for no loader
             return
         reload.clear()
         loop._combined_loader = None

@@ -32,6 +32,10 @@ class RunContext:
         self._run = run
         self.owner = owner
 
+    def __deepcopy__(self, memo: Any) -> RunContext:
+        """Return this view itself: a run is one, and a plugin that is copied during it may hold its view."""
+        return self
+
     def _given(self, service: str, member: str) -> Any:
         try:
             return self._run.members[member]
@@ -168,7 +172,7 @@ class RunContext:
     def on_close(self, callback: Callable[[], Any]) -> None:
         """Call ``callback()`` when the run closes, also after an exception; those given last are called first.
 
-        It is called before the plugin's own ``teardown`` or ``on_exception``. What it raises does not keep the rest
-        from being undone.
+        It is called before the plugin's own ``teardown``, and after every callback's ``on_exception``, so that a
+        checkpoint of a crash is of the run as it was. What it raises does not keep the rest from being undone.
         """
         self._run.undo.callback(callback)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -16,6 +18,8 @@ from groundwire._lightning import (
     Trainer,
     before_training_step,
     inherited_hooks_skipped,
+    instance_attribute,
+    is_learning_rate_finder,
     takes_dataloader_iter,
 )
 from groundwire.context import RunContext
@@ -51,6 +55,9 @@ def open_run(trainer: Trainer, module: Any, stage: str) -> Host:
         PluginError: With all problems of all plugins; everything is as before then.
     """
     host = host_of(trainer)
+    if host is not None and host.interrupted:
+        host.run.close()  # a callback's on_exception raised, so nobody came to close it
+        host = None
     if host is None:
         host = Host(trainer, module, stage)
         try:
@@ -71,9 +78,11 @@ class Host(Callback):
         run: The run.
         callback_list: The plugins among the Trainer's callbacks.
         services: The services.
+        interrupted: Whether an exception ended the run.
     """
 
     def __init__(self, trainer: Trainer, module: Any, stage: str) -> None:
+        self.interrupted = False
         self.callback_list = CallbackList(trainer)
         plugins, self._list_problems = self.callback_list.resolve()
         function, seed = str(getattr(stage, "value", stage)), int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -81,6 +90,7 @@ class Host(Callback):
         self.run = Run(trainer, module, function, seed, self.callback_list.settings(), plugins, listed_before)
         self.run.hooks = Hooks(specs, lambda name: RunContext(self.run, name))
         self.services = [service_class(path)(self.run) for path in SERVICES]
+        self._at_train_end: list[Callable[..., Any]] = []
 
     def open(self) -> None:
         """Refuse mistakes, enter the Trainer's list, check, and open the services."""
@@ -92,6 +102,9 @@ class Host(Callback):
         if problems:
             raise problems_error(problems)
         run.undo.enter_context(self.callback_list.with_host(self))
+        strategy = run.trainer.strategy
+        for name, action in (("on_exception", run.close), ("on_train_end", self._training_ended)):
+            run.undo.enter_context(instance_attribute(strategy, name, _Then(getattr(strategy, name), action)))
         # Last registered is called first: core's own implementations last of all.
         for service in self.services:
             self.run.hooks.register(service)
@@ -130,9 +143,21 @@ class Host(Callback):
         self._check(problems + self._batches_unknown())
         for service in self.services:
             service.start()
+        self._tell_searches()
         if run.function == "fit" and run.has_batch_start("train"):
             run.undo.enter_context(before_training_step(run.trainer, self._before_training_step))
         self._set_hooks()
+
+    def _tell_searches(self) -> None:
+        """Warn of a search that trains without callbacks: the learning rate is found for another gradient."""
+        owners = [*self.run.hooks.owners("gw_gradient"), *self.run.hooks.owners("gw_gradient_edit")]
+        searches = [c for c in self.run.trainer.callbacks if is_learning_rate_finder(c)]
+        if self.run.function == "fit" and owners and searches:
+            warnings.warn(
+                f"{type(searches[0]).__name__} searches without callbacks, so {', '.join(dict.fromkeys(owners))} has no "
+                "part in the search, and the learning rate is one for training without it",
+                stacklevel=2,
+            )
 
     def _batches_unknown(self) -> list[Problem]:
         if self.run.function != "fit" or not self.run.batch_starters or not takes_dataloader_iter(self.run.module):
@@ -149,9 +174,16 @@ class Host(Callback):
         for service in self.services:
             for hook, method in service.callbacks().items():
                 table[hook].append(method)
+        self._at_train_end = table.pop("on_train_end")
         vars(self).update({hook: _all_of(methods) for hook, methods in table.items()})
         for callback in [*self.run.plugins, *self.callback_list.bundles]:
             self.run.undo.enter_context(inherited_hooks_skipped(callback))
+
+    def _training_ended(self) -> None:
+        """Do what comes after every callback's and the module's ``on_train_end``: weights may change there."""
+        if self in self.run.trainer.callbacks:  # tuners end trainings of their own
+            for method in self._at_train_end:
+                method(self.run.trainer, self.run.module)
 
     def _before_training_step(self, batch: Any, batch_idx: int) -> None:
         # Tuners take all callbacks out of the Trainer while they try steps.
@@ -177,8 +209,46 @@ class Host(Callback):
         self.run.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Close the run: Lightning does not call ``teardown`` when a step raises."""
-        self.run.close()
+        """Keep the plugins' state for checkpoints of the crash.
+
+        Lightning does not call ``teardown`` when a step raises. The run is closed where the strategy is told of the
+        exception, after all callbacks; those that save come last among them, when plugins have undone their work.
+        """
+        self.interrupted = True
+        for plugin in self.run.plugins:
+            if hasattr(plugin, "state_dict"):
+                with suppress(Exception):  # the first error is the one to be told
+                    state = _State(copy.deepcopy(plugin.state_dict()))
+                    self.run.undo.enter_context(instance_attribute(plugin, "state_dict", state))
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of the Trainer's callbacks take no run along: they hold a callback without hooks."""
+        return Callback, ()
+
+
+class _State:
+    """In the place of a callback's ``state_dict``: what it returned when the run was interrupted."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def __call__(self) -> Any:
+        return self._state
+
+
+class _Then:
+    """In the place of a method of the strategy: it, and an action afterwards. A copy is the method alone."""
+
+    def __init__(self, method: Callable[..., Any], action: Callable[[], None]) -> None:
+        self._method, self._action = method, action
+
+    def __call__(self, *arguments: Any) -> Any:
+        result = self._method(*arguments)
+        self._action()
+        return result
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._method.__self__, self._method.__name__)  # type: ignore[attr-defined]
 
 
 def service_class(path: str) -> type[Service]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from groundwire._lightning import Trainer, flattened_loaders, is_misconfiguration
 from groundwire.batch import default_fields, unknown_batch
 from groundwire.errors import PluginError
+from groundwire.forward import call_forward
 from groundwire.hooks.registry import Hooks
 from groundwire.modules import evaluating
 from groundwire.records import BatchStage, Fields
@@ -172,10 +173,10 @@ class Run:
 
     def forward(self, batch: Any) -> Any:
         """Return the module's outputs for ``batch``; see :meth:`groundwire.RunContext.forward`."""
-        inputs, module = self.fields(batch).inputs, self.module
+        fields, module = self.fields(batch), self.module
         precision = self.trainer.precision_plugin.forward_context()
         with self.extra_pass(), without_trace(module, self.trainer), evaluating(module), torch.no_grad(), precision:
-            return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+            return call_forward(module, batch, fields)
 
     # Loggers
 

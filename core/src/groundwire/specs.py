@@ -160,8 +160,9 @@ def gw_variants(module: nn.Module, run: RunContext) -> list[Variant] | None:
 def gw_findings(run: RunContext) -> list[Finding] | None:
     """Report what was found.
 
-    When: on all ranks, at the end of training, of validation and of test; ``run.stage`` tells which. Collective
-    operations and ``run.evaluate`` are allowed.
+    When: on all ranks, at the end of training, of validation and of test; ``run.stage`` tells which. At the end of
+    training it comes after every callback's and the module's ``on_train_end``, so averaged weights are in place.
+    Collective operations are allowed, and at the ends of validation and test ``run.evaluate``.
     May change: nothing.
 
     .. versionadded:: 0.1
@@ -192,11 +193,15 @@ def gw_report(report: Report, run: RunContext) -> None:
 
 
 @hookspec
-def gw_provenance(run: RunContext) -> Mapping[str, Any] | None:
+def gw_provenance(run: RunContext, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Add facts about this plugin to every checkpoint.
 
     When: on every save, also ``weights_only`` ones, on rank 0 only, so it must not communicate; once more when the run
     closes, for saves after ``fit`` returned.
+    ``checkpoint``: what is about to be saved. What a plugin says about weights, it counts on
+    ``checkpoint["state_dict"]``: averaging callbacks save other weights than those that are trained. When the run
+    closes it has that one entry, of the module.
+    May change: nothing.
     Returns: a mapping of plain types (None, bool, int, float, str, list, dict), or None.
 
     .. versionadded:: 0.1

@@ -19,6 +19,21 @@ from torch.utils.data import (
 from groundwire.errors import PluginError
 
 
+class KeptRows(Subset[Any]):
+    """The rows of a data set that plugins keep; what else is asked of it, the user's own data set answers.
+
+    Attributes:
+        dataset: The user's data set.
+        indices: The kept rows of it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and pickling ask before there is a data set, and must not see what it does for itself.
+        if name.startswith("__") or "dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.__dict__["dataset"], name)
+
+
 class TrainData:
     """The training data of a run, as ``gw_train_data`` sees it.
 
@@ -77,9 +92,13 @@ class TrainData:
         if self._indices is None and self._weights is None:
             return self.loader
         indices = list(range(self._size())) if self._indices is None else self._indices
-        dataset = self.dataset if self._indices is None else Subset(self.dataset, indices)
+        dataset = self.dataset if self._indices is None else KeptRows(self.dataset, indices)
         weights = None if self._weights is None else self._weights[indices]
         return _like(self.loader, dataset, weights)
+
+    def choice(self) -> tuple[list[int] | None, list[float] | None]:
+        """Return the kept rows and the weights of all rows; None for each that nobody chose."""
+        return self._indices, None if self._weights is None else self._weights.tolist()
 
     def _size(self) -> int:
         loader = self.loader
@@ -104,11 +123,13 @@ def _like(loader: DataLoader[Any], dataset: Any, weights: torch.Tensor | None) -
             "chosen: its indices mean rows of the whole data set -> use shuffle=True, or select the rows before "
             "making the loader"
         )
-    sampler: Sampler[int] | None = None
+    # The sampler's generator is the loader's own, unless the user made the sampler.
+    generator = loader.sampler.generator if isinstance(loader.sampler, RandomSampler) else loader.generator
+    sampler: Sampler[int] | None = RandomSampler(dataset, generator=generator) if shuffled else None
     if weights is not None:
-        sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=loader.generator)
+        sampler = WeightedRandomSampler(weights.tolist(), len(weights), generator=generator)
     options = {name: getattr(loader, name) for name in _LOADER_OPTIONS if hasattr(loader, name)}
-    return DataLoader(dataset, shuffle=shuffled if sampler is None else None, sampler=sampler, **options)
+    return DataLoader(dataset, sampler=sampler, **options)
 
 
 def _is_plain(sampler: Any) -> bool:

@@ -54,6 +54,28 @@ def call_outside_run(plugins: Iterable[Any], hook: str, **arguments: Any) -> Non
             method(**{name: value for name, value in arguments.items() if name in names})
 
 
+#: Class attributes of plugins whose absence nobody would notice, but the plugin's user.
+ATTRIBUTES = ("score_stages", "needs_features", "needs_ids", "skips_nonfinite", "conflicts", "requires")
+
+
+def misspelled_attributes(obj: Any) -> list[Problem]:
+    """Return the class attributes of a plugin that are a letter away from one of :data:`ATTRIBUTES`.
+
+    Example:
+        >>> class Scores: need_ids = True
+        >>> misspelled_attributes(Scores())[0].hint
+        'did you mean needs_ids?'
+    """
+    cls, problems = type(obj), []
+    for name in dir(cls):
+        if name.startswith("_") or name in ATTRIBUTES or callable(inspect.getattr_static(cls, name)):
+            continue
+        for right in difflib.get_close_matches(name, ATTRIBUTES, 1, 0.9):
+            text = f"{cls.__qualname__}.{name} is not an attribute of plugins"
+            problems.append(Problem(name_of(obj), text, f"did you mean {right}?"))
+    return problems
+
+
 class Hooks:
     """The implementations of one run.
 
@@ -69,6 +91,7 @@ class Hooks:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(specs)
         self._arguments = specified(vars(specs))
+        self._silent = {name for name in self._arguments if getattr(specs, name).__annotations__["return"] == "None"}
         self._run_for = run_for
         self._run = run_for(PROJECT)
         self.implemented: set[str] = set()
@@ -87,16 +110,18 @@ class Hooks:
         implementer = self._registered[name] = _Implementer()
         for hook, method in implementations(obj).items():
             if hook in self._arguments:
-                setattr(implementer, hook, _with_run(method, self._run_for(name)))
+                guarded = _guarded(method, self._run_for(name), name, hook, hook not in self._silent)
+                setattr(implementer, hook, guarded)
                 self.implemented.add(hook)
         self._manager.register(implementer, name=name)
         self._callers.clear()
 
     def mistakes(self, obj: Any, is_plugin: bool) -> list[Problem]:
-        """Return misspelled hooks, unknown arguments and, on a plugin, ``gw_`` methods without ``@hookimpl``."""
+        """Return misspelled hooks and arguments; on a plugin, also attributes, and methods without ``@hookimpl``."""
         marked = implementations(obj)
         problems = [p for name, method in marked.items() for p in self._mistakes_of(obj, name, method)]
         if is_plugin:
+            problems += misspelled_attributes(obj)
             for name in dir(type(obj)):
                 if name.startswith("gw_") and name not in marked and callable(inspect.getattr_static(type(obj), name)):
                     text = f"{type(obj).__qualname__}.{name} is not marked, so it would never run"
@@ -176,15 +201,33 @@ class _Implementer:
     """Carries one plugin's implementations into the manager."""
 
 
-def _with_run(method: Callable[..., Any], run: Any) -> Callable[..., Any]:
-    """Return ``method`` with its ``run`` argument replaced by the plugin's own view."""
+def _guarded(method: Callable[..., Any], run: Any, name: str, hook: str, returns: bool) -> Callable[..., Any]:
+    """Return ``method`` with the plugin's own view of the run, whose mistakes are told by plugin and hook.
+
+    Args:
+        method: An implementation.
+        run: What it gets as ``run``, if it takes that.
+        name: The plugin's name.
+        hook: The hook's name.
+        returns: Whether anybody takes what the hook returns.
+    """
     names = tuple(inspect.signature(method).parameters)
-    if "run" not in names:
-        return method
-    place = names.index("run")
+    place = names.index("run") if "run" in names else None
 
     @functools.wraps(method)
     def call(*arguments: Any) -> Any:
-        return method(*arguments[:place], run, *arguments[place + 1 :])
+        given = arguments if place is None else (*arguments[:place], run, *arguments[place + 1 :])
+        try:
+            result = method(*given)
+        except StopIteration as error:
+            # Lightning's loops take it for the end of the data, and training would end as if it were finished.
+            text = f"{name}: {hook} raised StopIteration ({error}), which would end the epoch -> catch it, or next(_, None)"
+            raise PluginError(text) from error
+        if not returns and result is not None and not any(result is argument for argument in given):
+            raise PluginError(
+                f"{name}: {hook} must return None, got {type(result).__name__}, which nobody takes -> change what it "
+                "is given in place"
+            )
+        return result
 
     return call

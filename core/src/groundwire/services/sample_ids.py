@@ -7,21 +7,28 @@ place to listen. An iterable data set has no indices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from groundwire._lightning import instance_attribute
+from groundwire._lightning import evaluation_loop, instance_attribute, one_after_another
 from groundwire.run import BatchStart, Run
 from groundwire.service import Service
+from groundwire.train_data import KeptRows
 
 
 class RecordingSampler:
-    """A sampler that remembers, in order, what it gave and nobody asked for yet."""
+    """A sampler that remembers, in order, what it gave and nobody asked for yet.
 
-    def __init__(self, sampler: Any) -> None:
+    Args:
+        sampler: The loader's own.
+        rows: Where rows of the data set were kept, their indices in the user's own data set.
+    """
+
+    def __init__(self, sampler: Any, rows: Sequence[int] | None = None) -> None:
         self._sampler = sampler
+        self._rows = rows
         self._given: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,7 +46,10 @@ class RecordingSampler:
 
     def take(self) -> list[int] | None:
         """Return the indices of the oldest batch not taken yet."""
-        return self._given.popleft() if self._given else None
+        if not self._given:
+            return None
+        places = self._given.popleft()
+        return places if self._rows is None else [self._rows[place] for place in places]
 
 
 class SampleIdService(Service):
@@ -80,10 +90,15 @@ class SampleIdService(Service):
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        recorder = RecordingSampler(getattr(loader, name))
+        rows = loader.dataset.indices if isinstance(loader.dataset, KeptRows) else None
+        recorder = RecordingSampler(getattr(loader, name), rows)
         # DataLoader refuses to have its sampler set after construction, and a rebuilt loader would not be the user's.
         self.run.undo.enter_context(instance_attribute(loader, name, recorder))
         self._recorders[id(loader)] = recorder
+
+    def _side_by_side(self) -> bool:
+        trainer = self.run.trainer
+        return self.run.stage != "predict" and not one_after_another(evaluation_loop(trainer))
 
     def _before_batch(self, start: BatchStart) -> None:
         self._take(self.run.stage, start.dataloader_idx)
@@ -91,6 +106,7 @@ class SampleIdService(Service):
     def _take(self, stage: str, dataloader_idx: int) -> None:
         """Take the indices of the batch that is about to be used."""
         loaders = self.run.loaders(stage)
-        several = stage == "train" and len(loaders) > 1
-        recorder = None if several else self._recorders.get(id(loaders[dataloader_idx]))
+        # Of loaders that are read side by side, a batch has rows of each.
+        mixed = len(loaders) > 1 and (stage == "train" or self._side_by_side())
+        recorder = None if mixed else self._recorders.get(id(loaders[dataloader_idx]))
         self.run.members["ids"] = recorder.take() if recorder is not None else None

@@ -17,6 +17,8 @@ from groundwire._lightning import (
     evaluation_loop,
     fresh_pass,
     move_batch,
+    one_after_another,
+    takes_dataloader_iter,
 )
 from groundwire.batch import tensors_in
 from groundwire.distributed import gathered
@@ -24,12 +26,16 @@ from groundwire.errors import PluginError
 from groundwire.records import Evaluation, Stage, Variant
 from groundwire.run import BatchStart, Run
 from groundwire.service import Service
+from groundwire.undo.loaders import loaders_restored
 from groundwire.undo.without_trace import without_trace
 
 _REDUCTIONS: dict[Any, Callable[[list[float]], float]] = {
     "sum": sum,
     "max": max,
     "min": min,
+    sum: sum,
+    max: max,
+    min: min,
     torch.sum: sum,
     torch.max: max,
     torch.min: min,
@@ -84,6 +90,7 @@ class LogMeans:
 
 
 def _reduced(rule: Any, pairs: list[tuple[float, float]]) -> float:
+    rule = rule.lower() if isinstance(rule, str) else rule
     if rule in _REDUCTIONS:
         return float(_REDUCTIONS[rule]([value for value, _ in pairs]))
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
@@ -112,10 +119,16 @@ class VariantService(Service):
             )
         if variant is not None and not isinstance(variant, Variant):
             raise PluginError(f"run.evaluate takes a Variant or None, got {variant!r} -> take one of run.variants()")
+        step = f"{self._lightnings_stage}_step"
+        if takes_dataloader_iter(module, step):
+            raise PluginError(
+                f"run.evaluate: {step} takes dataloader_iter, which cannot be read twice -> take batch, batch_idx"
+            )
         log, batches = LogMeans(), 0
         name = None if variant is None else variant.name
         with (
             without_trace(module, trainer, log),
+            loaders_restored(self.run.loaders(stage)),
             nullcontext() if variant is None else variant.apply(),
             torch.no_grad(),
         ):
@@ -149,13 +162,12 @@ class VariantService(Service):
 
     def _step(self, log: LogMeans, batch: Any, batch_idx: int, dataloader_idx: int, variant: str | None) -> None:
         """Evaluate one batch as the loop does; its scores are handed out for a variant, whose own have not been yet."""
-        run, trainer = self.run, self.run.trainer
+        run, trainer, loop = self.run, self.run.trainer, evaluation_loop(self.run.trainer)
         batch = move_batch(trainer, batch, dataloader_idx)
         stage: Stage = "test" if trainer.testing else "validate"
         run.start_batch(BatchStart(batch, stage, batch_idx, dataloader_idx, variant, observed=variant is not None))
-        log.suffix = f"/dataloader_idx_{dataloader_idx}" if len(run.loaders(stage)) > 1 else ""
+        log.suffix = f"/dataloader_idx_{dataloader_idx}" if one_after_another(loop) else ""
         log.rows = next((len(t) for t in tensors_in(batch) if t.ndim), 1)
-        loop = evaluation_loop(trainer)
         around = evaluation_hook_arguments(loop, batch, batch_idx, dataloader_idx)
         self._call("batch_start", *around)
         output = getattr(trainer.strategy, f"{self._lightnings_stage}_step")(

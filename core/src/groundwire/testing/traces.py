@@ -14,6 +14,10 @@ from torch.nn.modules import module as torch_module
 _CLOSED = (type, types.ModuleType)
 
 
+#: What adds provenance to saves stays on the strategy after a run, with or without the plugin that is checked.
+LEFT_ON_STRATEGY = ("save_checkpoint", "load_checkpoint")
+
+
 def traces(module: Any, trainer: Any) -> Counter[str]:
     """Attributes, hooks, buffers and classes of ``module``, and of ``trainer``, its strategy and its optimizers.
 
@@ -36,6 +40,8 @@ def _of_trainer(trainer: Any) -> Counter[str]:
         found.update(_of_object(f"trainer.optimizers[{number}]", optimizer))
     found.update(_of_object("trainer", trainer))
     found.update(_of_object("trainer.strategy", trainer.strategy))
+    for name in LEFT_ON_STRATEGY:
+        found.pop(f"attribute trainer.strategy.{name}", None)
     found.update(_hooks("torch", vars(torch_module)))
     return found
 

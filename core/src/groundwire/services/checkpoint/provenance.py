@@ -1,17 +1,16 @@
 """Provenance: facts about the plugins in every checkpoint.
 
-Every save goes through ``trainer.strategy.checkpoint_io``, a documented extension point, also ``weights_only`` saves
-and saves after ``fit`` returned. Only plain types are added, so ``torch.load(weights_only=True)`` keeps working.
+Every save goes through ``trainer.strategy.save_checkpoint``, also ``weights_only`` saves and saves after ``fit``
+returned; the user's ``CheckpointIO`` behind it stays what it is. Only plain types are added, so ``torch.load(weights_only=True)`` keeps working.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from lightning.pytorch.plugins.io import CheckpointIO
 
 from groundwire.discovery import Installed, init_arguments, installed
 from groundwire.errors import PluginError
@@ -34,74 +33,108 @@ class CheckpointService(Service):
     name = "groundwire-checkpoint"
 
     def open(self) -> None:
-        """Put a :class:`ProvenanceIO` around the Trainer's checkpoint IO, once, and let it speak for this run."""
-        strategy = self.run.trainer.strategy
-        io = strategy.checkpoint_io
-        if not isinstance(io, ProvenanceIO):
-            io = strategy.checkpoint_io = ProvenanceIO(io)
+        """Step in front of the strategy's saving and loading, once a Trainer, and let it speak for this run."""
+        provenance = provenance_of(self.run.trainer.strategy)
         # Looked up once: reading the metadata of all distributions for every save would be slow.
         rows = installed()
         identities = [_identity(p, rows) for p in self.run.plugins]
-        io.facts = lambda: self._provenance(identities)
-        io.present = frozenset(name_of(p) for p in self.run.plugins)
-        self.run.before_close.append(self._freeze)
+        provenance.facts = lambda checkpoint: self._provenance(identities, checkpoint)
+        provenance.present = frozenset(name_of(p) for p in self.run.plugins)
+        self.run.before_close.append(lambda: self._freeze(provenance))
 
-    def _freeze(self) -> None:
+    def _freeze(self, provenance: Provenance) -> None:
         """Have later saves repeat the run's last facts, and hold on to nothing of it."""
-        trainer = self.run.trainer
-        io = trainer.strategy.checkpoint_io
-        if isinstance(io, ProvenanceIO):
-            # On the other ranks nothing is saved, and plugins count on being asked on the first one only.
-            facts = io.facts() if trainer.is_global_zero else {}
-            io.facts = lambda: copy.deepcopy(facts)
+        # On the other ranks nothing is saved, and plugins count on being asked on the first one only.
+        first = self.run.trainer.is_global_zero
+        facts = provenance.facts({"state_dict": self.run.module.state_dict()}) if first else {}
+        provenance.facts = functools.partial(_again, facts)
 
-    def _provenance(self, identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _provenance(self, identities: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entry that goes into a checkpoint, in plain types."""
-        facts = self.run.hooks.by_owner("gw_provenance", Mapping)  # type: ignore[type-abstract]
+        mapping: type[Mapping[str, Any]] = Mapping  # type: ignore[type-abstract]
+        facts = self.run.hooks.by_owner("gw_provenance", mapping, checkpoint=checkpoint)
         plugins = [{**known, "facts": plain_or_repr(facts.get(known["name"], {}))} for known in identities]
         return {"version": __version__, "spec_version": SPEC_VERSION, "plugins": plugins}
 
 
-class ProvenanceIO(CheckpointIO):
-    """Adds provenance to each Lightning checkpoint that passes, and names missing plugins when one comes back.
+def _again(facts: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts of a run that is over."""
+    return copy.deepcopy(facts)
 
-    It stays on the Trainer after the run, so that a later ``trainer.save_checkpoint`` is complete too.
+
+def provenance_of(strategy: Any) -> Provenance:
+    """Return what adds provenance to the saves of ``strategy``, which is put in their way when first asked for."""
+    found = vars(strategy).get("save_checkpoint")
+    provenance = getattr(found, "provenance", None)
+    if not isinstance(provenance, Provenance):
+        provenance = Provenance(strategy)
+        vars(strategy).update(save_checkpoint=_Saving(provenance), load_checkpoint=_Loading(provenance))
+    return provenance
+
+
+class Provenance:
+    """Adds provenance to each Lightning checkpoint that a strategy saves, and names plugins that one needs.
+
+    It stays on the Trainer's strategy after the run, so that a later ``trainer.save_checkpoint`` is complete too. The
+    user's ``CheckpointIO`` is not touched, and launchers pass this by when they save a bare state dict through it.
+
+    Attributes:
+        strategy: The strategy.
+        saving: A ``save_checkpoint`` that somebody gave to this strategy alone, or None.
+        loading: The same for ``load_checkpoint``.
+        facts: What is added, for a checkpoint.
+        present: The names of the plugins of the run.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.facts: Callable[[], dict[str, Any]] = dict
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.saving, self.loading = (vars(strategy).get(f"{verb}_checkpoint") for verb in ("save", "load"))
+        self.facts: Callable[[Mapping[str, Any]], dict[str, Any]] = functools.partial(_again, {})
         self.present: frozenset[str] = frozenset()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save with provenance. Launchers save bare state dicts through the same object: those stay as they are."""
-        if LIGHTNING_KEY in checkpoint:
-            checkpoint = {**checkpoint, KEY: self.facts()}
-        options = {} if storage_options is None else {"storage_options": storage_options}
-        self.inner.save_checkpoint(checkpoint, path, **options)
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take no run along."""
+        kept = self.facts if isinstance(self.facts, functools.partial) else functools.partial(_again, {})
+        return {**vars(self), "facts": kept}
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+    def save(self, checkpoint: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Save with provenance."""
+        if LIGHTNING_KEY in checkpoint and self.strategy.is_global_zero:
+            checkpoint = {**checkpoint, KEY: self.facts(checkpoint)}
+        saving = self.saving or functools.partial(type(self.strategy).save_checkpoint, self.strategy)
+        return saving(checkpoint, *arguments, **options)
+
+    def load(self, path: Any, *arguments: Any, **options: Any) -> Any:
         """Load, and say which plugins the checkpoint needs that this Trainer lacks."""
-        options = {} if map_location is None else {"map_location": map_location}
-        checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **options)
+        loading = self.loading or functools.partial(type(self.strategy).load_checkpoint, self.strategy)
+        checkpoint = loading(path, *arguments, **options)
         self._refuse_missing(checkpoint, path)
         return checkpoint
 
-    def remove_checkpoint(self, path: Any) -> None:
-        """Pass on."""
-        self.inner.remove_checkpoint(path)
-
-    def teardown(self) -> None:
-        """Pass on."""
-        self.inner.teardown()
-
-    def _refuse_missing(self, checkpoint: Mapping[str, Any], path: Any) -> None:
+    def _refuse_missing(self, checkpoint: Any, path: Any) -> None:
         missing = [p for p in plugins_in(checkpoint) if p.get("changes") and p["name"] not in self.present]
         for plugin in missing:
             text = f"{path} was trained with the plugin {_described(plugin)}, which this Trainer does not have"
             if plugin["changes"] == "structure":
                 raise PluginError(f"{text}: the weights would not fit -> add it to callbacks")
             warnings.warn(f"{text}: scores will differ from those in training. Add it to callbacks.", stacklevel=2)
+
+
+class _Saving:
+    """In the place of a strategy's ``save_checkpoint``: no closure, as strategies are copied and pickled."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        self.provenance = provenance
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.provenance.save(*arguments, **options)
+
+
+class _Loading(_Saving):
+    """In the place of a strategy's ``load_checkpoint``."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.provenance.load(*arguments, **options)
 
 
 def plugins_in(checkpoint: Any) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,6 +98,7 @@ class ScoreService(Service):
         self._final: Capture | None = None
         self._ends: tuple[int, int] = (0, 0)
         self._seen: set[str] = set()
+        self._silent: set[str] = set()
         self._receivers: dict[str, list[str]] = {}
         run.members |= {"head": None, "raw_scores": None, "features": None}
         run.extra_passes.append(self.paused)
@@ -166,18 +168,27 @@ class ScoreService(Service):
             "predict": ("on_predict_batch_end", self._batch_end),
         }
         found: dict[str, Callable[..., Any]] = {ends[stage][0]: ends[stage][1] for stage in self._receivers}
+        for stage in self._receivers:
+            place = "validation" if stage == "validate" else stage
+            found[f"on_{place}_epoch_end"] = functools.partial(self._epoch_end, stage)
         if self._takes_iterator():
             found["on_train_batch_start"] = lambda *_: self._listen(BatchStart(None, "train"))
         return found
 
     def _train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.hand_out(batch, "train")
+        self.hand_out(batch, "train", skipped=not outputs)
 
     def _batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking:
-            self.hand_out(batch, self.run.stage)
+            self.hand_out(batch, self.run.stage, skipped=outputs is None)
+
+    def _epoch_end(self, stage: str, *_: Any) -> None:
+        """Refuse an epoch without any scores: what looked like skipped steps is a head that never runs."""
+        if stage in self._silent - self._seen and not self.run.trainer.sanity_checking:
+            raise PluginError(self._bypassed())
+        self._silent.discard(stage)
 
     def _find_head(self, start: BatchStart) -> None:
         """Find the head and attach to it."""
@@ -187,7 +198,7 @@ class ScoreService(Service):
         head = self.head
         if head is None:
             with without_trace(run.module, run.trainer), run.trainer.precision_plugin.forward_context():
-                head = run.members["head"] = find_head(run.module, run.fields(start.batch).inputs)
+                head = run.members["head"] = find_head(run.module, run.fields(start.batch), start.batch)
         self._attach(head.module)
 
     def _attach(self, layer: nn.Module) -> None:
@@ -230,8 +241,14 @@ class ScoreService(Service):
             for capture in captures:
                 capture.listening = True
 
-    def hand_out(self, batch: Any, stage: str, variant: str | None = None) -> None:
+    def hand_out(self, batch: Any, stage: str, variant: str | None = None, skipped: bool = False) -> None:
         """Give the captured scores to those who want them.
+
+        Args:
+            batch: The batch.
+            stage: Its stage.
+            variant: The variant whose scores they are.
+            skipped: Whether the step returned nothing: it may have left the batch out without running the model.
 
         Raises:
             PluginError: The head did not run, or its passes do not make up the batch.
@@ -242,7 +259,8 @@ class ScoreService(Service):
             fields = self.run.fields(batch)
             rows = _rows(fields)
             raw, scores = combine(self._raw.outputs, rows), combine(self._final.outputs, rows)
-            if raw is None and stage in self._seen:
+            if raw is None and (skipped or stage in self._seen):
+                self._silent.add(stage)
                 return  # a step that the module skipped
             if raw is None or scores is None:
                 raise PluginError(self._bypassed())

@@ -2,12 +2,13 @@
 
 The layer registered last and the layer called last are both wrong on common models (auxiliary heads, attention,
 classifiers registered first). What is right: walk the autograd graph back from the outputs of one evaluation-mode
-forward, and stop at the first Linear or Conv on every path. One layer, reached without passing a loose parameter, is
+forward, and stop at the first Linear, Conv or other layer with a weight matrix of its own on every path. One layer, reached without passing a loose parameter, is
 the head.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from groundwire.batch import tensors_in
 from groundwire.errors import PluginError
+from groundwire.forward import call_forward
 from groundwire.modules import evaluating
-from groundwire.records import Head
+from groundwire.records import Fields, Head
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,7 +32,19 @@ def candidates(module: nn.Module) -> list[str]:
         >>> candidates(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
         ['0', '2']
     """
-    return [name for name, child in module.named_modules() if isinstance(child, LAYERS)]
+    return [
+        name for name, child in module.named_modules() if isinstance(child, LAYERS) or (name and _is_product(child))
+    ]
+
+
+def _is_product(layer: nn.Module) -> bool:
+    """Tell whether ``layer`` looks like a library's own linear layer: a matrix ``weight``, and no layers inside."""
+    weight = layer._parameters.get("weight")
+    if weight is None or next(layer.children(), None) is not None:
+        return False
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm) or "Norm" in type(layer).__name__:
+        return False
+    return not isinstance(weight, nn.UninitializedParameter) and sum(size > 1 for size in weight.shape) > 1
 
 
 def named_head(module: nn.Module, name: str) -> Head:
@@ -45,8 +59,13 @@ def named_head(module: nn.Module, name: str) -> Head:
     return Head(name, found)
 
 
-def find_head(module: nn.Module, inputs: Any) -> Head:
+def find_head(module: nn.Module, inputs: Any, batch: Any = None) -> Head:
     """Return the head of ``module``, from one forward pass of ``inputs`` that leaves no trace.
+
+    Args:
+        module: The module.
+        inputs: What its forward takes, or the :class:`~groundwire.Fields` of the batch.
+        batch: The batch, of which ``forward`` may take more than the inputs by their keys.
 
     Raises:
         PluginError: ``forward`` does not work on ``inputs``, or the outputs do not come from exactly one layer.
@@ -61,8 +80,10 @@ def find_head(module: nn.Module, inputs: Any) -> Head:
         for name in candidates(module):
             stack.enter_context(_marking(module.get_submodule(name), name, nodes))
         try:
-            usable = _outside_inference(inputs)
-            output = module(**usable) if isinstance(usable, Mapping) else module(usable)
+            fields = inputs if isinstance(inputs, Fields) else Fields(inputs)
+            usable: dict[int, Any] = {}
+            fields = Fields(_outside_inference(fields.inputs, usable), _outside_inference(fields.targets, usable))
+            output = call_forward(module, _outside_inference(batch, usable), fields)
         except Exception as error:
             raise _refusal(module, f"its forward(inputs) failed with {type(error).__name__}: {error}") from error
     layers, loose = _trace_back(output, nodes)
@@ -94,13 +115,41 @@ def _graph_of_everything(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _outside_inference(value: Any) -> Any:
-    """Return ``value`` with tensors that autograd may save; those made in inference mode may not be."""
+def _outside_inference(value: Any, done: dict[int, Any]) -> Any:
+    """Return ``value`` with tensors that autograd may save; those made in inference mode may not be.
+
+    Args:
+        value: A tensor, a container, or an object of the user's own that holds tensors. It stays as it is.
+        done: What was returned for each part so far, by its id: one part stays one.
+    """
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {key: _outside_inference(item) for key, item in value.items()}
-    return type(value)(map(_outside_inference, value)) if type(value) in (list, tuple) else value
+        done[id(value)] = value.clone() if value.is_inference() else value
+    elif type(value) in (list, tuple):
+        done[id(value)] = type(value)(_outside_inference(item, done) for item in value)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        done[id(value)] = type(value)(*(_outside_inference(item, done) for item in value))
+    elif isinstance(value, dict) or (hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)):
+        _rebuild(value, done)
+    return done.get(id(value), value)
+
+
+def _rebuild(value: Any, done: dict[int, Any]) -> None:
+    """Put a shallow copy of a dict or an object into ``done``, with the parts that had to be made anew."""
+    try:
+        twin = copy.copy(value)
+    except Exception:
+        return  # it forbids to be copied, and is given as it is
+    if twin is value:
+        return
+    done[id(value)] = twin
+    for store in (twin, getattr(twin, "__dict__", {})):
+        if isinstance(store, dict):
+            for key, item in list(store.items()):
+                new = _outside_inference(item, done)
+                if new is not item:
+                    store[key] = new
 
 
 @contextmanager
