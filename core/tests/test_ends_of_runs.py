@@ -46,6 +46,7 @@ class Crashes:
 
 
 @pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("bundled", [False, True], ids=["listed", "bundled"])
 @pytest.mark.parametrize("which", ["OnExceptionCheckpoint", "save_on_exception"])

@@ -154,8 +154,8 @@ class Host(Callback):
         searches = [c for c in self.run.trainer.callbacks if is_learning_rate_finder(c)]
         if self.run.function == "fit" and owners and searches:
             warnings.warn(
-                f"{type(searches[0]).__name__} searches without callbacks, so {', '.join(dict.fromkeys(owners))} has no "
-                "part in the search, and the learning rate is one for training without it",
+                f"{type(searches[0]).__name__} searches without callbacks, so {', '.join(dict.fromkeys(owners))} has "
+                "no part in the search, and the learning rate is one for training without it",
                 stacklevel=2,
             )
 

@@ -221,8 +221,8 @@ def _guarded(method: Callable[..., Any], run: Any, name: str, hook: str, returns
             result = method(*given)
         except StopIteration as error:
             # Lightning's loops take it for the end of the data, and training would end as if it were finished.
-            text = f"{name}: {hook} raised StopIteration ({error}), which would end the epoch -> catch it, or next(_, None)"
-            raise PluginError(text) from error
+            text = f"{name}: {hook} raised StopIteration ({error}), which would end the epoch"
+            raise PluginError(f"{text} -> catch it, or give next() a default") from error
         if not returns and result is not None and not any(result is argument for argument in given):
             raise PluginError(
                 f"{name}: {hook} must return None, got {type(result).__name__}, which nobody takes -> change what it "

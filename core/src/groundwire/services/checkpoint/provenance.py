@@ -1,7 +1,8 @@
 """Provenance: facts about the plugins in every checkpoint.
 
 Every save goes through ``trainer.strategy.save_checkpoint``, also ``weights_only`` saves and saves after ``fit``
-returned; the user's ``CheckpointIO`` behind it stays what it is. Only plain types are added, so ``torch.load(weights_only=True)`` keeps working.
+returned; the user's ``CheckpointIO`` behind it stays what it is. Only plain types are added, so
+``torch.load(weights_only=True)`` keeps working.
 """
 
 from __future__ import annotations

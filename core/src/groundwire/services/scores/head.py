@@ -2,8 +2,8 @@
 
 The layer registered last and the layer called last are both wrong on common models (auxiliary heads, attention,
 classifiers registered first). What is right: walk the autograd graph back from the outputs of one evaluation-mode
-forward, and stop at the first Linear, Conv or other layer with a weight matrix of its own on every path. One layer, reached without passing a loose parameter, is
-the head.
+forward, and stop on every path at the first Linear, Conv or other layer with a weight matrix of its own. One layer,
+reached without passing a loose parameter, is the head.
 """
 
 from __future__ import annotations
