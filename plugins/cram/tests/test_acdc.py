@@ -158,3 +158,13 @@ def test_the_dense_checkpoint_is_still_known_after_a_resume_past_the_last_dense_
     [page] = kit.path.rglob("findings.json")
     found = {finding.code: finding.value for finding in Report.read(page.parent).findings}
     assert found["dense_checkpoint"] == "acdc-dense.ckpt"
+
+
+def test_provenance_counts_the_zeros_of_the_weights_that_are_saved(kit):
+    trainer = kit.fit(kit.Net(), acdc(), max_epochs=4)
+    trainer.save_checkpoint(kit.path / "sparse.ckpt")
+    checkpoint = torch.load(kit.path / "sparse.ckpt", weights_only=True)
+    [entry] = checkpoint["groundwire"]["plugins"]
+    weights = [w for w in checkpoint["state_dict"].values() if w.dim() > 1]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert entry["facts"]["sparsity"] == zeros >= 0.8

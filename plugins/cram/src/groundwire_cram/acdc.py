@@ -267,9 +267,16 @@ class ACDC(Plugin):
         return Section("AC/DC: compressed and dense phases", text, (), [lambda: _picture(self._phases)])
 
     @hookimpl
-    def gw_provenance(self) -> dict[str, Any]:
-        """Return what was pruned, and whether the weights are those of a compressed phase."""
-        return {"compress": str(self.operator), "compressed": bool(self._masks)}
+    def gw_provenance(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what was pruned, whether in a compressed phase, and the share of zeros in the saved weights."""
+        saved = checkpoint.get("state_dict", {})
+        weights = [saved[name] for name in self._masks if name in saved]
+        zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+        return {
+            "compress": str(self.operator),
+            "compressed": bool(self._masks),
+            "sparsity": zeros / entries if entries else 0.0,
+        }
 
 
 def _forget_momentum(optimizers: Sequence[torch.optim.Optimizer]) -> None:
