@@ -89,3 +89,17 @@ def test_two_optimizers_keep_what_either_waits_for_and_no_more(kit):
     kit.fit(Two(), owner, loader=DataLoader(kit.data(ROWS), 8))
     assert max(owner.alive) <= 5
     assert not any(reference() is not None for reference in owner.batches)
+
+
+def test_a_window_is_the_batches_since_the_last_step_and_no_earlier_one(kit):
+    windows = []
+
+    class Sees(Plugin):
+        name = "sees"
+
+        @hookimpl
+        def gw_gradient(self, step):
+            windows.append([micro_batch.batch_idx for micro_batch in step.micro_batches])
+
+    kit.fit(kit.Net(), Sees(), loader=DataLoader(kit.data(ROWS), 8), accumulate_grad_batches=3)
+    assert windows == [[first, first + 1, first + 2] for first in range(0, 24, 3)]
