@@ -4,7 +4,7 @@ import math
 
 import pytest
 from core_report_values import HOSTILE, Elements, finding, hostile_figure, scalars
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
@@ -84,6 +84,7 @@ def test_any_column_can_be_shown(cells):
 
 
 @given(st.floats(-1e300, 1e300))
+@example(5.85876907478968e-05)
 def test_a_shown_float_is_close_to_the_value(value):
     assert float(show(value).replace(",", "")) == pytest.approx(value, rel=6e-3, abs=1e-300)
 

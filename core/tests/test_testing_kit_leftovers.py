@@ -1,5 +1,7 @@
 """What a plugin leaves behind, after success or an exception, is named by the contract."""
 
+import threading
+
 import pytest
 import torch
 from core_plugins_to_check import LeavesAttribute, failures
@@ -133,12 +135,12 @@ class BoundHook(Plugin):
         self.handle.remove()
 
 
-class BoundHookWithTrainer(BoundHook):
-    """The copied plugin would bring the Trainer, which cannot be copied in the middle of a loop."""
+class BoundHookWithLock(BoundHook):
+    """The copied plugin would bring a lock, which cannot be copied."""
 
     def on_fit_start(self, trainer, pl_module):
         super().on_fit_start(trainer, pl_module)
-        self.trainer = trainer
+        self.lock = threading.Lock()
 
 
 class HidesInClosure(Plugin):
@@ -160,7 +162,7 @@ class KeepsTrainer(Plugin):
     ("plugin", "named"),
     [
         (BoundHook, "a deep copy made in training holds a BoundHook"),
-        (BoundHookWithTrainer, "a deep copy made in training fails"),
+        (BoundHookWithLock, "a deep copy made in training fails"),
         (HidesInClosure, "a deep copy made in validation holds a HidesInClosure"),
         (KeepsTrainer, "a deep copy made after the run holds a Trainer"),
     ],

@@ -20,13 +20,6 @@ WRONG_TODAY = {
     ("batches of a mapping class", "LIMES"): "item 10: the head is found now, and the correction does not act on it",
     ("batches of a mapping class", "BiasAudit"): "item 23: zero-dimensional arrays cannot be concatenated",
     ("graph classifier", "LIMES"): "item 10: the head is found now, and LIMES asks it for out_features",
-    ("autoencoder", "CrAM"): "item 13: recalibration runs forward, which is not what the user's step runs",
-    ("graph classifier", "CrAM"): "item 13: recalibration does not ask Plugins(fields=...)",
-    ("NamedTuple batches", "CrAM"): "item 13",
-    ("EMA", "LIMES"): "refused while the offset is a buffer, which an averaging callback pairs",
-    ("SWA", "LIMES"): "refused while the offset is a buffer",
-    ("EMA", "ACDC"): "item 14: the averaged weights are not sparse",
-    ("SWA", "ACDC"): "item 14: an epoch after the last one of the schedule",
 }
 
 #: A gradient that is kept over a step was made at other weights than those of the replay: see test_replay_windows.py.

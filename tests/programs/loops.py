@@ -136,14 +136,20 @@ PROGRAMS = {
     # AOL computes the weights of its layers, so the user's own hook finds no gradient at ``head.weight``.
     "a gradient row zeroed": Program(FrozenRow, groups=odd, plugins={"AOL": None}),
     "gradients zeroed every second step": Program(EverySecondStep, groups=odd),
-    "a compiled part": Program(Compiled, groups=odd, plugins={"AOL": Refused("OptimizedModule", "name it in exclude")}),
+    "a compiled part": Program(Compiled, groups=odd, plugins={"AOL": Refused("OptimizedModule", "compile the model after the conversion")}),
     "BackboneFinetuning": Program(
         Finetuned, callbacks=lambda: [BackboneFinetuning(1, lambda _: 1.5, backbone_initial_lr=0.01)], groups=odd
     ),
-    "EMA": Program(Classifier, callbacks=lambda: [EMAWeightAveraging(decay=0.9)], groups=odd),
+    "EMA": Program(
+        Classifier,
+        callbacks=lambda: [EMAWeightAveraging(decay=0.9)],
+        groups=odd,
+        plugins={"ACDC": Refused("EMAWeightAveraging puts an average", "leave it out")},
+    ),
     "SWA": Program(
         Classifier,
         callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)],
         groups=odd,
+        plugins={"ACDC": Refused("StochasticWeightAveraging puts an average", "leave it out")},
     ),
 }

@@ -166,11 +166,7 @@ def written(x):
 @pytest.mark.parametrize(
     "function",
     [
-        pytest.param(
-            normalized,
-            id="a default of None",
-            marks=pytest.mark.xfail(strict=True, reason="item 21: out=None is named"),
-        ),
+        pytest.param(normalized, id="a default of None"),
         pytest.param(renormed, id="an unknown function"),
     ],
 )

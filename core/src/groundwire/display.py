@@ -65,6 +65,8 @@ def _number(value: float, decimals: int) -> str:
         return f"{value:,}" if abs(value) >= 10_000 else str(value)  # 2026 is more often a year than a count
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "-∞"}.get(value, "nan")
-    if value and not 10.0**-decimals <= abs(value) < 1e9:
+    # Six decimals at most: below 0.0001 fewer than three digits would be left.
+    smallest = 1e-4 if decimals == 6 else 10.0**-decimals
+    if value and not smallest <= abs(value) < 1e9:
         return f"{value:.3g}"
     return f"{value:,.{decimals}f}"

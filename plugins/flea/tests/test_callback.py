@@ -216,10 +216,10 @@ class Ids(Plugin):
         self.rows.update(run.ids)
 
 
-def test_ids_of_other_plugins_are_places_in_the_kept_rows(kit, bad):
+def test_ids_of_other_plugins_are_rows_of_the_users_data_set(kit, bad):
     ids = Ids()
     fit(kit, Rows(bad), [FLEA(permutations=0), ids])
-    assert ids.rows == set(range(sum(s in GOOD for s in bad.source)))
+    assert ids.rows == {row for row, source in enumerate(bad.source) if source in GOOD}
 
 
 @pytest.mark.ddp

@@ -234,6 +234,7 @@ HINTS: dict[str, str] = {
     "LogSoftmax": "return the scores before it: certificates are margins of scores",
     "softmax": "return the scores before it: certificates are margins of scores",
     "log_softmax": "return the scores before it: certificates are margins of scores",
+    "OptimizedModule": "compile the model after the conversion",
     "Embedding": "certify the part behind it, with respect to embeddings",
     "embedding": "certify the part behind it, with respect to embeddings",
     "pow": "powers are not Lipschitz; use an activation",
