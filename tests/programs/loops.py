@@ -136,7 +136,9 @@ PROGRAMS = {
     # AOL computes the weights of its layers, so the user's own hook finds no gradient at ``head.weight``.
     "a gradient row zeroed": Program(FrozenRow, groups=odd, plugins={"AOL": None}),
     "gradients zeroed every second step": Program(EverySecondStep, groups=odd),
-    "a compiled part": Program(Compiled, groups=odd, plugins={"AOL": Refused("OptimizedModule", "compile the model after the conversion")}),
+    "a compiled part": Program(
+        Compiled, groups=odd, plugins={"AOL": Refused("OptimizedModule", "compile the model after the conversion")}
+    ),
     "BackboneFinetuning": Program(
         Finetuned, callbacks=lambda: [BackboneFinetuning(1, lambda _: 1.5, backbone_initial_lr=0.01)], groups=odd
     ),
