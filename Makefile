@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.dev
-	@$(RUN) -m pytest -m 'not exhaustive' $(ARGS)
+	@$(RUN) -m pytest -m 'not exhaustive' -n logical --maxprocesses 8 $(ARGS)
 
 # Each worker has a torch of its own, so a large machine gets no more than eight.
 test-fast: $(VENV)/.dev

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["groundwire", *(path.name for path in ROOT.glob("plugins/*/src/groundwire_*") if path.is_dir())]
 
@@ -70,6 +72,7 @@ assert not changed(before), f"a run left {changed(before)}"
 """
 
 
+@pytest.mark.slow
 def test_importing_everything_and_a_run_leave_torch_as_it_was():
     command = [sys.executable, "-c", CODE, *PACKAGES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

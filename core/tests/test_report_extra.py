@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from groundwire import Finding, Plugin, Report, Section, hookimpl
 from groundwire.services.report import page
 
@@ -22,6 +24,7 @@ assert groundwire.cli.app.main(["report", sys.argv[1]]) == 0
 """
 
 
+@pytest.mark.slow
 def test_core_is_whole_without_jinja2_and_matplotlib(tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ def test_each_folder_of_services_is_in_the_list():
     assert found - {"__init__"} == set(SERVICES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_others_import_fit_validate_and_resume_without_one(service):
     done = subprocess.run([sys.executable, PROGRAM, service], capture_output=True, text=True, check=False)

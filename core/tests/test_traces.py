@@ -7,6 +7,7 @@ import sys
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 from core_replaying_twice import Twice, both
 from torch import nn
@@ -89,6 +90,7 @@ def test_spectral_norm_vectors_do_not_advance(kit):
     assert kit.difference(plain.state_dict(), ours.state_dict()) == 0.0
 
 
+@pytest.mark.slow
 def test_core_imports_no_plugin():
     code = (
         "import groundwire.host, sys; [getattr(groundwire, n) for n in groundwire.__all__]; "

@@ -51,6 +51,7 @@ def fuzz(monkeypatch):
 
 
 # Drawn graphs have constants of any kind, of which torch and this package warn.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_random_graph_has_a_bound_below_its_jacobians(fuzz):
     verdicts = [fuzz.judge(seed, falsify=seed % 4 == 0) for seed in range(100)]

@@ -227,6 +227,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.ddp
 def test_zeros_stay_frozen_in_spawned_processes(tmp_path):
     script = tmp_path / "spawning.py"
     script.write_text(SPAWNING)

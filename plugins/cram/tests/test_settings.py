@@ -146,6 +146,7 @@ def test_a_forced_backend_ends_with_its_block():
     assert not backends._forced
 
 
+@pytest.mark.slow
 def test_neither_importing_nor_a_run_leaves_a_hook_of_torch_behind(tmp_path):
     code = textwrap.dedent("""
         import torch
