@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from groundwire import Fields
 from groundwire.batch import default_fields, unknown_batch
 from groundwire.errors import PluginError
+from groundwire.forward import call_forward
+from groundwire.modules import overrides
 from groundwire.undo.without_trace import without_trace
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -151,13 +153,10 @@ def _forward(fields: Callable[[Any], Fields | None] | None, module: nn.Module, b
     found = (fields(batch) if fields is not None else None) or default_fields(batch)
     if found is None:
         raise unknown_batch(batch)
-    return module(**found.inputs) if isinstance(found.inputs, Mapping) else module(found.inputs)
+    return call_forward(module, batch, found)
 
 
 def _defines(module: nn.Module, method: str) -> bool:
     """Return whether ``method`` is the user's: Lightning's own, in either package, only raises or does nothing."""
-    home = getattr(getattr(type(module), method, None), "__module__", None) or ""
-    lightnings = hasattr(module, "training_step")
-    return hasattr(module, method) and not (
-        lightnings and home.split(".")[0] in ("lightning", "pytorch_lightning", "torch")
-    )
+    inherited = hasattr(type(module), method) and not overrides(module, method)
+    return hasattr(module, method) and not (inherited and hasattr(module, "training_step"))

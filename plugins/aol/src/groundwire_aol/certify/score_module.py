@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from groundwire.modules import overrides
 from groundwire_aol.errors import UnknownLipschitzError
 
 
@@ -25,8 +26,7 @@ def score_module(module: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         UnknownLipschitzError: There is no such module.
     """
-    home = (getattr(type(module).forward, "__module__", "") or "").split(".")[0]
-    if not is_lightning(module) or home not in ("lightning", "pytorch_lightning", "torch"):
+    if not is_lightning(module) or overrides(module, "forward"):
         return "", module
     children = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
     if len(children) != 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from groundwire.modules import evaluating
 
 Maps: TypeAlias = NDArray[np.float64]
 METHODS = ("auto", "gradcam", "input_x_gradient", "integrated_gradients", "occlusion")
@@ -77,16 +80,13 @@ def resolved(method: str, dense: nn.Module, layer: nn.Module | None) -> str:
     return "gradcam" if layer is not None or convolutions else "input_x_gradient"
 
 
-class evaluating(AbstractContextManager[None]):  # noqa: N801 - reads as a statement
-    """``module`` in evaluation mode while open, and its gradients and modes as they were afterwards."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.modes = [(m, m.training) for m in module.modules()]
-        self.grads = [(p, p.grad) for p in module.parameters()]
-        module.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-        for p, grad in self.grads:
+@contextmanager
+def without_gradients_kept(module: nn.Module) -> Iterator[None]:
+    """Context manager for ``module`` in evaluation mode; its gradients are afterwards as they were."""
+    grads = [(p, p.grad) for p in module.parameters()]
+    try:
+        with evaluating(module):
+            yield
+    finally:
+        for p, grad in grads:
             p.grad = grad

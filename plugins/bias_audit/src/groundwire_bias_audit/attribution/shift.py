@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from groundwire_bias_audit.attribution.maps import METHODS, Maps, attributions, evaluating, resolved
+from groundwire_bias_audit.attribution.maps import METHODS, Maps, attributions, resolved, without_gradients_kept
 from groundwire_bias_audit.audit.groups import read_groups
 
 
@@ -158,7 +158,7 @@ def attribution_shift(
 
     def maps(model: ModelVariant) -> Maps:
         module, apply = model if isinstance(model, tuple) else (model, nullcontext)
-        with apply(), evaluating(module):
+        with apply(), without_gradients_kept(module):
             at = layer if module is dense else None
             return attributions(module, inputs[rows], labels[rows], chosen, at, internal_batch_size)
 
