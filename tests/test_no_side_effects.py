@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["groundwire", *(path.name for path in ROOT.glob("plugins/*/src/groundwire_*") if path.is_dir())]
+PACKAGES = [
+    "groundwire",
+    *(path.name for path in ROOT.glob("plugins/*/src/groundwire_*") if (path / "__init__.py").exists()),
+]
 
 CODE = """
 import importlib, logging, pkgutil, sys, tempfile, warnings
