@@ -1,7 +1,7 @@
 """Plugins that write down what happens to them, and what a run must leave as it was."""
 
 from groundwire import Plugin, hookimpl
-from groundwire.testing.traces import LEFT_ON_STRATEGY
+from groundwire.testing.traces import stays
 
 
 class Recorder(Plugin):
@@ -38,7 +38,7 @@ class Forgetful(Recorder):
 def state(trainer, module):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
     names = set(vars(module)) - {"_hparams"}
-    strategy = set(vars(trainer.strategy)) - set(LEFT_ON_STRATEGY)
+    strategy = {name for name, value in vars(trainer.strategy).items() if not stays(value)}
     return trainer.callbacks, names, strategy, hooks, list(module.state_dict())
 
 

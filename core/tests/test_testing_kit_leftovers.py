@@ -38,6 +38,14 @@ class LeavesStrategyWrapper(Plugin):
         trainer.strategy.leftover = trainer.strategy.backward
 
 
+class LeavesSaving(Plugin):
+    """Where core's own stays, somebody else's must not pass for it."""
+
+    def on_fit_start(self, trainer, pl_module):
+        original = trainer.strategy.save_checkpoint
+        trainer.strategy.save_checkpoint = lambda *arguments, **options: original(*arguments, **options)
+
+
 class LeavesOptimizerHook(Plugin):
     def on_fit_start(self, trainer, pl_module):
         trainer.optimizers[0].register_step_post_hook(lambda *_: None)
@@ -51,6 +59,7 @@ class LeavesOptimizerHook(Plugin):
         (LeavesBuffer, "buffer module.net.leftover was left"),
         (LeavesWrapper, "attribute module.training_step was left"),
         (LeavesStrategyWrapper, "attribute trainer.strategy.leftover was left"),
+        (LeavesSaving, "attribute trainer.strategy.save_checkpoint was left"),
         (LeavesOptimizerHook, "hook in trainer.optimizers[0]._optimizer_step_post_hooks was left"),
     ],
 )

@@ -14,10 +14,6 @@ from torch.nn.modules import module as torch_module
 _CLOSED = (type, types.ModuleType)
 
 
-#: What adds provenance to saves stays on the strategy after a run, with or without the plugin that is checked.
-LEFT_ON_STRATEGY = ("save_checkpoint", "load_checkpoint")
-
-
 def traces(module: Any, trainer: Any) -> Counter[str]:
     """Attributes, hooks, buffers and classes of ``module``, and of ``trainer``, its strategy and its optimizers.
 
@@ -34,14 +30,20 @@ def traces(module: Any, trainer: Any) -> Counter[str]:
     return found + _of_trainer(trainer)
 
 
+def stays(value: Any) -> bool:
+    """Tell whether core itself leaves ``value`` on a strategy: what adds provenance to saves after the run."""
+    return type(value).__module__.startswith("groundwire.services.checkpoint.")
+
+
 def _of_trainer(trainer: Any) -> Counter[str]:
     found: Counter[str] = Counter()
     for number, optimizer in enumerate(trainer.optimizers):
         found.update(_of_object(f"trainer.optimizers[{number}]", optimizer))
     found.update(_of_object("trainer", trainer))
     found.update(_of_object("trainer.strategy", trainer.strategy))
-    for name in LEFT_ON_STRATEGY:
-        found.pop(f"attribute trainer.strategy.{name}", None)
+    found -= Counter(
+        f"attribute trainer.strategy.{key}" for key, value in vars(trainer.strategy).items() if stays(value)
+    )
     found.update(_hooks("torch", vars(torch_module)))
     return found
 

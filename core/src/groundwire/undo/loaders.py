@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+from groundwire.undo.random_states import GENERATORS, rewinding
+
 #: A longer container, such as a table of rows, is not what a sampler counts with.
 _LARGEST = 10_000
 
@@ -58,8 +58,8 @@ class _Walk:
         if id(value) in self._seen or isinstance(value, type | torch.Tensor | np.ndarray):
             return
         self._seen.add(id(value))
-        if isinstance(value, _GENERATORS):
-            self.undo.append(_rewinding(value))
+        if isinstance(value, GENERATORS):
+            self.undo.append(rewinding(value))
         elif isinstance(value, DataLoader):
             for name in ("generator", "sampler", "batch_sampler"):
                 self.visit(getattr(value, name), samples=True)
@@ -76,18 +76,8 @@ class _Walk:
         if samples:
             self.undo.append(functools.partial(_rebind, vars(value), before))
         for item in before.values():
-            if samples or isinstance(item, (*_GENERATORS, Dataset)):
+            if samples or isinstance(item, (*GENERATORS, Dataset)):
                 self.visit(item, samples)
-
-
-def _rewinding(generator: Any) -> Callable[[], Any]:
-    if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())
-    if isinstance(generator, np.random.Generator):
-        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state())
-    return functools.partial(generator.setstate, generator.getstate())
 
 
 def _rebind(store: dict[str, Any], before: dict[str, Any]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
 
 from groundwire._lightning import collect_rng_states, set_rng_states
+
+#: Random generators that somebody may hold as an object.
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -42,6 +47,25 @@ def _accelerator_in_use() -> bool:
         return False
     module = torch.get_device_module(kind)
     return bool(module.is_initialized()) if hasattr(module, "is_initialized") else True
+
+
+def rewinding(generator: Any) -> Callable[[], Any]:
+    """Return what puts ``generator``, one of :data:`GENERATORS`, back to its state of now.
+
+    Example:
+        >>> generator = random.Random(1)
+        >>> rewind, first = rewinding(generator), generator.random()
+        >>> rewind()
+        >>> generator.random() == first
+        True
+    """
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    return functools.partial(generator.setstate, generator.getstate())
 
 
 @contextmanager

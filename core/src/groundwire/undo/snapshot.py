@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, MutableMapping
@@ -25,11 +24,11 @@ from torch.nn.parameter import is_lazy
 from groundwire._lightning import LIGHTNING_MODULE_NAMES, MODULE_NAMES
 from groundwire.attributes import PLAIN, Attributes, has_attributes
 from groundwire.errors import PluginError
+from groundwire.undo.random_states import GENERATORS, rewinding
 
 _CONTAINERS = (list, dict, set, deque, tuple)
 #: A longer container, such as a vocabulary, is only cut back to its length: copying it for every replay would be slow.
 _LARGEST = 10_000
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 #: In a container that holds nothing but tensors, only the newest are watched: such lists grow with the epoch.
 _WATCHED = 32
 #: The dicts and sets in which torch keeps what is registered at a module: parameters, modules, buffers, hooks.
@@ -158,8 +157,8 @@ class Snapshot:
             self._save_container(owner, value)
         elif isinstance(value, nn.Module):
             self._save_modules(owner, value.named_modules())
-        elif isinstance(value, _GENERATORS):
-            self._generators.append(_generator_undo(value))
+        elif isinstance(value, GENERATORS):
+            self._generators.append(rewinding(value))
         elif _is_users(type(value)) and has_attributes(value):  # type: ignore[arg-type]
             self._save_object(owner, value)
 
@@ -265,17 +264,6 @@ def _copied(tensor: Tensor) -> Tensor:
         copy.requires_grad_()
         copy.grad = None if tensor.grad is None else tensor.grad.clone()
     return copy
-
-
-def _generator_undo(generator: Any) -> Callable[[], Any]:
-    """Return what puts a random generator of the module's own back to its state of now."""
-    if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())
-    if isinstance(generator, np.random.Generator):
-        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state())
-    return functools.partial(generator.setstate, generator.getstate())
 
 
 @functools.cache
